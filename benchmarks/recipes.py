@@ -1,0 +1,64 @@
+"""Final validation accuracy of training recipes, with the same config at equal epochs, one seed after the other.
+
+    python -m benchmarks.recipes --dataset folder --data-dir data/imagenet32-a --epochs 10 --h-1 16 --h-2 64
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+
+import torch
+
+from data import Dataset, load_cifar100, load_folder, make_synthetic
+from train import new_training, train_epochs
+
+CONFIG = {"p_drop": 0.1, "lr": 0.02, "batch_size": 64, "momentum": 0.9}
+BASELINE = {"weight_decay": 0.0, "nesterov": False, "augment": False, "schedule": "constant", "ema_decay": 0.0}
+REGULARISED = BASELINE | {"weight_decay": 5e-4, "nesterov": True, "augment": True}
+AVERAGED = REGULARISED | {"ema_decay": 0.998}
+RECIPES = {
+    "baseline": BASELINE,
+    "+ augmentation, decay, Nesterov": REGULARISED,
+    "+ averaged weights": AVERAGED,
+    "+ averaged weights, cooldown": AVERAGED | {"schedule": "cooldown"},
+    "+ averaged weights, cosine": AVERAGED | {"schedule": "cosine"},
+    "+ averaged weights, one_cycle": AVERAGED | {"schedule": "one_cycle"},
+}
+
+
+def accuracies(config: dict, dataset: Dataset) -> list[float]:
+    """Train on the best device here, and return the validation accuracy after each epoch."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    training = new_training(config, len(dataset.classes), device)
+    return [metrics["accuracy"] for metrics in train_epochs(training, config, dataset, device)]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train every recipe with every seed and print a table, or JSON, of the accuracies."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", choices=("cifar100", "folder", "synthetic"), default="cifar100")
+    parser.add_argument("--data-dir", default="data")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--h-1", type=int, default=64)
+    parser.add_argument("--h-2", type=int, default=512)
+    parser.add_argument("--seeds", type=int, default=1, help="how many seeds, from 0")
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES), metavar="NAME")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args(argv)
+    load = {"cifar100": load_cifar100, "folder": load_folder, "synthetic": lambda _: make_synthetic()}
+    dataset = load[args.dataset](args.data_dir)
+    if not args.json:
+        print(f"{'recipe':34} {'final':>7} {'best':>7}   mean accuracy after each epoch")
+    for name in args.recipes:
+        config = CONFIG | {"epochs": args.epochs, "h_1": args.h_1, "h_2": args.h_2} | RECIPES[name]
+        runs = [accuracies(config | {"seed": seed}, dataset) for seed in range(args.seeds)]
+        if args.json:
+            print(json.dumps({"recipe": name, "config": config, "accuracies": runs}), flush=True)
+            continue
+        mean = [statistics.mean(at_epoch) for at_epoch in zip(*runs, strict=True)]
+        print(f"{name:34} {mean[-1]:7.4f} {max(mean):7.4f}   {' '.join(f'{a:.3f}' for a in mean)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

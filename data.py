@@ -1,0 +1,334 @@
+"""The images a search trains on: three sources, one stratified split, and batches made on the trial's device.
+
+Every source gives a `Dataset`: all images as uint8 tensors, so that they are read from disk once, shared by every trial
+and moved to a GPU in one copy. Cropping, flipping and normalising happen there, in `Batches`.
+"""
+
+import contextlib
+import math
+import os
+import socket
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.datasets import CIFAR100, ImageFolder
+from torchvision.datasets.utils import check_integrity
+
+IMAGE_SIZE = 32
+VALIDATION_FRACTION = 0.2
+# A constant, not the search's seed, so that figures of searches with different seeds stay comparable.
+SPLIT_SEED = 0
+CROP_PADDING = 4  # pixels
+# The smallest class of which 20 % is a whole image.
+MIN_IMAGES_PER_CLASS = 5
+DOWNLOAD_TIMEOUT = 10  # seconds without an answer
+# What desktops leave in folders, besides hidden files.
+IGNORED_FILES = {"Thumbs.db", "desktop.ini"}
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used: the message is one sentence that says what, and how to mend it."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Images, uint8 (N, 32, 32, 3) from 0 to 255, and their labels, int64 (N,) from 0 to len(classes) - 1.
+
+    mean and std are those of the training images, one per channel (red, green, blue), as fractions of 255.
+    """
+
+    train_images: Tensor
+    train_labels: Tensor
+    val_images: Tensor
+    val_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __reduce__(self) -> tuple:
+        # Ray maps NumPy arrays from its object store into every process without a copy; tensors it would copy.
+        return _from_arrays, tuple(v.numpy() if isinstance(v, Tensor) else v for v in vars(self).values())
+
+
+def _from_arrays(*fields: object) -> Dataset:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*not writable")  # and nobody writes to it
+        return Dataset(*(torch.from_numpy(v) if isinstance(v, np.ndarray) else v for v in fields))
+
+
+def load_cifar100(data_dir: str | Path) -> Dataset:
+    """Read CIFAR-100 with torchvision, which downloads it into data_dir and checks its MD5 sums where need be.
+
+    Returns:
+        40,000 training, 10,000 validation and 10,000 test images of 100 classes.
+
+    Raises:
+        InputError: it is not there and cannot be downloaded, or the archive there fails its checksum.
+    """
+    archive = Path(data_dir) / CIFAR100.filename
+    if archive.exists() and not check_integrity(archive, CIFAR100.tgz_md5):
+        raise InputError(f"{archive} fails its MD5 checksum {CIFAR100.tgz_md5}: delete it, and run again to download it")
+    timeout = socket.getdefaulttimeout()
+    try:
+        socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+        with contextlib.redirect_stdout(sys.stderr):
+            train = CIFAR100(data_dir, train=True, download=True)
+        test = CIFAR100(data_dir, train=False)
+    except (OSError, RuntimeError) as error:  # URLError is an OSError; a failed checksum is a RuntimeError
+        raise InputError(
+            f"CIFAR-100 is not in {Path(data_dir).resolve()} and cannot be downloaded ({error}): put {CIFAR100.url} "
+            "there, or try --dataset synthetic"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(timeout)
+        # A download cut short must not stand in the next run's way.
+        if archive.exists() and not check_integrity(archive, CIFAR100.tgz_md5):
+            archive.unlink()
+    return split_dataset(
+        torch.from_numpy(train.data),
+        torch.tensor(train.targets),
+        torch.from_numpy(test.data),
+        torch.tensor(test.targets),
+        train.classes,
+    )
+
+
+def load_folder(data_dir: str | Path) -> Dataset:
+    """Read `<data_dir>/train/<class>/*` and `<data_dir>/test/<class>/*` with torchvision's ImageFolder.
+
+    Images of another size than 32×32 are resized to it, which is said once, on stderr.
+
+    Raises:
+        InputError: a folder is missing or empty, a file is no image, a class has fewer than 5 training images, or
+            test/ has a class that train/ lacks.
+    """
+    train_images, train_labels, classes = _read_image_folder(Path(data_dir) / "train")
+    test_images, test_labels, test_classes = _read_image_folder(Path(data_dir) / "test")
+    if unknown := sorted(set(test_classes) - set(classes)):
+        raise InputError(f"{data_dir}/test has the class {unknown[0]!r}, which {data_dir}/train lacks: add or remove it")
+    counts = torch.bincount(train_labels, minlength=len(classes))
+    if counts.min() < MIN_IMAGES_PER_CLASS:
+        small = classes[int(counts.argmin())]
+        raise InputError(
+            f"{data_dir}/train/{small} has {counts.min()} images, but a class needs at least {MIN_IMAGES_PER_CLASS} "
+            "to be split into training and validation: add some, or remove the class"
+        )
+    # test/ may lack classes, which shifts its own numbering.
+    label_of = torch.tensor([classes.index(name) for name in test_classes])
+    return split_dataset(train_images, train_labels, test_images, label_of[test_labels], classes)
+
+
+def _read_image_folder(folder: Path) -> tuple[Tensor, Tensor, list[str]]:
+    """Return images, uint8 (N, 32, 32, 3), labels, int64 (N,), and the class names of an ImageFolder."""
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder: --dataset folder needs train/<class>/ and test/<class>/ in --data-dir")
+    try:
+        # Every file counts as an image, so that one which is none is named rather than skipped.
+        folder_dataset = ImageFolder(
+            str(folder), is_valid_file=lambda path: not _is_ignored(path), allow_empty=True, loader=_load_image
+        )
+    except FileNotFoundError as error:
+        raise InputError(f"{folder} has no class folders: put the images into {folder}/<class>/") from error
+    labels = torch.tensor(folder_dataset.targets, dtype=torch.int64)
+    counts = torch.bincount(labels, minlength=len(folder_dataset.classes))
+    if counts.min() == 0:
+        empty = folder_dataset.classes[int(counts.argmin())]
+        raise InputError(f"{folder / empty} has no images: add some, or remove the folder")
+    images = torch.empty(len(labels), IMAGE_SIZE, IMAGE_SIZE, 3, dtype=torch.uint8)
+    resized = 0
+    for i in range(len(labels)):
+        image, _ = folder_dataset[i]
+        if image.size != (IMAGE_SIZE, IMAGE_SIZE):
+            image = image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR)
+            resized += 1
+        images[i] = torch.from_numpy(np.array(image))
+    if resized:
+        print(f"{folder}: {resized:,} of {len(labels):,} images resized to 32×32.", file=sys.stderr)
+    return images, labels, folder_dataset.classes
+
+
+def _is_ignored(path: str) -> bool:
+    name = os.path.basename(path)
+    return name.startswith(".") or name in IGNORED_FILES
+
+
+def _load_image(path: str) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow's readers raise
+        raise InputError(f"{path} cannot be read as an image: remove or replace it") from error
+
+
+def make_synthetic(num_train: int = 50_000, num_test: int = 10_000, num_classes: int = 100, seed: int = 0) -> Dataset:
+    """Make images in which a class is a pair of patterns, somewhere in the picture, among noise and a stray pattern.
+
+    Every pattern belongs to many classes, has a mean of zero and stands anywhere, either way round, so that no pixel
+    and no colour tells the class: a linear model stays near chance, and a network must learn all patterns.
+
+    Args:
+        num_train: training images before the split, at least 5 a class.
+        num_test: test images, at least 1.
+        num_classes: number of classes, at least 2.
+        seed: what the patterns and images are drawn from.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    num_patterns = math.ceil((1 + math.sqrt(1 + 8 * num_classes)) / 2)  # the fewest with a pair for every class
+    # The last pattern is in no pair: it strays into images of every class.
+    patterns = torch.randn(num_patterns + 1, 3, 4, 4, generator=generator)
+    patterns = F.interpolate(patterns, size=(12, 12), mode="bicubic", align_corners=False)
+    patterns = (patterns - patterns.mean((2, 3), keepdim=True)) / patterns.std((1, 2, 3), keepdim=True)
+    pairs = torch.combinations(torch.arange(num_patterns))[:num_classes]
+    count = num_train + num_test
+    labels = torch.arange(count) % num_classes
+    images = torch.empty(count, IMAGE_SIZE, IMAGE_SIZE, 3, dtype=torch.uint8)
+    for start in range(0, count, 5000):  # a part at a time, to spare memory
+        part = slice(start, start + 5000)
+        pair = pairs[labels[part]]
+        stray = torch.full((len(pair), 1), num_patterns)
+        images[part] = _draw_images(patterns, torch.cat([pair, stray], dim=1), generator)
+    classes = [f"pair_{i}_{j}" for i, j in pairs.tolist()]
+    return split_dataset(images[:num_train], labels[:num_train], images[num_train:], labels[num_train:], classes)
+
+
+def _draw_images(patterns: Tensor, chosen: Tensor, generator: torch.Generator) -> Tensor:
+    """Return uint8 images (N, 32, 32, 3) with the patterns (P, 3, S, S) that chosen, int64 (N, K), names."""
+    (n, k), size = chosen.shape, patterns.shape[-1]
+
+    def uniform(low: float, high: float) -> Tensor:
+        return torch.rand(n, k, 1, 1, generator=generator) * (high - low) + low
+
+    top, left = uniform(0, IMAGE_SIZE - size + 1).long(), uniform(0, IMAGE_SIZE - size + 1).long()
+    offsets = torch.arange(size)
+    place = (top + offsets.view(1, 1, size, 1)) * IMAGE_SIZE + left + offsets.view(1, 1, 1, size)  # (N, K, S, S)
+    drawn = patterns[chosen]  # (N, K, 3, S, S)
+    drawn = torch.where(uniform(0, 1).unsqueeze(2) < 0.5, drawn, drawn.flip(-1)) * uniform(0.6, 1.4).unsqueeze(2)
+    background = torch.randn(n, 3, 4, 4, generator=generator)
+    canvas = F.interpolate(background, size=(IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", align_corners=False)
+    canvas = (0.6 * canvas + 0.6 * torch.randn(canvas.shape, generator=generator)).flatten(2)  # (N, 3, 1024)
+    for i in range(k):
+        where = place[:, i].flatten(1).unsqueeze(1).expand(-1, 3, -1)
+        canvas.scatter_add_(2, where, drawn[:, i].flatten(2))
+    images = (canvas * 45 + 127.5).clamp(0, 255).to(torch.uint8)
+    return images.view(n, 3, IMAGE_SIZE, IMAGE_SIZE).permute(0, 2, 3, 1)
+
+
+def split_dataset(
+    images: Tensor, labels: Tensor, test_images: Tensor, test_labels: Tensor, classes: list[str]
+) -> Dataset:
+    """Put a fifth of the training images, uint8 (N, 32, 32, 3) with labels int64 (N,), aside for validation."""
+    train, val = stratified_split(labels)
+    mean, std = channel_statistics(images[train])
+    return Dataset(
+        images[train], labels[train], images[val], labels[val], test_images, test_labels, tuple(classes), mean, std
+    )
+
+
+def stratified_split(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Split 80/20, within every class, at random from a fixed seed.
+
+    Args:
+        labels: int64 (N,).
+
+    Returns:
+        Sorted indices, int64, of the training and of the validation images; each image is in one of them.
+    """
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SPLIT_SEED))
+    by_class = shuffled[labels[shuffled].argsort(stable=True)]
+    counts = torch.bincount(labels)
+    rank = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[by_class]]  # 0, 1, 2, … within its class
+    in_validation = rank < (counts * VALIDATION_FRACTION).round()[labels[by_class]]
+    return by_class[~in_validation].sort().values, by_class[in_validation].sort().values
+
+
+def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation of each channel of uint8 images (N, H, W, 3), as fractions of 255."""
+    values = torch.arange(256, dtype=torch.float64) / 255
+    # Counting the 256 values is exact, and needs no float copy of all images.
+    share = torch.stack([torch.bincount(images[..., c].flatten(), minlength=256) for c in range(3)]).double()
+    share /= share.sum(1, keepdim=True)
+    mean = share @ values
+    variance = share @ values**2 - mean**2
+    std = variance.clamp(min=(1 / 255) ** 2).sqrt()  # a channel of one colour is not divided by zero
+    return tuple(mean.tolist()), tuple(std.tolist())
+
+
+class Batches:
+    """Normalised batches of images that lie on the trial's device as uint8.
+
+    Shuffling and augmentation are a function of the seed and the epoch alone (and of the kind of device), whatever came
+    before.
+
+    Args:
+        images: uint8 (N, 32, 32, 3), on the device that the batches shall be on.
+        labels: int64 (N,), on the same device.
+        batch_size: images a batch, at least 1; the last batch of an epoch may be smaller.
+        mean: per channel, as fractions of 255.
+        std: per channel, as fractions of 255.
+        shuffle: another order in every epoch.
+        augment: crop every image at random after 4 pixels of reflected padding, and flip every other one.
+        seed: what order and augmentation are drawn from.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        batch_size: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        shuffle: bool = False,
+        augment: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.images, self.labels, self.batch_size = images, labels, batch_size
+        self.shuffle, self.augment, self.seed = shuffle, augment, seed
+        self.mean = 255 * torch.tensor(mean, device=images.device)
+        self.std = 255 * torch.tensor(std, device=images.device)
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.images) / self.batch_size)
+
+    def epoch(self, epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield float32 images (B, 3, 32, 32), channels_last, and int64 labels (B,) of one epoch."""
+        device, count = self.images.device, len(self.images)
+        generator = torch.Generator(device).manual_seed(epoch_seed(self.seed, epoch))
+        order = torch.arange(count, device=device)
+        if self.shuffle:
+            order = torch.randperm(count, generator=generator, device=device)
+        if self.augment:
+            # For every image of the epoch at once: few operations a batch, and no synchronisation.
+            shift = torch.randint(-CROP_PADDING, CROP_PADDING + 1, (2, count, 1), generator=generator, device=device)
+            flip = torch.rand(count, 1, generator=generator, device=device) < 0.5
+            pixels = torch.arange(IMAGE_SIZE, device=device)
+            columns = torch.where(flip, pixels.flip(0), pixels)
+            rows, columns = reflect(pixels + shift[0]), reflect(columns + shift[1])  # (N, 32) each
+        for start in range(0, count, self.batch_size):
+            part = slice(start, start + self.batch_size)
+            images = self.images[order[part]]
+            if self.augment:
+                index = torch.arange(len(images), device=device)[:, None, None]
+                images = images[index, rows[part, :, None], columns[part, None, :]]
+            images = images.float().sub_(self.mean).div_(self.std)
+            yield images.permute(0, 3, 1, 2), self.labels[order[part]]  # NHWC seen as NCHW is channels_last
+
+
+def reflect(index: Tensor) -> Tensor:
+    """Mirror pixel indices from -31 to 62 into 0 to 31, at the centre of the border pixels, as reflected padding does."""
+    last = IMAGE_SIZE - 1
+    return last - (last - index.abs()).abs()
+
+
+def epoch_seed(seed: int, epoch: int) -> int:
+    """Return a seed for one epoch, from 0 to 2**63 - 1, that differs from that of every other seed and epoch."""
+    return (seed * 1_000_003 + epoch) % 2**63

@@ -1,0 +1,227 @@
+"""Train one SmallResNet with one config: plain PyTorch, and at the end the thin function that Ray Tune runs.
+
+A config is a dict of plain values with the keys of `param_space` in hparam_search.py:
+
+    epochs, h_1, h_2, p_drop, batch_size     what the names say
+    lr, momentum, weight_decay, nesterov     of SGD
+    schedule                                 how the learning rate goes, one of SCHEDULES
+    augment                                  random crops and flips
+    ema_decay                                decay per step of the averaged weights; 0 for none
+    seed                                     of the weights, the batches and the dropout
+"""
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from ray import tune
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from data import Batches, Dataset, epoch_seed
+from model import SmallResNet
+
+EVALUATION_BATCH_SIZE = 500
+COOLDOWN = 0.3  # share of the epochs
+WARMUP = 0.3  # of one_cycle, share of the epochs
+WEIGHTS_FILE, TRAINING_FILE = "weights.pt", "training.pt"
+
+# The learning rate, as a fraction of config["lr"], when a fraction t of all steps is done.
+SCHEDULES = {
+    "constant": lambda t: 1.0,
+    # Constant, then linear to zero: "trapezoidal", Xing et al. 2018, "A Walk with SGD".
+    "cooldown": lambda t: min(1.0, (1 - t) / COOLDOWN),
+    # Loshchilov and Hutter 2017, "SGDR: Stochastic Gradient Descent with Warm Restarts", without the restarts.
+    "cosine": lambda t: 0.5 * (1 + math.cos(math.pi * t)),
+    # Smith and Topin 2018, "Super-Convergence": linear up, then linear down to zero.
+    "one_cycle": lambda t: min(0.1 + 0.9 * t / WARMUP, (1 - t) / (1 - WARMUP)),
+}
+
+
+@dataclass
+class Training:
+    """All that a trial carries from one epoch to the next; a checkpoint holds it whole."""
+
+    model: SmallResNet
+    averaged: AveragedModel | None  # exponential moving average of the model's weights and batch norm statistics
+    optimizer: torch.optim.SGD
+    epoch: int = 0  # epochs done
+    best_accuracy: float = -1.0  # on the validation images, of all epochs done
+
+    @property
+    def evaluated(self) -> SmallResNet:
+        """The model that is validated, and saved as the trial's result."""
+        return self.averaged.module if self.averaged else self.model
+
+
+def new_training(config: dict, num_classes: int, device: torch.device) -> Training:
+    """Build the model, with weights drawn from config["seed"], its average and its optimizer."""
+    torch.manual_seed(config["seed"])
+    model = SmallResNet(config["h_1"], config["h_2"], config["p_drop"], num_classes)
+    model = model.to(device, memory_format=torch.channels_last)
+    averaged = None
+    if config["ema_decay"] > 0:
+        averaged = AveragedModel(model, multi_avg_fn=ema_update(config["ema_decay"]), use_buffers=True)
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        lr=config["lr"],
+        momentum=config["momentum"],
+        weight_decay=config["weight_decay"],
+        nesterov=config["nesterov"],
+    )
+    return Training(model, averaged, optimizer)
+
+
+def ema_update(decay: float) -> Callable:
+    """Return AveragedModel's update: averaged ← d · averaged + (1 − d) · current, d = min(decay, (1 + n) / (10 + n)).
+
+    n counts the updates so far, so that the average soon forgets the first steps, even where an epoch has few of them.
+    """
+
+    def update(averaged: list[Tensor], current: list[Tensor], n: Tensor) -> None:
+        get_ema_multi_avg_fn(min(decay, (1 + float(n)) / (10 + float(n))))(averaged, current, n)
+
+    return update
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return bfloat16 where the device multiplies it in hardware, else None, for float32."""
+    if device.type == "cuda":
+        supported = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        capabilities = torch.cpu.get_capabilities()
+        supported = capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
+    return torch.bfloat16 if supported else None
+
+
+def train_epochs(training: Training, config: dict, dataset: Dataset, device: torch.device) -> Iterator[dict]:
+    """Train and validate, an epoch at a time, from training.epoch + 1 to config["epochs"].
+
+    Between two epochs `training` may be saved. Everything random in an epoch is drawn from (config["seed"], epoch), so
+    that a restored trial goes on as one that was never interrupted.
+
+    Yields:
+        The metrics of an epoch: epoch (from 1), loss and accuracy (validation; mean cross-entropy in nats, and a
+        fraction), train_loss and train_accuracy (over the epoch, as the weights were at each step), lr (of the last
+        step) and images_per_second (training only).
+    """
+    batches = Batches(
+        dataset.train_images.to(device),
+        dataset.train_labels.to(device),
+        config["batch_size"],
+        dataset.mean,
+        dataset.std,
+        shuffle=True,
+        augment=config["augment"],
+        seed=config["seed"],
+    )
+    validation = evaluation_batches(dataset.val_images, dataset.val_labels, dataset.mean, dataset.std, device)
+    schedule = SCHEDULES[config["schedule"]]
+    dtype = autocast_dtype(device)
+    total_steps = config["epochs"] * len(batches)
+    model, optimizer = training.model, training.optimizer
+    while training.epoch < config["epochs"]:
+        start = time.perf_counter()
+        epoch = training.epoch + 1
+        torch.manual_seed(epoch_seed(config["seed"], epoch))  # dropout
+        model.train()
+        # Sums stay on the device: reading them at every step would make the CPU wait for the GPU.
+        sums = torch.zeros(2, device=device)  # loss, correct
+        for i, (images, labels) in enumerate(batches.epoch(epoch)):
+            lr = config["lr"] * schedule((training.epoch * len(batches) + i) / total_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                logits = model(images)
+                loss = F.cross_entropy(logits, labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if training.averaged:
+                training.averaged.update_parameters(model)
+            sums += torch.stack([loss.detach() * len(labels), (logits.detach().argmax(1) == labels).sum()])
+        train_loss, train_accuracy = (sums / len(batches.images)).tolist()
+        seconds = time.perf_counter() - start
+        loss, accuracy = evaluate(training.evaluated, validation)
+        training.epoch = epoch
+        yield {
+            "epoch": epoch,
+            "loss": loss,
+            "accuracy": accuracy,
+            "train_loss": train_loss,
+            "train_accuracy": train_accuracy,
+            "lr": lr,
+            "images_per_second": len(batches.images) / seconds,
+        }
+
+
+def evaluation_batches(
+    images: Tensor, labels: Tensor, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> Batches:
+    """Return batches of uint8 images (N, 32, 32, 3) and int64 labels (N,), in order and as they are, on the device."""
+    return Batches(images.to(device), labels.to(device), EVALUATION_BATCH_SIZE, mean, std)
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, batches: Batches) -> tuple[float, float]:
+    """Return the mean cross-entropy, in nats, and the accuracy, from 0 to 1, over an epoch of batches."""
+    model.eval()
+    device = batches.images.device
+    dtype = autocast_dtype(device)
+    sums = torch.zeros(2, device=device)
+    for images, labels in batches.epoch():
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            logits = model(images)
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+        sums += torch.stack([loss, (logits.argmax(1) == labels).sum()])
+    loss, accuracy = (sums / len(batches.images)).tolist()
+    return loss, accuracy
+
+
+def save_checkpoint(training: Training, folder: str | Path) -> None:
+    """Write the evaluated weights, which stand alone, and all else that training goes on from, into two files."""
+    state = {
+        "optimizer": training.optimizer.state_dict(),
+        "epoch": training.epoch,
+        "best_accuracy": training.best_accuracy,
+    }
+    if training.averaged:
+        state |= {"model": training.model.state_dict(), "n_averaged": training.averaged.n_averaged}
+    torch.save(training.evaluated.state_dict(), Path(folder) / WEIGHTS_FILE)
+    torch.save(state, Path(folder) / TRAINING_FILE)
+
+
+def load_checkpoint(training: Training, folder: str | Path) -> None:
+    """Restore what save_checkpoint wrote of a training with the same config, in place."""
+    training.evaluated.load_state_dict(torch.load(Path(folder) / WEIGHTS_FILE, weights_only=True))
+    state = torch.load(Path(folder) / TRAINING_FILE, weights_only=True)
+    if training.averaged:
+        training.model.load_state_dict(state["model"])
+        training.averaged.n_averaged.copy_(state["n_averaged"])
+    training.optimizer.load_state_dict(state["optimizer"])
+    training.epoch, training.best_accuracy = state["epoch"], state["best_accuracy"]
+
+
+def train_cifar(config: dict, dataset: Dataset) -> None:
+    """Train one trial under Ray Tune: report every epoch, with a checkpoint if it is the best so far or the last."""
+    if not torch.cuda.is_available():
+        torch.set_num_threads(max(1, int(tune.get_context().get_trial_resources().head_cpus)))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    training = new_training(config, len(dataset.classes), device)
+    if checkpoint := tune.get_checkpoint():
+        with checkpoint.as_directory() as folder:
+            load_checkpoint(training, folder)
+    for metrics in train_epochs(training, config, dataset, device):
+        improved = metrics["accuracy"] > training.best_accuracy
+        if not improved and training.epoch < config["epochs"]:
+            tune.report(metrics)
+            continue
+        training.best_accuracy = max(training.best_accuracy, metrics["accuracy"])
+        with tempfile.TemporaryDirectory() as folder:
+            save_checkpoint(training, folder)
+            tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(folder))
