@@ -6,7 +6,6 @@ and moved to a GPU in one copy. Cropping, flipping and normalising happen there,
 
 import contextlib
 import math
-import os
 import socket
 import sys
 import warnings
@@ -77,7 +76,9 @@ def load_cifar100(data_dir: str | Path) -> Dataset:
     """
     archive = Path(data_dir) / CIFAR100.filename
     if archive.exists() and not check_integrity(archive, CIFAR100.tgz_md5):
-        raise InputError(f"{archive} fails its MD5 checksum {CIFAR100.tgz_md5}: delete it, and run again to download it")
+        raise InputError(
+            f"{archive} fails its MD5 checksum {CIFAR100.tgz_md5}: delete it, and run again to download it"
+        )
     timeout = socket.getdefaulttimeout()
     try:
         socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
@@ -115,7 +116,9 @@ def load_folder(data_dir: str | Path) -> Dataset:
     train_images, train_labels, classes = _read_image_folder(Path(data_dir) / "train")
     test_images, test_labels, test_classes = _read_image_folder(Path(data_dir) / "test")
     if unknown := sorted(set(test_classes) - set(classes)):
-        raise InputError(f"{data_dir}/test has the class {unknown[0]!r}, which {data_dir}/train lacks: add or remove it")
+        raise InputError(
+            f"{data_dir}/test has the class {unknown[0]!r}, which {data_dir}/train lacks: add or remove it"
+        )
     counts = torch.bincount(train_labels, minlength=len(classes))
     if counts.min() < MIN_IMAGES_PER_CLASS:
         small = classes[int(counts.argmin())]
@@ -131,7 +134,9 @@ def load_folder(data_dir: str | Path) -> Dataset:
 def _read_image_folder(folder: Path) -> tuple[Tensor, Tensor, list[str]]:
     """Return images, uint8 (N, 32, 32, 3), labels, int64 (N,), and the class names of an ImageFolder."""
     if not folder.is_dir():
-        raise InputError(f"{folder} is no folder: --dataset folder needs train/<class>/ and test/<class>/ in --data-dir")
+        raise InputError(
+            f"{folder} is no folder: --dataset folder needs train/<class>/ and test/<class>/ in --data-dir"
+        )
     try:
         # Every file counts as an image, so that one which is none is named rather than skipped.
         folder_dataset = ImageFolder(
@@ -158,7 +163,7 @@ def _read_image_folder(folder: Path) -> tuple[Tensor, Tensor, list[str]]:
 
 
 def _is_ignored(path: str) -> bool:
-    name = os.path.basename(path)
+    name = Path(path).name
     return name.startswith(".") or name in IGNORED_FILES
 
 
@@ -324,7 +329,7 @@ class Batches:
 
 
 def reflect(index: Tensor) -> Tensor:
-    """Mirror pixel indices from -31 to 62 into 0 to 31, at the centre of the border pixels, as reflected padding does."""
+    """Mirror pixel indices from -31 to 62 into 0 to 31, about the border pixels, as reflected padding does."""
     last = IMAGE_SIZE - 1
     return last - (last - index.abs()).abs()
 

@@ -1,6 +1,5 @@
 """SmallResNet: a small CNN with skip connections for 32×32 colour images."""
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -43,6 +43,32 @@ SCHEDULES = {
 }
 
 
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+# What each key of a config may be: a test, and the words for it.
+CONFIG_KEYS = {
+    "epochs": (_whole, "a whole number of at least 1"),
+    "h_1": (_whole, "a whole number of at least 1"),
+    "h_2": (_whole, "a whole number of at least 1"),
+    "p_drop": (lambda v: _number(v) and 0 <= v < 1, "a number from 0 up to, not including, 1"),
+    "lr": (lambda v: _number(v) and v > 0, "a number above 0"),
+    "batch_size": (_whole, "a whole number of at least 1"),
+    "momentum": (lambda v: _number(v) and 0 <= v < 1, "a number from 0 up to, not including, 1"),
+    "weight_decay": (lambda v: _number(v) and v >= 0, "a number of at least 0"),
+    "nesterov": (lambda v: isinstance(v, bool), "True or False"),
+    "augment": (lambda v: isinstance(v, bool), "True or False"),
+    "schedule": (lambda v: isinstance(v, str) and v in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
+    "ema_decay": (lambda v: _number(v) and 0 <= v < 1, "a number from 0 up to, not including, 1"),
+    "seed": (lambda v: v == 0 or _whole(v), "a whole number of at least 0"),
+}
+
+
 @dataclass
 class Training:
     """All that a trial carries from one epoch to the next; a checkpoint holds it whole."""
@@ -87,6 +113,11 @@ def ema_update(decay: float) -> Callable:
         get_ema_multi_avg_fn(min(decay, (1 + float(n)) / (10 + float(n))))(averaged, current, n)
 
     return update
+
+
+def best_device() -> torch.device:
+    """Return the GPU that Ray gave this process, or the only one it sees, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -145,7 +176,7 @@ def train_epochs(training: Training, config: dict, dataset: Dataset, device: tor
             if training.averaged:
                 training.averaged.update_parameters(model)
             sums += torch.stack([loss.detach() * len(labels), (logits.detach().argmax(1) == labels).sum()])
-        train_loss, train_accuracy = (sums / len(batches.images)).tolist()
+        train_loss, train_accuracy = (total / len(batches.images) for total in sums.tolist())
         seconds = time.perf_counter() - start
         loss, accuracy = evaluate(training.evaluated, validation)
         training.epoch = epoch
@@ -179,8 +210,8 @@ def evaluate(model: nn.Module, batches: Batches) -> tuple[float, float]:
             logits = model(images)
             loss = F.cross_entropy(logits, labels, reduction="sum")
         sums += torch.stack([loss, (logits.argmax(1) == labels).sum()])
-    loss, accuracy = (sums / len(batches.images)).tolist()
-    return loss, accuracy
+    loss, correct = sums.tolist()
+    return loss / len(batches.images), correct / len(batches.images)
 
 
 def save_checkpoint(training: Training, folder: str | Path) -> None:
@@ -209,9 +240,8 @@ def load_checkpoint(training: Training, folder: str | Path) -> None:
 
 def train_cifar(config: dict, dataset: Dataset) -> None:
     """Train one trial under Ray Tune: report every epoch, with a checkpoint if it is the best so far or the last."""
-    if not torch.cuda.is_available():
-        torch.set_num_threads(max(1, int(tune.get_context().get_trial_resources().head_cpus)))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(max(1, int(tune.get_context().get_trial_resources().head_cpus)))
+    device = best_device()
     training = new_training(config, len(dataset.classes), device)
     if checkpoint := tune.get_checkpoint():
         with checkpoint.as_directory() as folder:

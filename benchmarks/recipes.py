@@ -1,6 +1,6 @@
 """Final validation accuracy of training recipes, with the same config at equal epochs, one seed after the other.
 
-    python -m benchmarks.recipes --dataset folder --data-dir data/imagenet32-a --epochs 10 --h-1 16 --h-2 64
+python -m benchmarks.recipes --dataset folder --data-dir data/imagenet32-a --epochs 10 --h-1 16 --h-2 64
 """
 
 import argparse
