@@ -7,11 +7,10 @@ import argparse
 import json
 import statistics
 from collections.abc import Sequence
-
-import torch
+from dataclasses import replace
 
 from data import Dataset, load_cifar100, load_folder, make_synthetic
-from train import new_training, train_epochs
+from train import best_device, new_training, train_epochs
 
 CONFIG = {"p_drop": 0.1, "lr": 0.02, "batch_size": 64, "momentum": 0.9}
 BASELINE = {"weight_decay": 0.0, "nesterov": False, "augment": False, "schedule": "constant", "ema_decay": 0.0}
@@ -27,9 +26,18 @@ RECIPES = {
 }
 
 
+def first_classes(dataset: Dataset, count: int) -> Dataset:
+    """Return the images of the first classes alone."""
+    parts = {"classes": dataset.classes[:count]}
+    for split in ("train", "val", "test"):
+        images, labels = getattr(dataset, f"{split}_images"), getattr(dataset, f"{split}_labels")
+        parts |= {f"{split}_images": images[labels < count], f"{split}_labels": labels[labels < count]}
+    return replace(dataset, **parts)
+
+
 def accuracies(config: dict, dataset: Dataset) -> list[float]:
     """Train on the best device here, and return the validation accuracy after each epoch."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     training = new_training(config, len(dataset.classes), device)
     return [metrics["accuracy"] for metrics in train_epochs(training, config, dataset, device)]
 
@@ -39,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", choices=("cifar100", "folder", "synthetic"), default="cifar100")
     parser.add_argument("--data-dir", default="data")
+    parser.add_argument("--classes", type=int, help="only the first so many, where time is short")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--h-1", type=int, default=64)
     parser.add_argument("--h-2", type=int, default=512)
@@ -48,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     load = {"cifar100": load_cifar100, "folder": load_folder, "synthetic": lambda _: make_synthetic()}
     dataset = load[args.dataset](args.data_dir)
+    if args.classes:
+        dataset = first_classes(dataset, args.classes)
     if not args.json:
         print(f"{'recipe':34} {'final':>7} {'best':>7}   mean accuracy after each epoch")
     for name in args.recipes:

@@ -1,0 +1,306 @@
+import contextlib
+import functools
+import hashlib
+import http.server
+import io
+import pickle
+import tarfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import torch
+from PIL import Image
+from torch.nn import functional as F
+from torchvision.datasets import CIFAR100
+from torchvision.transforms.functional import normalize, to_tensor
+
+from data import (
+    Batches,
+    InputError,
+    channel_statistics,
+    load_cifar100,
+    load_folder,
+    make_synthetic,
+    reflect,
+    stratified_split,
+)
+from train import new_training, train_epochs
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+
+
+def random_images(count: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(256, (count, 32, 32, 3), generator=generator, dtype=torch.uint8)
+
+
+def test_split_is_stratified_disjoint_and_always_the_same() -> None:
+    labels = torch.randint(7, (1000,), generator=torch.Generator().manual_seed(1))
+    train, val = stratified_split(labels)
+    assert sorted([*train.tolist(), *val.tolist()]) == list(range(1000))
+    for label in range(7):
+        assert (labels[val] == label).sum() == round(0.2 * int((labels == label).sum()))
+    assert all(torch.equal(a, b) for a, b in zip((train, val), stratified_split(labels), strict=True))
+    # Not simply the first of every class.
+    assert val.float().mean() == pytest.approx(500, abs=80)
+
+
+def test_statistics_are_those_of_the_float_images() -> None:
+    images = random_images(50)
+    images[..., 2] = 128
+    mean, std = channel_statistics(images)
+    pixels = images.reshape(-1, 3).double() / 255
+    assert mean == pytest.approx(pixels.mean(0).tolist())
+    assert std[:2] == pytest.approx(pixels.std(0, correction=0)[:2].tolist())
+    assert std[2] > 0
+
+
+def test_plain_batches_are_what_torchvision_makes() -> None:
+    images, labels = random_images(10), torch.arange(10)
+    batches = Batches(images, labels, 4, MEAN, STD)
+    assert len(batches) == 3
+    parts = list(batches.epoch())
+    assert [len(x) for x, _ in parts] == [4, 4, 2]
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x, _ in parts)
+    expected = torch.stack([normalize(to_tensor(image.numpy()), MEAN, STD) for image in images])
+    torch.testing.assert_close(torch.cat([x for x, _ in parts]), expected)
+    assert torch.cat([y for _, y in parts]).tolist() == list(range(10))
+
+
+def test_augmented_images_are_flipped_crops_of_the_reflected_image() -> None:
+    count = 300
+    images = random_images(count)
+    batches = Batches(images, torch.arange(count), 64, (0, 0, 0), (1 / 255,) * 3, shuffle=True, augment=True, seed=3)
+    padded = F.pad(images.permute(0, 3, 1, 2).float(), (4, 4, 4, 4), mode="reflect")
+    seen, crops = [], []
+    for batch, labels in batches.epoch(1):
+        for image, label in zip(batch, labels.tolist(), strict=True):
+            windows = padded[label].unfold(1, 32, 1).unfold(2, 32, 1).permute(1, 2, 0, 3, 4)  # (9, 9, 3, 32, 32)
+            both = torch.stack([windows, windows.flip(-1)])
+            match = (both == image).flatten(3).all(3).nonzero().tolist()
+            assert len(match) == 1
+            seen.append(label)
+            crops += match
+    assert sorted(seen) == list(range(count))
+    assert seen != list(range(count))
+    # 0.5 flipped, and every shift in either direction comes up.
+    assert 100 < sum(flip for flip, _, _ in crops) < 200
+    assert {row for _, row, _ in crops} == {column for _, _, column in crops} == set(range(9))
+
+
+def test_batches_depend_on_seed_and_epoch_alone() -> None:
+    images, labels = random_images(40), torch.arange(40)
+
+    def epoch(seed: int, number: int) -> torch.Tensor:
+        batches = Batches(images, labels, 16, MEAN, STD, shuffle=True, augment=True, seed=seed)
+        torch.rand(int(torch.randint(5, (1,))))  # the global generator has no say
+        return torch.cat([x for x, _ in batches.epoch(number)])
+
+    assert torch.equal(epoch(0, 1), epoch(0, 1))
+    different = [epoch(0, 1), epoch(0, 2), epoch(1, 1), epoch(1, 2)]
+    assert not any(torch.equal(a, b) for i, a in enumerate(different) for b in different[:i])
+
+
+def test_reflect_is_its_own_reference() -> None:
+    padded = F.pad(torch.arange(32.0).view(1, 1, 32), (4, 4), mode="reflect").flatten()
+    assert reflect(torch.arange(-4, 36)).tolist() == padded.tolist()
+
+
+def test_synthetic_images_are_learnable_but_not_by_a_linear_model() -> None:
+    dataset = make_synthetic(num_train=2500, num_test=500, num_classes=10)
+    assert torch.equal(dataset.train_images, make_synthetic(2500, 500, 10).train_images)
+    assert not torch.equal(dataset.train_images, make_synthetic(2500, 500, 10, seed=1).train_images)
+    assert torch.bincount(dataset.train_labels).tolist() == [200] * 10
+    assert torch.bincount(dataset.test_labels).tolist() == [50] * 10
+
+    def flat(images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1).double() / 255 - 0.5
+
+    # Ridge regression on the pixels, at the best of several strengths.
+    x, y = flat(dataset.train_images), F.one_hot(dataset.train_labels).double()
+    linear = max(
+        (flat(dataset.val_images) @ (x.T @ torch.linalg.solve(x @ x.T + strength * torch.eye(len(x)), y)))
+        .argmax(1)
+        .eq(dataset.val_labels)
+        .double()
+        .mean()
+        .item()
+        for strength in (1.0, 100.0, 10_000.0)
+    )
+
+    def network(h_2: int, lr: float) -> float:
+        config = {
+            "epochs": 4, "h_1": 16, "h_2": h_2, "p_drop": 0.1, "lr": lr, "batch_size": 32, "momentum": 0.9,
+            "weight_decay": 5e-4, "nesterov": True, "augment": True, "schedule": "cooldown", "ema_decay": 0.998,
+            "seed": 0,
+        }  # fmt: skip
+        device = torch.device("cpu")
+        training = new_training(config, 10, device)
+        return [metrics["accuracy"] for metrics in train_epochs(training, config, dataset, device)][-1]
+
+    good = network(64, 0.01)
+    assert linear < 0.25
+    assert good > 0.6
+    assert network(2, 0.01) < good - 0.2  # width matters
+    assert network(64, 1e-5) < good - 0.2  # the learning rate matters
+
+
+def test_dataset_is_mapped_not_copied_by_ray(ray_started: None) -> None:
+    dataset = make_synthetic(num_train=100, num_test=10, num_classes=10)
+    reference = ray.put(dataset)
+    mapped = ray.get(reference)
+    assert vars(mapped).keys() == vars(dataset).keys()
+    for name, value in vars(dataset).items():
+        same = (
+            torch.equal(value, vars(mapped)[name]) if isinstance(value, torch.Tensor) else value == vars(mapped)[name]
+        )
+        assert same, name
+    again = ray.get(reference)
+    assert mapped.train_images.data_ptr() == again.train_images.data_ptr()  # both are Ray's shared memory
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------
+
+
+def test_folder_is_read_as_it_is(make_folder: Callable) -> None:
+    folder = make_folder({"train": {"ant": 5, "bee": 10, "cat": 5}, "test": {"cat": 2, "bee": 1}})
+    (folder / "train" / "ant" / ".DS_Store").write_text("left by a desktop")
+    dataset = load_folder(folder)
+    assert dataset.classes == ("ant", "bee", "cat")
+    assert (len(dataset.train_images), len(dataset.val_images), len(dataset.test_images)) == (16, 4, 3)
+    assert dataset.val_labels.tolist() == [0, 1, 1, 2]
+    assert dataset.test_labels.tolist() == [1, 2, 2]  # numbered as in train/, though test/ has no ants
+    first = np.array(Image.open(folder / "test" / "bee" / "000.png"))
+    assert np.array_equal(dataset.test_images[0].numpy(), first)
+
+
+def test_folder_takes_any_format_and_size(make_folder: Callable, capsys: pytest.CaptureFixture) -> None:
+    folder = make_folder({"train": {"a": 5, "b": 5}, "test": {"a": 1, "b": 1}}, size=(40, 20))
+    plain = Image.new("RGB", (32, 32), (200, 100, 50))
+    plain.save(folder / "test" / "a" / "x.bmp")
+    plain.convert("P").save(folder / "test" / "a" / "y.gif")
+    plain.convert("L").save(folder / "test" / "a" / "z.jpg")
+    plain.convert("RGBA").save(folder / "test" / "a" / "zz.webp", lossless=True)
+    dataset = load_folder(folder)
+    assert dataset.train_images.shape == (8, 32, 32, 3)
+    bmp, _, grey, webp = dataset.test_images[1:5]
+    assert bmp[0, 0].tolist() == webp[0, 0].tolist() == [200, 100, 50]
+    assert len(set(grey[0, 0].tolist())) == 1
+    assert capsys.readouterr().err.count("resized to 32×32") == 2  # once for train/, once for test/
+
+
+def unreadable(folder: Path) -> None:
+    (folder / "train" / "a" / "note.txt").write_text("no image")
+
+
+def truncated(folder: Path) -> None:
+    path = folder / "test" / "b" / "000.png"
+    path.write_bytes(path.read_bytes()[:500])
+
+
+def empty_class(folder: Path) -> None:
+    (folder / "train" / "c").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("splits", "spoil", "words"),
+    [
+        ({}, None, "train is no folder"),
+        ({"train": {"a": 5}}, None, "test is no folder"),
+        ({"train": {}, "test": {"a": 1}}, lambda folder: (folder / "train").mkdir(), "train has no class folders"),
+        ({"train": {"a": 5, "b": 5}, "test": {"b": 1}}, unreadable, "note.txt cannot be read as an image"),
+        ({"train": {"a": 5, "b": 5}, "test": {"b": 1}}, truncated, "000.png cannot be read as an image"),
+        ({"train": {"a": 5, "b": 5}, "test": {"b": 1}}, empty_class, "c has no images"),
+        ({"train": {"a": 5, "b": 4}, "test": {"b": 1}}, None, "b has 4 images, but a class needs at least 5"),
+        ({"train": {"a": 5}, "test": {"a": 1, "zebra": 1}}, None, "the class 'zebra', which .* lacks"),
+    ],
+)
+def test_bad_folders_are_refused(
+    make_folder: Callable, tmp_path: Path, splits: dict, spoil: Callable, words: str
+) -> None:
+    make_folder(splits)
+    if spoil:
+        spoil(tmp_path)
+    with pytest.raises(InputError, match=words):
+        load_folder(tmp_path)
+
+
+# --- CIFAR-100 --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cifar_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[np.ndarray, list[int]]]:
+    """Serve a small archive in CIFAR-100's format where torchvision looks for it; yields its test images and labels."""
+    rng = np.random.default_rng(0)
+    contents = {"meta": {"fine_label_names": [f"class {i:02}" for i in range(100)]}}
+    for split, per_class in (("train", 5), ("test", 1)):
+        data = rng.integers(0, 256, (100 * per_class, 3072), dtype=np.uint8)
+        labels = rng.permutation(np.repeat(np.arange(100), per_class)).tolist()
+        contents[split] = {"data": data, "fine_labels": labels, "coarse_labels": [0] * len(labels)}
+    served = tmp_path / "served"
+    served.mkdir()
+    sums = {}
+    with tarfile.open(served / CIFAR100.filename, "w:gz") as archive:
+        for name, content in contents.items():
+            pickled = pickle.dumps(content, protocol=2)
+            sums[name] = hashlib.md5(pickled).hexdigest()
+            info = tarfile.TarInfo(f"{CIFAR100.base_folder}/{name}")
+            info.size = len(pickled)
+            archive.addfile(info, io.BytesIO(pickled))
+    monkeypatch.setattr(CIFAR100, "tgz_md5", hashlib.md5((served / CIFAR100.filename).read_bytes()).hexdigest())
+    monkeypatch.setattr(CIFAR100, "train_list", [["train", sums["train"]]])
+    monkeypatch.setattr(CIFAR100, "test_list", [["test", sums["test"]]])
+    monkeypatch.setattr(CIFAR100, "meta", CIFAR100.meta | {"md5": sums["meta"]})
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=served)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        monkeypatch.setattr(CIFAR100, "url", f"http://127.0.0.1:{server.server_port}/{CIFAR100.filename}")
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield contents["test"]["data"], contents["test"]["fine_labels"]
+        with contextlib.suppress(Exception):
+            server.shutdown()
+        thread.join()
+
+
+def test_cifar100_is_downloaded_once(cifar_server: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data_dir = tmp_path / "data"
+    dataset = load_cifar100(data_dir)
+    assert (len(dataset.train_images), len(dataset.val_images), len(dataset.test_images)) == (400, 100, 100)
+    assert torch.bincount(dataset.val_labels).tolist() == [1] * 100
+    assert dataset.classes[42] == "class 42"
+    pixels, labels = cifar_server
+    assert np.array_equal(dataset.test_images.numpy(), pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+    assert dataset.test_labels.tolist() == labels
+    monkeypatch.setattr(CIFAR100, "url", "http://127.0.0.1:9/nobody")
+    assert torch.equal(load_cifar100(data_dir).train_images, dataset.train_images)
+
+
+def test_archive_that_fails_its_checksum_is_refused(cifar_server: tuple, tmp_path: Path) -> None:
+    data_dir = tmp_path / "data"
+    data_dir.mkdir()
+    archive = data_dir / CIFAR100.filename
+    archive.write_bytes(b"half of an archive")
+    with pytest.raises(InputError, match=r"cifar-100-python.tar.gz fails its MD5 checksum"):
+        load_cifar100(data_dir)
+    assert archive.read_bytes() == b"half of an archive"  # what the user put there is the user's to delete
+
+
+def test_download_that_fails_its_checksum_is_refused_and_not_kept(
+    cifar_server: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CIFAR100, "tgz_md5", "0" * 32)
+    with pytest.raises(InputError, match="cannot be downloaded"):
+        load_cifar100(tmp_path / "data")
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+def test_without_network_the_sentence_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CIFAR100, "url", f"http://127.0.0.1:9/{CIFAR100.filename}")
+    with pytest.raises(InputError) as caught:
+        load_cifar100(tmp_path / "data")
+    for words in (str(tmp_path / "data"), CIFAR100.filename, "--dataset synthetic"):
+        assert words in str(caught.value)

@@ -1,0 +1,182 @@
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from data import Batches, Dataset
+from hparam_search import BASELINE_RECIPE, param_space
+from model import SmallResNet
+from train import (
+    SCHEDULES,
+    WEIGHTS_FILE,
+    Training,
+    ema_update,
+    evaluate,
+    evaluation_batches,
+    load_checkpoint,
+    new_training,
+    save_checkpoint,
+    train_epochs,
+)
+
+CPU = torch.device("cpu")
+CONFIG = param_space | {"epochs": 4, "h_1": 4, "h_2": 8, "p_drop": 0.3, "lr": 0.05, "batch_size": 32, "seed": 5}
+RECIPES = {
+    "default": CONFIG,
+    "baseline": CONFIG | BASELINE_RECIPE,
+    "one_cycle": CONFIG | {"schedule": "one_cycle"},
+    "cosine, no average": CONFIG | {"schedule": "cosine", "ema_decay": 0.0},
+}
+
+
+def without_speed(metrics: dict) -> dict:
+    return {name: value for name, value in metrics.items() if name != "images_per_second"}
+
+
+def weights(training: Training) -> torch.Tensor:
+    return torch.cat([value.flatten().float() for value in training.evaluated.state_dict().values()])
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_restored_training_goes_on_bit_for_bit(recipe: str, small_dataset: Dataset, tmp_path: Path) -> None:
+    config = RECIPES[recipe]
+    whole = new_training(config, 5, CPU)
+    expected = [without_speed(metrics) for metrics in train_epochs(whole, config, small_dataset, CPU)]
+    assert [metrics["epoch"] for metrics in expected] == [1, 2, 3, 4]
+
+    first = new_training(config, 5, CPU)
+    epochs = train_epochs(first, config, small_dataset, CPU)
+    observed = [without_speed(next(epochs)), without_speed(next(epochs))]
+    first.best_accuracy = 0.25
+    save_checkpoint(first, tmp_path)
+    torch.rand(3)  # whatever happens to the global generator in between
+    second = new_training(config | {"seed": 6}, 5, CPU)  # other weights, all of which the checkpoint replaces
+    load_checkpoint(second, tmp_path)
+    assert (second.epoch, second.best_accuracy) == (2, 0.25)
+    observed += [without_speed(metrics) for metrics in train_epochs(second, config, small_dataset, CPU)]
+
+    assert observed == expected
+    assert torch.equal(weights(whole), weights(second))
+    assert list(train_epochs(second, config, small_dataset, CPU)) == []
+
+
+def test_weights_file_stands_alone(small_dataset: Dataset, tmp_path: Path) -> None:
+    training = new_training(CONFIG, 5, CPU)
+    metrics = next(train_epochs(training, CONFIG, small_dataset, CPU))
+    save_checkpoint(training, tmp_path)
+    model = SmallResNet(4, 8, 0.3, 5)
+    model.load_state_dict(torch.load(tmp_path / WEIGHTS_FILE, weights_only=True))
+    images = (small_dataset.val_images.float() / 255 - torch.tensor(small_dataset.mean)) / torch.tensor(
+        small_dataset.std
+    )
+    logits = model.eval()(images.permute(0, 3, 1, 2))
+    assert F.cross_entropy(logits, small_dataset.val_labels).item() == pytest.approx(metrics["loss"], rel=1e-2)
+    assert (logits.argmax(1) == small_dataset.val_labels).float().mean().item() == pytest.approx(
+        metrics["accuracy"], abs=0.02
+    )
+
+
+def test_loop_is_sgd_with_momentum_on_the_cross_entropy(
+    small_dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The baseline's recipe, against a loop that says in the fewest words what it is."""
+    monkeypatch.setattr("train.autocast_dtype", lambda device: None)
+    config = CONFIG | BASELINE_RECIPE | {"p_drop": 0.0, "epochs": 2, "lr": 0.01}
+    torch.manual_seed(config["seed"])
+    model = SmallResNet(4, 8, 0.0, 5)
+    velocity = [torch.zeros_like(parameter) for parameter in model.parameters()]
+    data = small_dataset
+    batches = Batches(data.train_images, data.train_labels, 32, data.mean, data.std, shuffle=True, seed=config["seed"])
+    training = new_training(config, 5, CPU)
+    for metrics in train_epochs(training, config, data, CPU):
+        losses, correct = [], 0
+        model.train()
+        for images, labels in batches.epoch(metrics["epoch"]):
+            logits = model(images)
+            loss = F.cross_entropy(logits, labels)
+            gradients = torch.autograd.grad(loss, list(model.parameters()))
+            with torch.no_grad():
+                for parameter, gradient, v in zip(model.parameters(), gradients, velocity, strict=True):
+                    v.mul_(0.9).add_(gradient)
+                    parameter.sub_(0.01 * v)
+            losses += [loss.item()] * len(labels)
+            correct += (logits.argmax(1) == labels).sum().item()
+        assert metrics["train_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-3)
+        assert metrics["train_accuracy"] == pytest.approx(correct / len(losses), abs=0.01)
+        with torch.no_grad():
+            logits = model.eval()(
+                next(evaluation_batches(data.val_images, data.val_labels, data.mean, data.std, CPU).epoch())[0]
+            )
+        assert metrics["loss"] == pytest.approx(F.cross_entropy(logits, data.val_labels).item(), rel=1e-3)
+        assert metrics["lr"] == 0.01
+
+
+def test_evaluation_counts_every_image_once(small_dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.EVALUATION_BATCH_SIZE", 7)  # the last batch is smaller
+    model = new_training(CONFIG, 5, CPU).model
+    images, labels, data = small_dataset.val_images, small_dataset.val_labels, small_dataset
+    loss, accuracy = evaluate(model, evaluation_batches(images, labels, data.mean, data.std, CPU))
+    single = [
+        evaluate(model, evaluation_batches(images[i : i + 1], labels[i : i + 1], data.mean, data.std, CPU))
+        for i in range(len(images))
+    ]
+    assert loss == pytest.approx(sum(each[0] for each in single) / len(images), rel=1e-2)
+    assert accuracy == pytest.approx(sum(each[1] for each in single) / len(images), abs=0.02)
+
+
+def test_average_forgets_the_first_steps_then_decays() -> None:
+    update = ema_update(0.9)
+    averaged = [torch.zeros(2), torch.zeros(1)]
+    expected = 0.0
+    for n in range(1, 200):
+        update(averaged, [torch.full((2,), float(n)), torch.full((1,), -float(n))], torch.tensor(n))
+        decay = min(0.9, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * n
+    assert averaged[0].tolist() == pytest.approx([expected] * 2)
+    assert averaged[1].item() == pytest.approx(-expected)
+
+
+def test_schedules_peak_at_the_given_rate_and_anneal() -> None:
+    steps = [i / 1000 for i in range(1000)]
+    for name, schedule in SCHEDULES.items():
+        rates = [schedule(t) for t in steps]
+        assert max(rates) == pytest.approx(1.0, abs=5e-3), name
+        assert all(0 < rate <= 1 for rate in rates), name
+        if name != "constant":
+            assert rates[-1] < 0.01, name
+    assert all(SCHEDULES["constant"](t) == 1 for t in steps)
+    # What the scheduler compares until the last third is trained at one rate.
+    assert all(SCHEDULES["cooldown"](t) == 1 for t in steps if t <= 0.7)
+
+
+def test_training_learns_and_reports_the_schedule(small_dataset: Dataset) -> None:
+    config = CONFIG | {"h_1": 8, "h_2": 32, "epochs": 6, "lr": 0.02, "p_drop": 0.1}
+    metrics = list(train_epochs(new_training(config, 5, CPU), config, small_dataset, CPU))
+    assert metrics[-1]["train_loss"] < metrics[0]["train_loss"] < math.log(5) * 1.2
+    assert metrics[-1]["accuracy"] > 0.3
+    assert metrics[0]["lr"] == 0.02
+    assert metrics[-1]["lr"] < 0.002
+    assert all(each["images_per_second"] > 0 for each in metrics)
+
+
+@pytest.mark.gpu
+def test_gpu_trains_validates_and_restores(small_dataset: Dataset, tmp_path: Path) -> None:
+    gpu = torch.device("cuda")
+    config = CONFIG | {"h_1": 8, "h_2": 32, "epochs": 6, "lr": 0.02}
+    training = new_training(config, 5, gpu)
+    epochs = train_epochs(training, config, small_dataset, gpu)
+    first = next(epochs)
+    save_checkpoint(training, tmp_path)
+    restored = new_training(config, 5, gpu)
+    load_checkpoint(restored, tmp_path)
+    rest = list(train_epochs(restored, config, small_dataset, gpu))
+    assert [metrics["epoch"] for metrics in rest] == [2, 3, 4, 5, 6]
+    assert rest[-1]["train_loss"] < first["train_loss"]
+    # The weights are the same model on the CPU.
+    model = SmallResNet(8, 32, 0.3, 5)
+    model.load_state_dict(torch.load(tmp_path / WEIGHTS_FILE, weights_only=True, map_location="cpu"))
+    data = small_dataset
+    loss, _ = evaluate(model, evaluation_batches(data.val_images, data.val_labels, data.mean, data.std, CPU))
+    assert loss == pytest.approx(first["loss"], rel=0.05)
