@@ -47,6 +47,7 @@ from report import (
     recap,
     recap_best,
     save_best_model,
+    shown,
     write_results,
     write_whole,
 )
@@ -221,7 +222,10 @@ def check_param_space(space: dict) -> None:
     for key, (valid, words) in CONFIG_KEYS.items():
         if key not in space:
             raise InputError(f"param_space lacks {key!r}: give it a value, {words}")
-        for value in possible_values(space[key]):
+        values = possible_values(space[key])
+        if not values and not isinstance(space[key], Domain):
+            raise InputError(f"param_space[{key!r}] is {space[key]!r}, but a grid_search needs a list of values")
+        for value in values:
             if not valid(value):
                 raise InputError(f"param_space[{key!r}] can be {value!r}, but must be {words}")
     if isinstance(space["epochs"], dict | Domain):
@@ -235,7 +239,7 @@ def check_param_space(space: dict) -> None:
 def possible_values(entry: object) -> list:
     """Return all values that an entry of param_space can take, or the ends of a range; of a function, none."""
     if isinstance(entry, dict) and set(entry) == {"grid_search"}:
-        return list(entry["grid_search"])
+        return list(entry["grid_search"]) if isinstance(entry["grid_search"], list | tuple) else []
     if isinstance(entry, Categorical):
         return list(entry.categories)
     if isinstance(entry, Integer):
@@ -278,16 +282,28 @@ def share_resources(settings: dict) -> tuple[dict[str, float], str]:
     return {"cpu": cpu, "gpu": gpu}, f"{at_once * cpu}/{cpus} CPUs, {at_once * gpu:g}/{gpus} GPUs"
 
 
+def is_news(record: logging.LogRecord) -> bool:
+    """Filter what Ray logs: what main says itself, in this script's terms, is no news."""
+    said = (
+        "Stop signal received",
+        "Trials did not complete",
+        "Experiment has been interrupted",
+        "Token authentication",
+    )
+    return not record.getMessage().startswith(said)
+
+
 @contextlib.contextmanager
 def running_ray() -> Iterator[None]:
     """Start Ray, or join the cluster that RAY_ADDRESS names, and leave it as it was found."""
     if ray.is_initialized():
         yield
         return
-    options = {} if "RAY_ADDRESS" in os.environ else {"include_dashboard": False}
     # Workers import train and data from here, wherever the search was started from.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
-    ray.init(log_to_driver=False, logging_level=logging.WARNING, **options)
+    for name in ("ray.tune.tune", "ray._private.authentication.authentication_token_setup"):
+        logging.getLogger(name).addFilter(is_news)
+    ray.init(log_to_driver=False, logging_level=logging.WARNING, include_dashboard=False)
     try:
         yield
     finally:
@@ -306,7 +322,7 @@ def stopping_on_signals() -> Iterator[list[int]]:
         received.append(number)
         # SIGUSR1 is what Tune, once it runs, ends on in good order, as it would on SIGINT.
         if len(received) > 1 or not callable(signal.getsignal(signal.SIGUSR1)):
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(number)
         print("\nStopping the trials; press Ctrl-C again to leave at once.", file=sys.stderr)
         signal.raise_signal(signal.SIGUSR1)
 
@@ -319,7 +335,7 @@ def stopping_on_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def new_tuner(num_samples: int, space: dict, trainable: Callable, folder: Path) -> tune.Tuner:
+def new_tuner(settings: dict, space: dict, trainable: Callable, folder: Path) -> tune.Tuner:
     """Return the Tuner of a new search."""
     return tune.Tuner(
         trainable,
@@ -327,8 +343,8 @@ def new_tuner(num_samples: int, space: dict, trainable: Callable, folder: Path) 
         tune_config=tune.TuneConfig(
             metric="loss",
             mode="min",
-            num_samples=num_samples,
-            search_alg=BasicVariantGenerator(random_state=space["seed"] if isinstance(space["seed"], int) else 0),
+            num_samples=settings["num_samples"],
+            search_alg=BasicVariantGenerator(random_state=settings["seed"]),
             scheduler=ASHAScheduler(
                 time_attr="epoch",
                 max_t=space["epochs"],
@@ -374,19 +390,21 @@ def new_search(settings: dict) -> int:
     check_param_space(space)
     folder = Path(settings["output_dir"]).resolve() / settings["name"]
     if folder.exists():
-        raise InputError(f"--name {settings['name']} is taken by {folder}: choose another, or --resume that folder")
+        raise InputError(
+            f"--name {settings['name']} is taken by {shown(folder)}: choose another, or --resume that folder"
+        )
     dataset = load_dataset(settings)
     settings["data_dir"] = str(Path(settings["data_dir"]).resolve())  # --resume may be called from elsewhere
     settings |= {"num_trials": count_trials(space, settings["num_samples"]), "seconds": 0.0}
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be made ({error.strerror}): choose another --output-dir") from error
     start = time.monotonic()
     with stopping_on_signals() as signals, running_ray():
         resources, settings["resource_usage"] = share_resources(settings)
-        try:
-            folder.mkdir(parents=True)
-        except OSError as error:
-            raise InputError(f"{folder} cannot be made ({error.strerror}): choose another --output-dir") from error
         write_whole(folder / SEARCH_FILE, json.dumps(settings, indent=2))
-        new_tuner(settings["num_samples"], space, trainable(dataset, resources), folder).fit()
+        new_tuner(settings, space, trainable(dataset, resources), folder).fit()
     return wrap_up(settings, dataset, folder, time.monotonic() - start, signals)
 
 
@@ -444,7 +462,7 @@ def wrap_up(settings: dict, dataset: Dataset, folder: Path, seconds: float, sign
 
 def resume_command(folder: Path) -> str:
     """Return the command line that continues the search in folder."""
-    return shlex.join(["python", os.path.relpath(__file__), "--resume", os.path.relpath(folder)])
+    return shlex.join(["python", shown(Path(__file__).resolve()), "--resume", shown(folder)])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -460,9 +478,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"hparam_search.py: {error}.", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("Interrupted. What was reported is kept: see --resume.", file=sys.stderr)
-        return 128 + signal.SIGINT
+    except KeyboardInterrupt as interrupt:
+        print("Left at once: --resume continues a search whose first trial had begun.", file=sys.stderr)
+        return 128 + (interrupt.args or (signal.SIGINT,))[0]
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shlex
 import shutil
 from collections import Counter
 from datetime import datetime
@@ -198,11 +199,16 @@ def recap_best(results: list[dict], metrics: dict, folder: Path) -> str:
             f"  validation loss: {metrics['val_loss']:.4f}",
             f"  validation accuracy: {metrics['val_accuracy']:.4f}",
             f"  test accuracy: {metrics['test_accuracy']:.4f}",
-            f"Best model: {folder / 'best_model'}",
-            f"TensorBoard: tensorboard --logdir {folder.parent}",
+            f"Best model: {shown(folder / 'best_model')}",
+            f"TensorBoard: {shlex.join(['tensorboard', '--logdir', shown(folder.parent)])}",
             f"Early stopping saved {saved} of {planned} epochs.",
         ]
     )
+
+
+def shown(path: Path) -> str:
+    """Return an absolute path as one would type it: relative where it is below the working directory."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def boxed_table(header: list[str], rows: list[list]) -> str:

@@ -1,0 +1,348 @@
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from ray import tune
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import hparam_search
+from hparam_search import BASELINE_RECIPE, EarlyStopping, check_param_space, main, param_space
+from model import SmallResNet
+from tests.conftest import REPOSITORY
+from train import evaluate, evaluation_batches, train_cifar
+
+SMALL = {"num_train": 500, "num_test": 200, "num_classes": 5}
+
+
+@pytest.fixture
+def small_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make --quick smaller yet: 4 trials of 400 training images."""
+    monkeypatch.setattr(hparam_search, "QUICK_IMAGES", SMALL)
+    monkeypatch.setattr(hparam_search, "QUICK_SPACE", hparam_search.QUICK_SPACE | {"h_1": 4})
+
+
+@pytest.fixture
+def one_trial(small_search: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the arguments for a search of a single trial."""
+    monkeypatch.setattr(hparam_search, "QUICK_SPACE", hparam_search.QUICK_SPACE | {"h_2": 32})
+    return ["--quick", "--num-samples", "1"]
+
+
+def trainable_of(function: Callable) -> Callable:
+    """Return a stand-in for hparam_search.trainable that runs function in place of train_cifar."""
+    return lambda dataset, resources: tune.with_resources(tune.with_parameters(function, dataset=dataset), resources)
+
+
+def read_csv(folder: Path) -> list[dict[str, str]]:
+    with (folder / "results.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def reported_epochs(folder: Path) -> dict[str, list[int]]:
+    """Return, for each trial, the epochs it reported, in order."""
+    files = folder.glob("*/result.json")
+    return {file.parent.name: [json.loads(line)["epoch"] for line in file.read_text().splitlines()] for file in files}
+
+
+def test_whole_search(ray_started: None, small_search: None, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = tmp_path / "first"
+    command = ["--quick", "--max-epochs", "5", "--output-dir", str(tmp_path), "--name"]
+    assert main([*command, "first"]) == 0
+    printed = capsys.readouterr()
+    assert "Traceback" not in printed.out + printed.err
+
+    # results.csv: a row a trial, the best epoch among those done.
+    rows = read_csv(folder)
+    assert [row["status"] for row in rows] == ["TERMINATED"] * 4
+    assert sorted(row["h_2"] for row in rows) == ["32", "32", "64", "64"]
+    done = reported_epochs(folder)
+    for row in rows:
+        epochs = int(row["epochs"])
+        assert done[f"train_cifar_{row['trial_id']}"] == list(range(1, epochs + 1))
+        assert 1 <= int(row["best_epoch"]) <= epochs <= 5 == int(row["max_epochs"])
+        assert float(row["best_accuracy"]) >= float(row["accuracy"])
+    assert max(int(row["epochs"]) for row in rows) == 5
+
+    # best_model/: rebuilt from its own files alone, it has the accuracies that were reported.
+    model_folder = folder / "best_model"
+    description = json.loads((model_folder / "config.json").read_text())
+    metrics = json.loads((model_folder / "metrics.json").read_text())
+    best = max(rows, key=lambda row: float(row["best_accuracy"]))
+    assert metrics["val_accuracy"] == float(best["best_accuracy"])
+    if best["trial_id"] == metrics["trial_id"]:
+        assert metrics["epoch"] == int(best["best_epoch"])
+    config = description["hyperparameters"]
+    model = SmallResNet(config["h_1"], config["h_2"], config["p_drop"], len(description["classes"]))
+    model.load_state_dict(torch.load(model_folder / "weights.pt", weights_only=True))
+    data = hparam_search.make_synthetic(**SMALL)
+    for images, labels, name in (
+        (data.val_images, data.val_labels, "val"),
+        (data.test_images, data.test_labels, "test"),
+    ):
+        batches = evaluation_batches(images, labels, description["mean"], description["std"], torch.device("cpu"))
+        loss, accuracy = evaluate(model, batches)
+        assert accuracy == pytest.approx(metrics[f"{name}_accuracy"], abs=0.011)
+        assert loss == pytest.approx(metrics[f"{name}_loss"], rel=0.02)
+
+    # Disk: of each trial one model at most, without what only training needs.
+    checkpoints = list(folder.glob("*/checkpoint_*"))
+    assert len(checkpoints) == 4
+    assert all([path.name for path in checkpoint.iterdir()] == ["weights.pt"] for checkpoint in checkpoints)
+    assert {row["checkpoint"] for row in rows} == {path.relative_to(folder).as_posix() for path in checkpoints}
+
+    # TensorBoard: the curves of every trial, and its hyperparameters.
+    for trial, epochs in done.items():
+        events = EventAccumulator(str(folder / trial)).Reload()
+        assert [event.step for event in events.Scalars("ray/tune/accuracy")] == epochs
+        assert {"ray/tune/loss", "ray/tune/train_loss", "ray/tune/lr"} <= set(events.Tags()["scalars"])
+        assert "_hparams_/session_start_info" in events.summary_metadata
+
+    # The terminal: the recap, the best trial, and nothing for each epoch.
+    out = printed.out
+    assert "Trial status: 4 TERMINATED" in out
+    assert re.search(r"Current time: .*Total running time: \d+", out)
+    assert re.search(r"Logical resource usage: \d+/\d+ CPUs, \d+/\d+ GPUs", out)
+    assert re.search(r"Current best trial: \w+ with loss=[\d.]+ and params=\{", out)
+    header = next(line for line in out.splitlines() if line.startswith("│ Trial name"))
+    columns = ["Trial name", "status", "p_drop", "lr", "h_1", "h_2", "iter", "total time (s)", "loss", "accuracy"]
+    assert re.split(r"\s{2,}", header.strip("│ ")) == columns
+    assert f"test accuracy: {metrics['test_accuracy']:.4f}" in out
+    saved = 20 - sum(int(row["epochs"]) for row in rows)
+    assert f"Early stopping saved {saved} of 20 epochs." in out
+    assert len(out.splitlines()) < 80
+
+    # The same command draws the same trials, and trains them to the same numbers as far as they go.
+    assert main([*command, "second"]) == 0
+    for one, two in zip(rows, read_csv(tmp_path / "second"), strict=True):
+        assert (one["lr"], one["p_drop"], one["h_2"]) == (two["lr"], two["p_drop"], two["h_2"])
+        if one["epochs"] == two["epochs"]:
+            assert (one["loss"], one["best_accuracy"]) == (two["loss"], two["best_accuracy"])
+
+    # Resuming a search that has finished tells its end again, and trains nothing.
+    capsys.readouterr()
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert main(["--resume", str(folder)]) == 0
+    again = capsys.readouterr().out
+    assert again.splitlines()[-8:] == out.splitlines()[-8:]
+    assert "Trial status: 4 TERMINATED" in again
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_trial_that_dies_goes_on_from_its_checkpoint(
+    ray_started: None, one_trial: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dies_once(config: dict, dataset: object) -> None:
+        """Kill the process in its third epoch, the first time."""
+        report, marker = tune.report, tmp_path / "died"
+
+        def deadly_report(metrics: dict, **kwargs: object) -> None:
+            if metrics["epoch"] == 3 and not marker.exists():
+                marker.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            report(metrics, **kwargs)
+
+        tune.report = deadly_report
+        try:
+            train_cifar(config, dataset)
+        finally:
+            tune.report = report
+
+    monkeypatch.setattr(hparam_search, "trainable", trainable_of(dies_once))
+    assert main([*one_trial, "--output-dir", str(tmp_path), "--name", "deadly"]) == 0
+    assert (tmp_path / "died").exists()
+    assert [row["status"] for row in read_csv(tmp_path / "deadly")] == ["TERMINATED"]
+    (epochs,) = reported_epochs(tmp_path / "deadly").values()
+    # Back to the last checkpoint, not to the start: at most the one epoch after it comes twice, and none is left out.
+    assert epochs in ([1, 2, 3, 4], [1, 2, 2, 3, 4])
+
+
+def test_search_whose_trials_all_fail(
+    ray_started: None,
+    one_trial: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    def fails(config: dict, dataset: object) -> None:
+        raise RuntimeError("the reason why")
+
+    monkeypatch.setattr(hparam_search, "trainable", trainable_of(fails))
+    assert main([*one_trial, "--output-dir", str(tmp_path), "--name", "failing"]) == 1
+    assert "the reason why" in capsys.readouterr().err
+    assert [row["status"] for row in read_csv(tmp_path / "failing")] == ["ERROR"]
+    assert not (tmp_path / "failing" / "best_model").exists()
+
+
+def test_interrupted_search_is_resumed(make_folder: Callable, tmp_path: Path) -> None:
+    images = make_folder({"train": {"a": 60, "b": 60}, "test": {"a": 5, "b": 5}})
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    script = str(REPOSITORY / "hparam_search.py")
+    command = [
+        sys.executable,
+        script,
+        "--quick",
+        "--dataset",
+        "folder",
+        "--data-dir",
+        str(images),
+        "--max-epochs",
+        "300",
+    ]
+    options = {"cwd": tmp_path, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": environment}
+    process = subprocess.Popen([*command, "--output-dir", "out", "--name", "it"], **options)
+    folder = tmp_path / "out" / "it"
+    deadline = time.monotonic() + 120
+    while len(list(folder.glob("*/checkpoint_*/training.pt"))) < 2 and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in out + err
+    resume = out.strip().splitlines()[-1]
+    assert resume == f"Interrupted. To go on: python {script} --resume out/it"
+    rows = read_csv(folder)
+    assert len(rows) == 4
+    assert any(row["status"] != "TERMINATED" for row in rows)
+    assert not (folder / "best_model").exists()
+    before = reported_epochs(folder)
+    checkpoints = {
+        trial: max(int(path.name[-6:]) for path in (folder / trial).glob("checkpoint_*")) for trial in before
+    }
+
+    # What is left of 300 epochs is much: end it by the patience, as the loss of noise no longer falls.
+    result = subprocess.run([sys.executable, script, "--resume", "out/it"], **options, timeout=240)
+    assert result.returncode == 0, result.stderr
+    assert "Trial status: 4 TERMINATED" in result.stdout
+    assert (folder / "best_model" / "metrics.json").exists()
+    after = reported_epochs(folder)
+    for trial, epochs in before.items():
+        again = after[trial][len(epochs) :]
+        assert after[trial][: len(epochs)] == epochs
+        # Not from the start, and no epoch left out.
+        if again:
+            assert 1 < again[0] <= epochs[-1] + 1
+            assert again == list(range(again[0], again[-1] + 1))
+    assert checkpoints
+    assert ray.is_initialized() in (True, False)
+
+
+BAD_COMMANDS = [
+    (["--no-such-flag"], "--no-such-flag"),
+    (["--dataset", "mnist"], "mnist"),
+    (["--num-samples", "many"], "many"),
+    (["--num-samples", "0"], "--num-samples is 0"),
+    (["--max-epochs", "-1"], "--max-epochs is -1"),
+    (["--seed", "-1"], "--seed is -1"),
+    (["--cpus-per-trial", "0"], "--cpus-per-trial is 0"),
+    (["--cpus-per-trial", "100000"], "this machine has"),
+    (["--gpus-per-trial", "100"], "this machine has"),
+    (["--gpus-per-trial", "1.5"], "--gpus-per-trial is 1.5"),
+    (["--gpus-per-trial", "nan"], "--gpus-per-trial is nan"),
+    (["--dataset", "synthetic", "--data-dir", "here"], "--data-dir here has no use"),
+    (["--resume", "nowhere"], "holds no search"),
+    (["--resume", "nowhere", "--seed", "1"], "leave --seed away"),
+    (["--name", "../up"], "--name is '../up'"),
+    (["--name", ".."], "--name is '..'"),
+    (["--name", "a\nb"], "--name is"),
+    (["--quick", "--name", "taken"], "--name taken is taken"),
+    (["--quick", "--output-dir", "file"], "choose another --output-dir"),
+    (["--dataset", "folder", "--data-dir", "nowhere"], "train is no folder"),
+    (["--data-dir", "broken"], "fails its MD5 checksum"),
+]
+
+
+@pytest.mark.parametrize(("argv", "words"), BAD_COMMANDS)
+def test_bad_commands_are_refused_in_one_sentence(
+    argv: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hparam_search, "running_ray", lambda: pytest.fail("Ray was started"))
+    monkeypatch.setattr(hparam_search, "QUICK_IMAGES", SMALL)
+    (tmp_path / "outputs" / "taken").mkdir(parents=True)
+    (tmp_path / "file").touch()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "cifar-100-python.tar.gz").touch()
+    before = sorted(tmp_path.rglob("*"))
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert words in err
+    assert err.startswith("hparam_search.py: ")
+    assert err.endswith(".\n")
+    assert err.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"learning_rate": 0.1}, "unknown key 'learning_rate'"),
+        ({"lr": 0.0}, r"\['lr'\] can be 0.0"),
+        ({"lr": tune.uniform(-1, 1)}, r"\['lr'\] can be -1"),
+        ({"lr": float("nan")}, r"\['lr'\] can be nan"),
+        ({"h_1": tune.grid_search([64, 0])}, r"\['h_1'\] can be 0"),
+        ({"h_1": tune.grid_search([])}, "needs a list of values"),
+        ({"h_2": 64.0}, r"\['h_2'\] can be 64.0"),
+        ({"h_2": tune.randint(0, 9)}, r"\['h_2'\] can be 0"),
+        ({"p_drop": tune.uniform(0, 1)}, r"\['p_drop'\] can be 1"),
+        ({"batch_size": True}, r"\['batch_size'\] can be True"),
+        ({"schedule": tune.choice(["constant", "linear"])}, r"\['schedule'\] can be 'linear'"),
+        ({"nesterov": 1}, r"\['nesterov'\] can be 1"),
+        ({"momentum": 0.0}, "nesterov"),
+        ({"ema_decay": 1}, r"\['ema_decay'\] can be 1"),
+        ({"weight_decay": -1e-4}, r"\['weight_decay'\] can be -0.0001"),
+        ({"epochs": tune.grid_search([5, 10])}, r"\['epochs'\] is searched"),
+        ({"epochs": 0}, r"\['epochs'\] can be 0"),
+    ],
+)
+def test_bad_param_spaces_are_refused(change: dict, words: str) -> None:
+    with pytest.raises(hparam_search.InputError, match=words):
+        check_param_space({"seed": 0} | param_space | change)
+
+
+def test_good_param_spaces_are_not() -> None:
+    check_param_space({"seed": 0} | param_space)
+    check_param_space({"seed": 0} | param_space | BASELINE_RECIPE)
+    check_param_space(
+        {"seed": tune.grid_search([0, 1])} | param_space | {"schedule": tune.choice(["cosine", "constant"])}
+    )
+    check_param_space(
+        {"seed": 0} | param_space | {"h_1": tune.qrandint(16, 64, 16), "lr": tune.sample_from(lambda _: 1)}
+    )
+
+
+def test_missing_key_is_named() -> None:
+    space = {"seed": 0} | param_space
+    del space["lr"]
+    with pytest.raises(hparam_search.InputError, match="lacks 'lr'"):
+        check_param_space(space)
+
+
+def test_early_stopping() -> None:
+    def epochs_until_stopped(losses: list[float], seconds: float = 1) -> int | None:
+        stopper = EarlyStopping(patience=3, min_delta=0.1, max_seconds=100)
+        results = [{"epoch": i, "loss": loss, "time_total_s": i * seconds} for i, loss in enumerate(losses, 1)]
+        return next((result["epoch"] for result in results if stopper("trial", result)), None)
+
+    assert epochs_until_stopped([5.0 - 0.2 * i for i in range(20)]) is None
+    assert epochs_until_stopped([5.0, 4.0, 4.0, 4.0, 4.0, 4.0]) == 5  # three epochs after the last fall
+    assert epochs_until_stopped([5.0, 4.95, 4.91, 4.91]) == 4  # 0.09 is no fall
+    assert epochs_until_stopped([5.0, 6.0, 6.0, 4.0, 4.5, 4.5]) is None  # nor is a rise an end
+    assert epochs_until_stopped([5.0, float("nan")]) == 2
+    assert epochs_until_stopped([float("inf")]) == 1
+    assert epochs_until_stopped([5.0, 4.0, 3.0], seconds=40) == 3
+
+    stopper = EarlyStopping(patience=2, min_delta=0.0, max_seconds=100)
+    for epoch in (1, 2, 2, 2, 2):  # an epoch repeated after a restore counts once
+        assert not stopper("trial", {"epoch": epoch, "loss": 1.0, "time_total_s": 1})
