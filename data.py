@@ -4,7 +4,6 @@ Every source gives a `Dataset`: all images as uint8 tensors, so that they are re
 and moved to a GPU in one copy. Cropping, flipping and normalising happen there, in `Batches`.
 """
 
-import contextlib
 import math
 import socket
 import sys
@@ -74,27 +73,11 @@ def load_cifar100(data_dir: str | Path) -> Dataset:
     Raises:
         InputError: it is not there and cannot be downloaded, or the archive there fails its checksum.
     """
-    archive = Path(data_dir) / CIFAR100.filename
-    if archive.exists() and not check_integrity(archive, CIFAR100.tgz_md5):
-        raise InputError(
-            f"{archive} fails its MD5 checksum {CIFAR100.tgz_md5}: delete it, and run again to download it"
-        )
-    timeout = socket.getdefaulttimeout()
     try:
-        socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
-        with contextlib.redirect_stdout(sys.stderr):
-            train = CIFAR100(data_dir, train=True, download=True)
-        test = CIFAR100(data_dir, train=False)
-    except (OSError, RuntimeError) as error:  # URLError is an OSError; a failed checksum is a RuntimeError
-        raise InputError(
-            f"CIFAR-100 is not in {Path(data_dir).resolve()} and cannot be downloaded ({error}): put {CIFAR100.url} "
-            "there, or try --dataset synthetic"
-        ) from error
-    finally:
-        socket.setdefaulttimeout(timeout)
-        # A download cut short must not stand in the next run's way.
-        if archive.exists() and not check_integrity(archive, CIFAR100.tgz_md5):
-            archive.unlink()
+        train = CIFAR100(data_dir, train=True)
+    except RuntimeError:  # not there, or not whole
+        train = _download_cifar100(Path(data_dir))
+    test = CIFAR100(data_dir, train=False)
     return split_dataset(
         torch.from_numpy(train.data),
         torch.tensor(train.targets),
@@ -102,6 +85,29 @@ def load_cifar100(data_dir: str | Path) -> Dataset:
         torch.tensor(test.targets),
         train.classes,
     )
+
+
+def _download_cifar100(data_dir: Path) -> CIFAR100:
+    archive = data_dir / CIFAR100.filename
+    if not archive.exists():
+        print(f"Downloading CIFAR-100 into {data_dir}.", flush=True)
+    elif not check_integrity(archive, CIFAR100.tgz_md5):
+        raise InputError(
+            f"{archive} fails its MD5 checksum {CIFAR100.tgz_md5}: delete it, and run again to download it"
+        )
+    timeout = socket.getdefaulttimeout()
+    try:
+        socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+        return CIFAR100(data_dir, train=True, download=True)
+    except (OSError, RuntimeError) as error:  # URLError is an OSError; a failed checksum is a RuntimeError
+        raise InputError(
+            f"CIFAR-100 is not in {data_dir.resolve()} and cannot be downloaded ({error}): put {CIFAR100.url} "
+            "there, or try --dataset synthetic"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(timeout)
+        if archive.exists() and not check_integrity(archive, CIFAR100.tgz_md5):
+            archive.unlink()  # a download cut short must not stand in the next run's way
 
 
 def load_folder(data_dir: str | Path) -> Dataset:
