@@ -87,7 +87,7 @@ QUICK_SPACE = {
     "lr": tune.loguniform(1e-2, 1e-1),
     "batch_size": 32,
 }
-QUICK_IMAGES = {"num_train": 2500, "num_test": 1000, "num_classes": 10}
+QUICK_IMAGES = {"num_train": 2000, "num_test": 1000, "num_classes": 10}
 
 GRACE_PERIOD = 3  # epochs
 REDUCTION_FACTOR = 2
@@ -256,12 +256,21 @@ def count_trials(space: dict, num_samples: int) -> int:
 
 
 def load_dataset(settings: dict) -> Dataset:
-    """Return the images that the settings name."""
+    """Return the images that the settings name, and print how many they are."""
     if settings["dataset"] == "cifar100":
-        return load_cifar100(settings["data_dir"])
-    if settings["dataset"] == "folder":
-        return load_folder(settings["data_dir"])
-    return make_synthetic(**(QUICK_IMAGES if settings["quick"] else {}))
+        dataset = load_cifar100(settings["data_dir"])
+    elif settings["dataset"] == "folder":
+        print(f"Reading the images in {settings['data_dir']}.", flush=True)
+        dataset = load_folder(settings["data_dir"])
+    else:
+        dataset = make_synthetic(**(QUICK_IMAGES if settings["quick"] else {}))
+    counts = [len(labels) for labels in (dataset.train_labels, dataset.val_labels, dataset.test_labels)]
+    print(
+        "Images of {} classes: {:,} for training, {:,} for validation, {:,} for the test.".format(
+            len(dataset.classes), *counts
+        )
+    )
+    return dataset
 
 
 def share_resources(settings: dict) -> tuple[dict[str, float], str]:
@@ -382,13 +391,20 @@ def trainable(dataset: Dataset, resources: dict[str, float]) -> Callable:
     return tune.with_resources(tune.with_parameters(train_cifar, dataset=dataset), resources)
 
 
+def search_folder(settings: dict) -> Path:
+    """Return where the search that the command line asks for, new or resumed, is or will be."""
+    if "resume" in settings:
+        return Path(settings["resume"]).resolve()
+    return Path(settings["output_dir"]).resolve() / settings["name"]
+
+
 def new_search(settings: dict) -> int:
     """Run a search from its first trial to its end, and return the exit code."""
     space = {"seed": settings["seed"]} | param_space | (QUICK_SPACE if settings["quick"] else {})
     if settings["max_epochs"]:
         space["epochs"] = settings["max_epochs"]
     check_param_space(space)
-    folder = Path(settings["output_dir"]).resolve() / settings["name"]
+    folder = search_folder(settings)
     if folder.exists():
         raise InputError(
             f"--name {settings['name']} is taken by {shown(folder)}: choose another, or --resume that folder"
@@ -408,13 +424,12 @@ def new_search(settings: dict) -> int:
     return wrap_up(settings, dataset, folder, time.monotonic() - start, signals)
 
 
-def resume_search(path: str) -> int:
+def resume_search(folder: Path) -> int:
     """Continue the search in a folder, keep what it has finished, and return the exit code."""
-    folder = Path(path).resolve()
     if not (folder / SEARCH_FILE).is_file():
         raise InputError(f"{folder} holds no search: --resume takes a folder that a search has made, outputs/<name>")
     settings = json.loads((folder / SEARCH_FILE).read_text())
-    if not tune.Tuner.can_restore(str(folder)) or not list(folder.glob("experiment_state-*.json")):
+    if not is_begun(folder):
         raise InputError(f"{folder} was left before its first trial began: delete it, and start the search again")
     results = read_results(folder)
     finished = len(results) == settings["num_trials"] and all(row["status"] == "TERMINATED" for row in results)
@@ -460,6 +475,11 @@ def wrap_up(settings: dict, dataset: Dataset, folder: Path, seconds: float, sign
     return 0
 
 
+def is_begun(folder: Path) -> bool:
+    """Return whether the folder has a state to resume from."""
+    return (folder / "tuner.pkl").is_file() and any(folder.glob("experiment_state-*.json"))
+
+
 def resume_command(folder: Path) -> str:
     """Return the command line that continues the search in folder."""
     return shlex.join(["python", shown(Path(__file__).resolve()), "--resume", shown(folder)])
@@ -474,12 +494,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         settings = parse_args(argv)
-        return resume_search(settings["resume"]) if "resume" in settings else new_search(settings)
+        folder = search_folder(settings)
+        return resume_search(folder) if "resume" in settings else new_search(settings)
     except InputError as error:
         print(f"hparam_search.py: {error}.", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
-        print("Left at once: --resume continues a search whose first trial had begun.", file=sys.stderr)
+        begun = is_begun(folder)
+        print(
+            f"Interrupted. To go on: {resume_command(folder)}" if begun else "Interrupted before the first trial began."
+        )
         return 128 + (interrupt.args or (signal.SIGINT,))[0]
 
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import logging
 import shlex
 import shutil
 from collections import Counter
@@ -29,6 +30,7 @@ def read_results(folder: Path) -> list[dict]:
     epoch with the highest validation accuracy), checkpoint (of that epoch: a path relative to folder, or None where it
     is not on disk). What a trial never reported is None.
     """
+    logging.getLogger("ray.tune.analysis").setLevel(logging.ERROR)  # a trial without a result is no news
     analysis = ExperimentAnalysis(str(folder))
     rows = []
     for trial in sorted(analysis.trials, key=lambda trial: trial.trial_id):
@@ -47,7 +49,10 @@ def read_results(folder: Path) -> list[dict]:
         row |= {"epochs": int(last["epoch"]), "loss": last["loss"], "accuracy": last["accuracy"]}
         row["seconds"] = last["time_total_s"]
         # The best epoch always has a checkpoint; so may the last, and of two alike Ray keeps the later.
-        best = epochs[epochs["checkpoint_dir_name"].notna()].sort_values("accuracy", kind="stable").iloc[-1]
+        saved = epochs[epochs["checkpoint_dir_name"].notna()]
+        if saved.empty:
+            continue
+        best = saved.sort_values("accuracy", kind="stable").iloc[-1]
         row |= {"best_epoch": int(best["epoch"]), "best_accuracy": best["accuracy"], "best_loss": best["loss"]}
         checkpoint = Path(trial.storage.trial_dir_name) / best["checkpoint_dir_name"]
         row["checkpoint"] = checkpoint.as_posix() if (folder / checkpoint / WEIGHTS_FILE).exists() else None
@@ -61,8 +66,8 @@ def last_line(path: Path) -> str:
 
 
 def best_first(results: list[dict]) -> list[dict]:
-    """Return the trials that finished an epoch, the highest validation accuracy at any epoch first."""
-    trained = [row for row in results if row["best_epoch"]]
+    """Return the trials with a checkpoint, the highest validation accuracy at any epoch first."""
+    trained = [row for row in results if row["checkpoint"]]
     return sorted(trained, key=lambda row: (-row["best_accuracy"], row["best_loss"]))
 
 

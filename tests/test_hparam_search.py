@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import ray
 import torch
+from PIL import Image
 from ray import tune
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -21,6 +22,7 @@ from model import SmallResNet
 from tests.conftest import REPOSITORY
 from train import evaluate, evaluation_batches, train_cifar
 
+README = REPOSITORY / "README.md"
 SMALL = {"num_train": 500, "num_test": 200, "num_classes": 5}
 
 
@@ -93,6 +95,17 @@ def test_whole_search(ray_started: None, small_search: None, tmp_path: Path, cap
         loss, accuracy = evaluate(model, batches)
         assert accuracy == pytest.approx(metrics[f"{name}_accuracy"], abs=0.011)
         assert loss == pytest.approx(metrics[f"{name}_loss"], rel=0.02)
+
+    # README's lines classify a picture with it.
+    Image.fromarray(data.test_images[0].numpy()).save(tmp_path / "picture.png")
+    lines = next(
+        code for code in re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL) if "decode_image" in code
+    )
+    exec(
+        lines.replace("outputs/NAME/best_model", str(model_folder)).replace("picture.png", f"{tmp_path}/picture.png"),
+        {},
+    )
+    assert capsys.readouterr().out.strip() in description["classes"]
 
     # Disk: of each trial one model at most, without what only training needs.
     checkpoints = list(folder.glob("*/checkpoint_*"))
@@ -275,8 +288,7 @@ def test_bad_commands_are_refused_in_one_sentence(
     (tmp_path / "broken" / "cifar-100-python.tar.gz").touch()
     before = sorted(tmp_path.rglob("*"))
     assert main(argv) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
+    err = capsys.readouterr().err
     assert words in err
     assert err.startswith("hparam_search.py: ")
     assert err.endswith(".\n")
