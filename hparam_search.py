@@ -98,7 +98,6 @@ MAX_FAILURES_PER_TRIAL = 2
 SYNC_PERIOD = 10  # seconds from a report to TensorBoard, at most
 TABLE_PERIOD = 30  # seconds
 
-HERE = Path(__file__).resolve().parent
 SEARCH_FILE = "search.json"
 
 
@@ -308,11 +307,12 @@ def running_ray() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    # Workers import train and data from here, wherever the search was started from.
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
     for name in ("ray.tune.tune", "ray._private.authentication.authentication_token_setup"):
         logging.getLogger(name).addFilter(is_news)
-    ray.init(log_to_driver=False, logging_level=logging.WARNING, include_dashboard=False)
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.WARNING, include_dashboard=False)
+    except ConnectionError as error:
+        raise InputError(f"no Ray cluster answers at RAY_ADDRESS {os.environ.get('RAY_ADDRESS')}: {error}") from error
     try:
         yield
     finally:
@@ -413,12 +413,13 @@ def new_search(settings: dict) -> int:
     settings["data_dir"] = str(Path(settings["data_dir"]).resolve())  # --resume may be called from elsewhere
     settings |= {"num_trials": count_trials(space, settings["num_samples"]), "seconds": 0.0}
     try:
-        folder.mkdir(parents=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{folder} cannot be made ({error.strerror}): choose another --output-dir") from error
+        raise InputError(f"{folder.parent} cannot be made ({error.strerror}): choose another --output-dir") from error
     start = time.monotonic()
     with stopping_on_signals() as signals, running_ray():
         resources, settings["resource_usage"] = share_resources(settings)
+        folder.mkdir()
         write_whole(folder / SEARCH_FILE, json.dumps(settings, indent=2))
         new_tuner(settings, space, trainable(dataset, resources), folder).fit()
     return wrap_up(settings, dataset, folder, time.monotonic() - start, signals)

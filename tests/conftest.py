@@ -1,6 +1,5 @@
 """Fixtures: Ray, started once, and small sets of images."""
 
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,7 +22,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def ray_started() -> Iterator[None]:
-    sys.argv[0] = str(REPOSITORY / "hparam_search.py")  # Ray lets workers import from this file's folder
     with hparam_search.running_ray():
         yield
 
