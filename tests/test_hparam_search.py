@@ -229,9 +229,6 @@ def test_interrupted_search_is_resumed(make_folder: Callable, tmp_path: Path) ->
     assert any(row["status"] != "TERMINATED" for row in rows)
     assert not (folder / "best_model").exists()
     before = reported_epochs(folder)
-    checkpoints = {
-        trial: max(int(path.name[-6:]) for path in (folder / trial).glob("checkpoint_*")) for trial in before
-    }
 
     # What is left of 300 epochs is much: end it by the patience, as the loss of noise no longer falls.
     result = subprocess.run([sys.executable, script, "--resume", "out/it"], **options, timeout=240)
