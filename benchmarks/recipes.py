@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from data import Dataset, load_cifar100, load_folder, make_synthetic
+from hparam_search import BASELINE_RECIPE
 from train import best_device, new_training, train_epochs
 
-CONFIG = {"p_drop": 0.1, "lr": 0.02, "batch_size": 64, "momentum": 0.9}
-BASELINE = {"weight_decay": 0.0, "nesterov": False, "augment": False, "schedule": "constant", "ema_decay": 0.0}
-REGULARISED = BASELINE | {"weight_decay": 5e-4, "nesterov": True, "augment": True}
+CONFIG = {"p_drop": 0.1, "lr": 0.02, "batch_size": 64}
+REGULARISED = BASELINE_RECIPE | {"weight_decay": 5e-4, "nesterov": True, "augment": True}
 AVERAGED = REGULARISED | {"ema_decay": 0.998}
 RECIPES = {
-    "baseline": BASELINE,
+    "baseline": BASELINE_RECIPE,
     "+ augmentation, decay, Nesterov": REGULARISED,
     "+ averaged weights": AVERAGED,
     "+ averaged weights, cooldown": AVERAGED | {"schedule": "cooldown"},
@@ -52,7 +52,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--h-1", type=int, default=64)
     parser.add_argument("--h-2", type=int, default=512)
     parser.add_argument("--seeds", type=int, default=1, help="how many seeds, from 0")
-    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES), metavar="NAME")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
     load = {"cifar100": load_cifar100, "folder": load_folder, "synthetic": lambda _: make_synthetic()}
@@ -61,8 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         dataset = first_classes(dataset, args.classes)
     if not args.json:
         print(f"{'recipe':34} {'final':>7} {'best':>7}   mean accuracy after each epoch")
-    for name in args.recipes:
-        config = CONFIG | {"epochs": args.epochs, "h_1": args.h_1, "h_2": args.h_2} | RECIPES[name]
+    for name, recipe in RECIPES.items():
+        config = CONFIG | {"epochs": args.epochs, "h_1": args.h_1, "h_2": args.h_2} | recipe
         runs = [accuracies(config | {"seed": seed}, dataset) for seed in range(args.seeds)]
         if args.json:
             print(json.dumps({"recipe": name, "config": config, "accuracies": runs}), flush=True)
