@@ -309,10 +309,12 @@ def running_ray() -> Iterator[None]:
         return
     for name in ("ray.tune.tune", "ray._private.authentication.authentication_token_setup"):
         logging.getLogger(name).addFilter(is_news)
+    # Not Ray's own default, which waits for minutes for a cluster of which but a stale file is left.
+    address = os.environ.get("RAY_ADDRESS", "local")
     try:
-        ray.init(log_to_driver=False, logging_level=logging.WARNING, include_dashboard=False)
+        ray.init(address, log_to_driver=False, logging_level=logging.WARNING, include_dashboard=False)
     except ConnectionError as error:
-        raise InputError(f"no Ray cluster answers at RAY_ADDRESS {os.environ.get('RAY_ADDRESS')}: {error}") from error
+        raise InputError(f"no Ray cluster answers at RAY_ADDRESS {address}: start it, or unset RAY_ADDRESS") from error
     try:
         yield
     finally:
