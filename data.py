@@ -4,7 +4,9 @@ Every source gives a `Dataset`: all images as uint8 tensors, so that they are re
 and moved to a GPU in one copy. Cropping, flipping and normalising happen there, in `Batches`.
 """
 
+import hashlib
 import math
+import os
 import socket
 import sys
 import warnings
@@ -28,6 +30,7 @@ CROP_PADDING = 4  # pixels
 # The smallest class of which 20 % is a whole image.
 MIN_IMAGES_PER_CLASS = 5
 DOWNLOAD_TIMEOUT = 10  # seconds without an answer
+MAX_PIXELS = 50_000_000  # of an image, which takes 150 MB when it is decoded
 # What desktops leave in folders, besides hidden files.
 IGNORED_FILES = {"Thumbs.db", "desktop.ini"}
 
@@ -62,6 +65,18 @@ def _from_arrays(*fields: object) -> Dataset:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*not writable")  # and nobody writes to it
         return Dataset(*(torch.from_numpy(v) if isinstance(v, np.ndarray) else v for v in fields))
+
+
+def fingerprint(dataset: Dataset) -> dict[str, str]:
+    """Return what tells a dataset from any other: the name of each part → its SHA-256, in hexadecimal."""
+    names = {"train": "training", "val": "validation", "test": "test"}
+    parts = {
+        f"{names[split]} {kind}": getattr(dataset, f"{split}_{kind}").numpy()
+        for split in names
+        for kind in ("images", "labels")
+    }
+    parts["class names"] = repr(dataset.classes).encode()
+    return {name: hashlib.sha256(part).hexdigest() for name, part in parts.items()}
 
 
 def load_cifar100(data_dir: str | Path) -> Dataset:
@@ -116,8 +131,8 @@ def load_folder(data_dir: str | Path) -> Dataset:
     Images of another size than 32×32 are resized to it, which is said once, on stderr.
 
     Raises:
-        InputError: a folder is missing or empty, a file is no image, a class has fewer than 5 training images, or
-            test/ has a class that train/ lacks.
+        InputError: a folder is missing or empty, a file is no image or one of over 50 million pixels, a class has
+            fewer than 5 training images, or test/ has a class that train/ lacks.
     """
     train_images, train_labels, classes = _read_image_folder(Path(data_dir) / "train")
     test_images, test_labels, test_classes = _read_image_folder(Path(data_dir) / "test")
@@ -143,6 +158,7 @@ def _read_image_folder(folder: Path) -> tuple[Tensor, Tensor, list[str]]:
         raise InputError(
             f"{folder} is no folder: --dataset folder needs train/<class>/ and test/<class>/ in --data-dir"
         )
+    _check_links(folder)
     try:
         # Every file counts as an image, so that one which is none is named rather than skipped.
         folder_dataset = ImageFolder(
@@ -168,17 +184,41 @@ def _read_image_folder(folder: Path) -> tuple[Tensor, Tensor, list[str]]:
     return images, labels, folder_dataset.classes
 
 
+def _check_links(folder: Path) -> None:
+    """Say where links lead out of folder's parent, and refuse those that lead round in a circle."""
+    seen = set()
+    outside = [folder] if folder.is_symlink() else []
+    for path, folders, files in os.walk(folder, followlinks=True):
+        real = Path(path).resolve()
+        if real in seen:
+            raise InputError(f"{path} leads to {real}, which is read already: remove that link")
+        seen.add(real)
+        outside += [link for name in folders + files if (link := Path(path) / name).is_symlink()]
+    outside = [link for link in outside if not link.resolve().is_relative_to(folder.parent.resolve())]
+    if outside:
+        print(
+            f"{folder}: {len(outside):,} links lead out of {folder.parent} and are followed, the first from "
+            f"{outside[0]} to {outside[0].resolve()}.",
+            file=sys.stderr,
+        )
+
+
 def _is_ignored(path: str) -> bool:
     name = Path(path).name
     return name.startswith(".") or name in IGNORED_FILES
 
 
 def _load_image(path: str) -> Image.Image:
+    if not Path(path).is_file():
+        raise InputError(f"{path} is no file: remove it")  # a pipe would be waited for
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow's readers raise
+            pixels = math.prod(image.size)
+            if pixels <= MAX_PIXELS:
+                return image.convert("RGB")
+    except Exception as error:  # Pillow's readers raise whatever they stumble over
         raise InputError(f"{path} cannot be read as an image: remove or replace it") from error
+    raise InputError(f"{path} has {pixels:,} pixels: make it smaller, {MAX_PIXELS:,} at most")
 
 
 def make_synthetic(num_train: int = 50_000, num_test: int = 10_000, num_classes: int = 100, seed: int = 0) -> Dataset:

@@ -10,11 +10,14 @@ Edit `param_space` to search something else: Ray Tune's `tune.grid_search`, `tun
 
 import argparse
 import contextlib
+import fcntl
+import io
 import json
 import logging
 import math
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -22,27 +25,36 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 # Ray's classic table; its newer output repeats config and result of every trial besides. Read when Ray is imported.
 os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
 # Here every signal is handled alike: see stopping_on_signals.
 os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
-# A snapshot of the search after every checkpoint is meant, so do not warn of it.
-os.environ["TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S"] = "0"
+# A search is resumed from its trials' own logs and checkpoints, so Ray need not write any.
+os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "inf"
+os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+# What failed is said in a sentence at the end, and in full in the trial's folder.
+os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] = "0"
 # The results are local: no reports to Ray's makers.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
+import numpy as np
 import ray
 import torch
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import BasicVariantGenerator
-from ray.tune.search.sample import Categorical, Domain, Float, Integer
+from ray.tune.search.sample import Categorical, Domain, Float, Integer, Sampler
+from ray.tune.search.variant_generator import generate_variants
 
-from data import Dataset, InputError, load_cifar100, load_folder, make_synthetic
+from data import Dataset, InputError, fingerprint, load_cifar100, load_folder, make_synthetic
 from report import (
-    best_first,
+    FINISHED,
+    TrialLog,
     prune_checkpoints,
+    read_best_model,
+    read_log,
     read_results,
     recap,
     recap_best,
@@ -95,10 +107,11 @@ PATIENCE = 4  # epochs
 MIN_DELTA = 0.001  # nats
 MAX_SECONDS_PER_TRIAL = 3600
 MAX_FAILURES_PER_TRIAL = 2
-SYNC_PERIOD = 10  # seconds from a report to TensorBoard, at most
+MAX_TRIALS = 100_000
 TABLE_PERIOD = 30  # seconds
 
 SEARCH_FILE = "search.json"
+RAY_FOLDER = ".ray"  # what Ray writes while a search runs; nothing is read from it
 
 
 class EarlyStopping(tune.Stopper):
@@ -111,7 +124,7 @@ class EarlyStopping(tune.Stopper):
     def __call__(self, trial_id: str, result: dict) -> bool:
         epoch, losses = result["epoch"], self.losses[trial_id]
         losses[epoch] = result["loss"]
-        if not math.isfinite(result["loss"]) or result["time_total_s"] >= self.max_seconds:
+        if not math.isfinite(result["loss"]) or result["seconds"] >= self.max_seconds:
             return True
         before = [loss for e, loss in losses.items() if e <= epoch - self.patience]
         since = [loss for e, loss in losses.items() if epoch - self.patience < e <= epoch]
@@ -125,8 +138,12 @@ class ProgressTable(tune.CLIReporter):
     """Ray's table while the search runs; the recap takes the place of the last one."""
 
     def report(self, trials: list, done: bool, *sys_info: str) -> None:
-        if not done:
+        if done:
+            return
+        with contextlib.redirect_stdout(io.StringIO()) as table:
             super().report(trials, done, *sys_info)
+        # Ray's own folder, which is not where the results are.
+        print(*(line for line in table.getvalue().splitlines() if not line.startswith("Result logdir")), sep="\n")
 
 
 class Parser(argparse.ArgumentParser):
@@ -179,6 +196,9 @@ def parse_args(argv: Sequence[str] | None) -> dict:
     parser.add_argument("--quick", action="store_true", help="a small search, in about a minute on two cores")
     parser.add_argument("--resume", metavar="PATH", help="continue the search in that folder")
     given = vars(parser.parse_args(argv))
+    for key in ("resume", "data_dir", "output_dir"):
+        if not given.get(key, "").isprintable():
+            raise InputError(f"--{key.replace('_', '-')} is {given[key]!r}, but must be a path that can be printed")
     if "resume" in given:
         if len(given) > 1:
             other = next(key for key in given if key != "resume").replace("_", "-")
@@ -189,7 +209,7 @@ def parse_args(argv: Sequence[str] | None) -> dict:
         if settings[key] is not None and settings[key] < lowest:
             raise InputError(f"--{key.replace('_', '-')} is {settings[key]}, but must be at least {lowest}")
     gpus = settings["gpus_per_trial"]
-    if gpus is not None and not (0 <= gpus <= 1 or (gpus > 1 and gpus == int(gpus))):
+    if gpus is not None and not (0 <= gpus <= 1 or (1 < gpus < math.inf and gpus == int(gpus))):
         raise InputError(f"--gpus-per-trial is {gpus}, but must be from 0 to 1, or a whole number")
     if "RAY_ADDRESS" not in os.environ:  # of a cluster, Ray knows the sizes
         for key, available in (("cpus_per_trial", os.cpu_count()), ("gpus_per_trial", torch.cuda.device_count())):
@@ -198,15 +218,25 @@ def parse_args(argv: Sequence[str] | None) -> dict:
                 raise InputError(f"--{name} is {settings[key]}, but this machine has {available}: ask for fewer")
     if settings["dataset"] == "synthetic" and "data_dir" in given:
         raise InputError(f"--data-dir {given['data_dir']} has no use with --dataset synthetic: leave one of them away")
-    settings["name"] = settings["name"] or datetime.now().strftime("search_%Y-%m-%d_%H-%M-%S")
-    check_name(settings["name"])
+    if settings["name"] is not None:
+        check_name(settings["name"])
     return settings
 
 
 def check_name(name: str) -> None:
     """Refuse a name of a search that is no plain name of a folder."""
-    if name in (".", "..") or not name.isprintable() or set(name) & set("/\\") or name.startswith("."):
-        raise InputError(f"--name is {name!r}, but must be a plain name for a folder, without / or \\ or a leading dot")
+    plain = name.isprintable() and not set(name) & set("/\\") and not name.startswith(".")
+    if not plain or not 1 <= len(os.fsencode(name)) <= 200:
+        raise InputError(
+            f"--name is {name!r}, but must be a plain name for a folder, of 1 to 200 bytes, without / or \\ or a "
+            "leading dot"
+        )
+
+
+def search_space(settings: dict) -> dict:
+    """Return the space that the settings ask for: param_space, what --quick changes, and the seed."""
+    space = {"seed": settings["seed"]} | param_space | (QUICK_SPACE if settings["quick"] else {})
+    return space | ({"epochs": settings["max_epochs"]} if settings["max_epochs"] else {})
 
 
 def check_param_space(space: dict) -> None:
@@ -218,21 +248,29 @@ def check_param_space(space: dict) -> None:
     for key in space:
         if key not in CONFIG_KEYS:
             raise InputError(f"param_space has the unknown key {key!r}: the keys are {', '.join(CONFIG_KEYS)}")
-    for key, (valid, words) in CONFIG_KEYS.items():
+    for key, (_, words) in CONFIG_KEYS.items():
         if key not in space:
             raise InputError(f"param_space lacks {key!r}: give it a value, {words}")
         values = possible_values(space[key])
         if not values and not isinstance(space[key], Domain):
             raise InputError(f"param_space[{key!r}] is {space[key]!r}, but a grid_search needs a list of values")
         for value in values:
-            if not valid(value):
-                raise InputError(f"param_space[{key!r}] can be {value!r}, but must be {words}")
+            check_value(key, value)
+        if isinstance(space[key], Float | Integer) and not space[key].lower < space[key].upper:
+            raise InputError(f"param_space[{key!r}] ends at {space[key].upper}, but must end above {space[key].lower}")
     if isinstance(space["epochs"], dict | Domain):
         raise InputError(
             "param_space['epochs'] is searched, but must be one number: the scheduler compares at equal epochs"
         )
     if True in possible_values(space["nesterov"]) and 0 in possible_values(space["momentum"]):
         raise InputError("param_space['nesterov'] can be True with a momentum of 0: Nesterov's needs one above 0")
+
+
+def check_value(key: str, value: object) -> None:
+    """Refuse a value that no trial could train with."""
+    valid, words = CONFIG_KEYS[key]
+    if not valid(value):
+        raise InputError(f"param_space[{key!r}] can be {value!r}, but must be {words}")
 
 
 def possible_values(entry: object) -> list:
@@ -248,21 +286,65 @@ def possible_values(entry: object) -> list:
     return [] if isinstance(entry, Domain) else [entry]
 
 
-def count_trials(space: dict, num_samples: int) -> int:
-    """Return how many trials a search has: its samples, for each point of the grid."""
+def draw_trials(space: dict, num_samples: int, seed: int) -> dict[str, dict]:
+    """Return name → config of all trials: num_samples random draws for each point of the grid.
+
+    Raises:
+        InputError: there are too many, or a config that no trial could train with.
+    """
     grids = [entry["grid_search"] for entry in space.values() if isinstance(entry, dict)]
-    return num_samples * math.prod(map(len, grids))
+    count = num_samples * math.prod(map(len, grids))
+    if count > MAX_TRIALS:
+        raise InputError(
+            f"--num-samples {num_samples} and the grid make {count:,} trials: at most {MAX_TRIALS:,} can be"
+        )
+    rng = np.random.default_rng(seed)
+    try:
+        drawn = [
+            variant["config"]
+            for _ in range(num_samples)
+            for _, variant in generate_variants({"config": space}, random_state=rng)
+        ]
+    except Exception as error:  # of a function of the user's
+        raise InputError(f"param_space cannot be drawn from: {type(error).__name__}: {error}") from error
+    trials = {}
+    for i, config in enumerate(drawn):
+        config = {key: value.item() if isinstance(value, np.generic) else value for key, value in config.items()}
+        for key, value in config.items():
+            check_value(key, value)
+        trials[trial_name(i)] = config
+    return trials
+
+
+def trial_name(i: int) -> str:
+    """Return the name of the i-th trial, from 0, and of its folder."""
+    return f"train_cifar_{i:05}"
+
+
+def described(entry: object) -> str:
+    """Return an entry of param_space as text that tells it from any other."""
+    if isinstance(entry, Domain | Sampler):
+        parts = [f"{name}={described(value)}" for name, value in vars(entry).items() if value is not None]
+        return f"{type(entry).__name__}({', '.join(parts)})"
+    return entry.__qualname__ if callable(entry) else repr(entry)
 
 
 def load_dataset(settings: dict) -> Dataset:
-    """Return the images that the settings name, and print how many they are."""
-    if settings["dataset"] == "cifar100":
-        dataset = load_cifar100(settings["data_dir"])
-    elif settings["dataset"] == "folder":
-        print(f"Reading the images in {settings['data_dir']}.", flush=True)
-        dataset = load_folder(settings["data_dir"])
-    else:
-        dataset = make_synthetic(**(QUICK_IMAGES if settings["quick"] else {}))
+    """Return the images that the settings name, and print how many they are.
+
+    Raises:
+        InputError: they cannot be read.
+    """
+    try:
+        if settings["dataset"] == "cifar100":
+            dataset = load_cifar100(settings["data_dir"])
+        elif settings["dataset"] == "folder":
+            print(f"Reading the images in {settings['data_dir']}.", flush=True)
+            dataset = load_folder(settings["data_dir"])
+        else:
+            dataset = make_synthetic(**(QUICK_IMAGES if settings["quick"] else {}))
+    except OSError as error:
+        raise InputError(f"--data-dir {settings['data_dir']} cannot be read ({error}): choose another") from error
     counts = [len(labels) for labels in (dataset.train_labels, dataset.val_labels, dataset.test_labels)]
     print(
         "Images of {} classes: {:,} for training, {:,} for validation, {:,} for the test.".format(
@@ -272,7 +354,7 @@ def load_dataset(settings: dict) -> Dataset:
     return dataset
 
 
-def share_resources(settings: dict) -> tuple[dict[str, float], str]:
+def share_resources(settings: dict, num_trials: int) -> tuple[dict[str, float], str]:
     """Share Ray's CPUs and GPUs among the trials that run at once.
 
     Returns:
@@ -284,7 +366,7 @@ def share_resources(settings: dict) -> tuple[dict[str, float], str]:
     gpu = settings["gpus_per_trial"]
     if gpu is None:
         gpu = 1 if gpus else 0
-    at_once = min(settings["num_trials"], int(gpus / gpu) if gpu else cpus)
+    at_once = min(num_trials, int(gpus / gpu) if gpu else cpus)
     cpu = settings["cpus_per_trial"] or max(1, cpus // max(1, at_once))
     at_once = min(at_once, cpus // cpu)
     return {"cpu": cpu, "gpu": gpu}, f"{at_once * cpu}/{cpus} CPUs, {at_once * gpu:g}/{gpus} GPUs"
@@ -297,6 +379,7 @@ def is_news(record: logging.LogRecord) -> bool:
         "Trials did not complete",
         "Experiment has been interrupted",
         "Token authentication",
+        "Failed to fetch metrics",
     )
     return not record.getMessage().startswith(said)
 
@@ -307,7 +390,11 @@ def running_ray() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    for name in ("ray.tune.tune", "ray._private.authentication.authentication_token_setup"):
+    for name in (
+        "ray.tune.tune",
+        "ray.tune.analysis.experiment_analysis",
+        "ray._private.authentication.authentication_token_setup",
+    ):
         logging.getLogger(name).addFilter(is_news)
     # Not Ray's own default, which waits for minutes for a cluster of which but a stale file is left.
     address = os.environ.get("RAY_ADDRESS", "local")
@@ -331,6 +418,10 @@ def stopping_on_signals() -> Iterator[list[int]]:
 
     def stop(number: int, frame: object) -> None:
         received.append(number)
+        if number == signal.SIGHUP:  # the terminal is gone: what is printed must go elsewhere
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, 1)
+            os.dup2(nowhere, 2)
         # SIGUSR1 is what Tune, once it runs, ends on in good order, as it would on SIGINT.
         if len(received) > 1 or not callable(signal.getsignal(signal.SIGUSR1)):
             raise KeyboardInterrupt(number)
@@ -346,38 +437,57 @@ def stopping_on_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def new_tuner(settings: dict, space: dict, trainable: Callable, folder: Path) -> tune.Tuner:
-    """Return the Tuner of a new search."""
+def new_scheduler(max_epochs: int, results: list[dict], folder: Path) -> ASHAScheduler:
+    """Return ASHA, as it was when the finished trials of a search that is resumed had reported."""
+    scheduler = ASHAScheduler(
+        metric="loss",
+        mode="min",
+        time_attr="epoch",
+        max_t=max_epochs,
+        grace_period=min(GRACE_PERIOD, max_epochs),
+        reduction_factor=REDUCTION_FACTOR,
+    )
+    for row in results:
+        if row["status"] in FINISHED:
+            trial = SimpleNamespace(trial_id=row["name"])  # all that ASHA asks of a trial
+            scheduler.on_trial_add(None, trial)
+            reported = [line for line in read_log(folder / row["name"]) if "epoch" in line]
+            for line in reported:
+                scheduler.on_trial_result(None, trial, line)
+            scheduler.on_trial_complete(None, trial, reported[-1])
+    return scheduler
+
+
+def new_tuner(search: dict, trainable: Callable, folder: Path) -> tune.Tuner:
+    """Return the Tuner of those trials of a search that are not finished."""
+    results = read_results(folder, search["trials"])
+    names = [row["name"] for row in results if row["status"] not in FINISHED]
+    configs = [search["trials"][name] for name in names]
     return tune.Tuner(
         trainable,
-        param_space=space,
+        # The trials are drawn already: see draw_trials.
+        param_space={key: tune.choice([config[key] for config in configs]) for key in configs[0]},
         tune_config=tune.TuneConfig(
-            metric="loss",
-            mode="min",
-            num_samples=settings["num_samples"],
-            search_alg=BasicVariantGenerator(random_state=settings["seed"]),
-            scheduler=ASHAScheduler(
-                time_attr="epoch",
-                max_t=space["epochs"],
-                grace_period=min(GRACE_PERIOD, space["epochs"]),
-                reduction_factor=REDUCTION_FACTOR,
-            ),
+            num_samples=len(configs),
+            search_alg=BasicVariantGenerator(points_to_evaluate=configs),
+            scheduler=new_scheduler(configs[0]["epochs"], results, folder),
             reuse_actors=True,  # a process that has imported torch takes on the next trial
+            trial_name_creator=lambda trial: names[int(trial.trial_id.rsplit("_", 1)[-1])],
             trial_dirname_creator=str,
         ),
         run_config=tune.RunConfig(
-            name=folder.name,
-            storage_path=str(folder.parent),
+            name=RAY_FOLDER,
+            storage_path=str(folder),
             stop=EarlyStopping(PATIENCE, MIN_DELTA, MAX_SECONDS_PER_TRIAL),
             failure_config=tune.FailureConfig(max_failures=MAX_FAILURES_PER_TRIAL),
-            checkpoint_config=tune.CheckpointConfig(
-                num_to_keep=1, checkpoint_score_attribute="accuracy", checkpoint_score_order="max"
-            ),
-            sync_config=tune.SyncConfig(sync_period=SYNC_PERIOD),
+            callbacks=[TrialLog(folder, results)],
             progress_reporter=ProgressTable(
+                metric="loss",
+                mode="min",
+                parameter_columns=["p_drop", "lr", "h_1", "h_2"],
                 metric_columns={
                     "epoch": "iter",
-                    "time_total_s": "total time (s)",
+                    "seconds": "total time (s)",
                     "loss": "loss",
                     "accuracy": "accuracy",
                 },
@@ -388,99 +498,181 @@ def new_tuner(settings: dict, space: dict, trainable: Callable, folder: Path) ->
     )
 
 
-def trainable(dataset: Dataset, resources: dict[str, float]) -> Callable:
+def trainable(dataset: Dataset, folder: Path, resources: dict[str, float]) -> Callable:
     """Return train_cifar with its dataset, put once where every trial maps it, and its resources."""
-    return tune.with_resources(tune.with_parameters(train_cifar, dataset=dataset), resources)
+    train = tune.with_parameters(train_cifar, dataset=dataset, search_folder=str(folder))
+    return tune.with_resources(train, resources)
 
 
-def search_folder(settings: dict) -> Path:
-    """Return where the search that the command line asks for, new or resumed, is or will be."""
-    if "resume" in settings:
-        return Path(settings["resume"]).resolve()
-    return Path(settings["output_dir"]).resolve() / settings["name"]
+@contextlib.contextmanager
+def holding(folder: Path) -> Iterator[None]:
+    """Hold the search in folder, so that no other process runs it, and if it is left midway say how to go on.
+
+    If this process is killed, the lock goes with it.
+
+    Raises:
+        InputError: another process holds it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise InputError(f"{folder} is being searched by another process: wait for its end, or stop it") from error
+    try:
+        yield
+    except (KeyboardInterrupt, OSError):
+        print(f"Interrupted. To go on: {resume_command(folder)}")
+        raise
+    finally:
+        os.close(descriptor)
 
 
 def new_search(settings: dict) -> int:
     """Run a search from its first trial to its end, and return the exit code."""
-    space = {"seed": settings["seed"]} | param_space | (QUICK_SPACE if settings["quick"] else {})
-    if settings["max_epochs"]:
-        space["epochs"] = settings["max_epochs"]
+    space = search_space(settings)
     check_param_space(space)
-    folder = search_folder(settings)
-    if folder.exists():
-        raise InputError(
-            f"--name {settings['name']} is taken by {shown(folder)}: choose another, or --resume that folder"
-        )
+    trials = draw_trials(space, settings["num_samples"], settings["seed"])
+    name = settings["name"] or datetime.now().strftime("search_%Y-%m-%d_%H-%M-%S")
+    folder = resolved(settings["output_dir"]) / name
+    check_free(folder)
     dataset = load_dataset(settings)
-    settings["data_dir"] = str(Path(settings["data_dir"]).resolve())  # --resume may be called from elsewhere
-    settings |= {"num_trials": count_trials(space, settings["num_samples"]), "seconds": 0.0}
+    settings["data_dir"] = str(resolved(settings["data_dir"]))  # --resume may be called from elsewhere
+    search = {"settings": settings, "param_space": {key: described(entry) for key, entry in space.items()}}
+    search |= {"dataset": fingerprint(dataset), "trials": trials, "seconds": 0.0, "resource_usage": ""}
+    with stopping_on_signals() as signals, running_ray():
+        if not settings["name"]:  # of two that start in the same second, one waits for the next
+            while folder.exists():
+                time.sleep(0.1)
+                folder = folder.with_name(datetime.now().strftime("search_%Y-%m-%d_%H-%M-%S"))
+        try:
+            folder.mkdir(parents=True)
+        except OSError as error:
+            raise InputError(f"{folder} cannot be made ({error.strerror}): choose another --name") from error
+        with holding(folder):
+            write_whole(folder / SEARCH_FILE, json.dumps(search, indent=2))
+            return run_trials(search, dataset, folder, signals)
+
+
+def resolved(path: str) -> Path:
+    """Return an absolute path without links.
+
+    Raises:
+        InputError: the links in it lead round in a circle.
+    """
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        return Path(path).resolve()
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{path} cannot be followed ({error}): choose another path") from error
+
+
+def check_free(folder: Path) -> None:
+    """Refuse a folder for a new search that is there already, or that cannot be made."""
+    try:
+        if folder.exists():
+            raise InputError(
+                f"--name {folder.name} is taken by {shown(folder)}: choose another, or --resume that folder"
+            )
+        parent = next(parent for parent in folder.parents if parent.exists())
     except OSError as error:
         raise InputError(f"{folder.parent} cannot be made ({error.strerror}): choose another --output-dir") from error
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"{parent} is no folder that can be written to: choose another --output-dir")
+
+
+def read_search(folder: Path) -> dict:
+    """Return what a search's folder says of the search.
+
+    Raises:
+        InputError: the folder holds no search, or one whose file is damaged.
+    """
+    path = folder / SEARCH_FILE
+    try:
+        search = json.loads(path.read_text())
+        kinds = {"settings": dict, "param_space": dict, "dataset": dict, "trials": dict, "seconds": float}
+        if not all(isinstance(search[key], kind) for key, kind in (kinds | {"resource_usage": str}).items()):
+            raise ValueError("it is not what a search writes")
+        settings, trials = search["settings"], search["trials"]
+        same_keys = settings.keys() == DEFAULTS.keys() and list(trials) == [trial_name(i) for i in range(len(trials))]
+        if not same_keys or not all(isinstance(settings[key], type(value)) for key, value in DEFAULTS.items() if value):
+            raise ValueError("it is not what a search writes")
+        for config in trials.values():
+            check_param_space(config)
+    except OSError as error:
+        raise InputError(
+            f"{folder} holds no search ({error.strerror}): --resume takes a folder that a search made, outputs/<name>"
+        ) from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{path} is damaged ({error}): start the search again") from error
+    return search
+
+
+def resume_search(path: str) -> int:
+    """Continue the search in the folder at path, keep what it has finished, and return the exit code."""
+    folder = resolved(path)
+    search = read_search(folder)
+    with holding(folder):
+        results = read_results(folder, search["trials"])
+        finished = all(row["status"] in FINISHED for row in results)
+        if finished and read_best_model(results, folder):
+            return wrap_up(search, None, folder)
+        space = search_space(search["settings"])
+        for key, entry in space.items():
+            if described(entry) != search["param_space"].get(key):
+                raise InputError(
+                    f"param_space[{key!r}] is {described(entry)}, but was {search['param_space'].get(key)} when "
+                    f"{shown(folder)} began: change it back, or start a new search"
+                )
+        dataset = load_dataset(search["settings"])
+        for part, digest in fingerprint(dataset).items():
+            if digest != search["dataset"].get(part):
+                raise InputError(
+                    f"the {part} in {search['settings']['data_dir']} are not those that {shown(folder)} began with: "
+                    "put those back, or start a new search"
+                )
+        if finished:
+            return wrap_up(search, dataset, folder)
+        with stopping_on_signals() as signals, running_ray():
+            return run_trials(search, dataset, folder, signals)
+
+
+def run_trials(search: dict, dataset: Dataset, folder: Path, signals: list[int]) -> int:
+    """Run the trials of a search that are not finished, then wrap it up, and return the exit code."""
     start = time.monotonic()
-    with stopping_on_signals() as signals, running_ray():
-        resources, settings["resource_usage"] = share_resources(settings)
-        folder.mkdir()
-        write_whole(folder / SEARCH_FILE, json.dumps(settings, indent=2))
-        new_tuner(settings, space, trainable(dataset, resources), folder).fit()
-    return wrap_up(settings, dataset, folder, time.monotonic() - start, signals)
+    resources, search["resource_usage"] = share_resources(search["settings"], len(search["trials"]))
+    shutil.rmtree(folder / RAY_FOLDER, ignore_errors=True)  # of a process that was killed
+    new_tuner(search, trainable(dataset, folder, resources), folder).fit()
+    shutil.rmtree(folder / RAY_FOLDER, ignore_errors=True)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Tune has ended, and would no longer stop on it
+    search["seconds"] += time.monotonic() - start
+    write_whole(folder / SEARCH_FILE, json.dumps(search, indent=2))
+    if not signals:
+        return wrap_up(search, dataset, folder)
+    results = read_results(folder, search["trials"])
+    write_results(results, folder)
+    print(recap(results, search["seconds"], search["resource_usage"]))
+    print(f"Interrupted. To go on: {resume_command(folder)}")
+    return 128 + signals[0]
 
 
-def resume_search(folder: Path) -> int:
-    """Continue the search in a folder, keep what it has finished, and return the exit code."""
-    if not (folder / SEARCH_FILE).is_file():
-        raise InputError(f"{folder} holds no search: --resume takes a folder that a search has made, outputs/<name>")
-    settings = json.loads((folder / SEARCH_FILE).read_text())
-    if not is_begun(folder):
-        raise InputError(f"{folder} was left before its first trial began: delete it, and start the search again")
-    results = read_results(folder)
-    finished = len(results) == settings["num_trials"] and all(row["status"] == "TERMINATED" for row in results)
-    metrics_file = folder / "best_model" / "metrics.json"
-    if finished and metrics_file.exists():
-        print(recap(results, settings["seconds"], settings["resource_usage"]))
-        print(recap_best(results, json.loads(metrics_file.read_text()), folder))
-        return 0
-    dataset = load_dataset(settings)
-    if finished:
-        return wrap_up(settings, dataset, folder, 0, [])
-    start = time.monotonic()
-    with stopping_on_signals() as signals, running_ray():
-        resources, settings["resource_usage"] = share_resources(settings)
-        tune.Tuner.restore(str(folder), trainable(dataset, resources), resume_errored=True).fit()
-    return wrap_up(settings, dataset, folder, time.monotonic() - start, signals)
+def wrap_up(search: dict, dataset: Dataset | None, folder: Path) -> int:
+    """Print and write what came of a search whose trials have ended, and return the exit code.
 
-
-def wrap_up(settings: dict, dataset: Dataset, folder: Path, seconds: float, signals: list[int]) -> int:
-    """Print and write what came of a search that has stopped, and return the exit code."""
-    settings["seconds"] += seconds
-    write_whole(folder / SEARCH_FILE, json.dumps(settings, indent=2))
-    results = read_results(folder)
-    if signals:
-        write_results(results, folder)
-        print(recap(results, settings["seconds"], settings["resource_usage"]))
-        print(f"Interrupted. To go on: {resume_command(folder)}")
-        return 128 + signals[0]
-    ranking = best_first(results)
-    metrics = save_best_model(ranking[0], dataset, folder) if ranking else None
+    If the process is killed here, --resume does it again. Without a dataset, best_model/ must be there.
+    """
+    results = read_results(folder, search["trials"])
     prune_checkpoints(results, folder)
     write_results(results, folder)
-    print(recap(results, settings["seconds"], settings["resource_usage"]))
-    failed = [row for row in results if row["status"] == "ERROR"]
-    for row in failed:
-        print(
-            f"{row['name']} failed: {row['error']} (all of it in {folder / row['name'] / 'error.txt'})", file=sys.stderr
-        )
+    metrics = read_best_model(results, folder) or save_best_model(results, dataset, folder)
+    print(recap(results, search["seconds"], search["resource_usage"]))
+    for row in results:
+        if row["error"]:
+            print(f"{row['name']} failed: {row['error']}", file=sys.stderr)
     if not metrics:
-        print("No trial finished an epoch, so there is no best model.", file=sys.stderr)
+        print("No trial has a model, so there is no best model.", file=sys.stderr)
         return 1
     print(recap_best(results, metrics, folder))
     return 0
-
-
-def is_begun(folder: Path) -> bool:
-    """Return whether the folder has a state to resume from."""
-    return (folder / "tuner.pkl").is_file() and any(folder.glob("experiment_state-*.json"))
 
 
 def resume_command(folder: Path) -> str:
@@ -493,20 +685,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0 done; 2 bad input, after one sentence on stderr; 130, 143 or 129 interrupted by Ctrl-C, SIGTERM or SIGHUP;
-        1 every trial failed.
+        1 every trial failed, or the disk is full.
     """
     try:
         settings = parse_args(argv)
-        folder = search_folder(settings)
-        return resume_search(folder) if "resume" in settings else new_search(settings)
+        return resume_search(settings["resume"]) if "resume" in settings else new_search(settings)
     except InputError as error:
         print(f"hparam_search.py: {error}.", file=sys.stderr)
         return 2
+    except OSError as error:  # the disk is full, or gone
+        print(f"hparam_search.py: {error}.", file=sys.stderr)
+        return 1
     except KeyboardInterrupt as interrupt:
-        begun = is_begun(folder)
-        print(
-            f"Interrupted. To go on: {resume_command(folder)}" if begun else "Interrupted before the first trial began."
-        )
+        print("Interrupted.", file=sys.stderr)
         return 128 + (interrupt.args or (signal.SIGINT,))[0]
 
 

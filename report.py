@@ -1,73 +1,203 @@
-"""What came of a search: the recap on the terminal, results.csv, best_model/, and which checkpoints stay on disk."""
+"""What came of a search: the trials' logs, the recap on the terminal, results.csv, best_model/, what stays on disk."""
 
 import csv
 import io
 import json
-import logging
+import math
 import shlex
 import shutil
+import sys
 from collections import Counter
 from datetime import datetime
 from pathlib import Path
 
 import torch
-from ray.tune import ExperimentAnalysis
+from ray import tune
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 from data import Dataset
 from model import SmallResNet
-from train import TRAINING_FILE, WEIGHTS_FILE, best_device, evaluate, evaluation_batches
+from train import (
+    METRICS,
+    TRAINING_FILE,
+    WEIGHTS_FILE,
+    best_device,
+    checkpoint_path,
+    evaluate,
+    evaluation_batches,
+    read_state,
+)
 
 MODELS_KEPT = 5
+LOG_FILE = "result.json"
+FINISHED = ("TERMINATED", "DIVERGED")
 # Shown for every trial; other hyperparameters only where trials differ in them.
 RECAP_PARAMETERS = ["p_drop", "lr", "h_1", "h_2"]
 
 
-def read_results(folder: Path) -> list[dict]:
-    """Return a dict a trial of the search in folder, in the order in which they were drawn.
+class TrialLog(tune.Callback):
+    """Writes what a trial reports into its folder, as it reports it, and of finished trials keeps the five best models.
 
-    Keys: trial_id, name, status (Ray's: TERMINATED, ERROR, …), config, error (a line or None), epochs (done), loss and
-    accuracy (of the last epoch, on the validation images), seconds, best_epoch, best_accuracy and best_loss (of the
-    epoch with the highest validation accuracy), checkpoint (of that epoch: a path relative to folder, or None where it
-    is not on disk). What a trial never reported is None.
+    <trial>/result.json has a line of JSON an epoch; the last of a trial that is finished has "done", and a trial that
+    failed has a line with "error". Lines are only ever appended. TensorBoard's events lie beside it.
+
+    Args:
+        folder: the search's.
+        results: of read_results, as the search begins or is resumed.
     """
-    logging.getLogger("ray.tune.analysis").setLevel(logging.ERROR)  # a trial without a result is no news
-    analysis = ExperimentAnalysis(str(folder))
-    rows = []
-    for trial in sorted(analysis.trials, key=lambda trial: trial.trial_id):
-        row = {"trial_id": trial.trial_id, "name": str(trial), "status": trial.status, "config": trial.config}
-        measured = ("epochs", "best_epoch", "best_accuracy", "best_loss", "loss", "accuracy", "seconds", "checkpoint")
-        row |= dict.fromkeys(measured)
-        row["error"] = (
-            last_line(folder / trial.storage.trial_dir_name / "error.txt") if trial.status == "ERROR" else None
-        )
-        rows.append(row)
-        epochs = analysis.trial_dataframes[trial.trial_id]
-        if epochs.empty:
-            continue
-        epochs = epochs.drop_duplicates("epoch", keep="last")  # a restored trial may have repeated one
-        last = epochs.iloc[-1]
-        row |= {"epochs": int(last["epoch"]), "loss": last["loss"], "accuracy": last["accuracy"]}
-        row["seconds"] = last["time_total_s"]
-        # The best epoch always has a checkpoint; so may the last, and of two alike Ray keeps the later.
-        saved = epochs[epochs["checkpoint_dir_name"].notna()]
-        if saved.empty:
-            continue
-        best = saved.sort_values("accuracy", kind="stable").iloc[-1]
-        row |= {"best_epoch": int(best["epoch"]), "best_accuracy": best["accuracy"], "best_loss": best["loss"]}
-        checkpoint = Path(trial.storage.trial_dir_name) / best["checkpoint_dir_name"]
-        row["checkpoint"] = checkpoint.as_posix() if (folder / checkpoint / WEIGHTS_FILE).exists() else None
-    return rows
+
+    def __init__(self, folder: Path, results: list[dict]) -> None:
+        self.folder = folder
+        self.lines = {row["name"]: read_log(folder / row["name"]) for row in results if row["status"] not in FINISHED}
+        self.kept = prune_checkpoints(results, folder)
+        self.writers = {}  # trial name → SummaryWriter, of running trials
+        self.unwritten = {}  # trial name → text that found no room on the disk
+
+    def on_trial_result(self, iteration: int, trials: list, trial: object, result: dict, **info: object) -> None:
+        name = str(trial)
+        if result.get("note"):
+            print(f"{name} {result['note']}.", file=sys.stderr)
+        line = {key: result[key] for key in METRICS} | ({"done": True} if result["done"] else {})
+        logged = [other for other in self.lines[name] if other.get("epoch") == line["epoch"]]
+        if line in logged:  # a restored trial reports again what it had
+            return
+        self.append(name, line)
+        try:
+            self.write_events(name, line, trial.config)
+        except OSError as error:  # the lines of result.json are what counts
+            self.warn(name, error)
+        if result["done"]:
+            self.close_writer(name)
+            self.kept = prune_checkpoints(
+                [*self.kept, summarise(name, trial.config, self.lines.pop(name))], self.folder
+            )
+
+    def on_trial_recover(self, iteration: int, trials: list, trial: object, **info: object) -> None:
+        self.close_writer(str(trial))  # so that TensorBoard drops the epochs that are trained again
+
+    def on_trial_error(self, iteration: int, trials: list, trial: object, **info: object) -> None:
+        text = Path(trial.error_file).read_text(errors="replace") if trial.error_file else ""
+        self.append(str(trial), {"error": error_sentence(text, trial.config)})
+        self.close_writer(str(trial))
+
+    def on_experiment_end(self, trials: list, **info: object) -> None:
+        for name in list(self.writers):
+            self.close_writer(name)
+        for name in list(self.unwritten):
+            self.append(name, None)
+
+    def append(self, name: str, line: dict | None) -> None:
+        """Append a line, and what could not be written before, to a trial's log."""
+        text = self.unwritten.pop(name, "")
+        if line is not None:
+            self.lines[name].append(line)
+            text += json.dumps(line) + "\n"
+        path = self.folder / name / LOG_FILE
+        try:
+            path.parent.mkdir(exist_ok=True)
+            with path.open("ab") as file:
+                file.truncate(whole_lines(path.read_bytes()))  # of a process killed while it wrote
+                file.write(text.encode())
+        except OSError as error:
+            self.unwritten[name] = text
+            self.warn(name, error)
+
+    def write_events(self, name: str, line: dict, config: dict) -> None:
+        """Write TensorBoard's events of an epoch, and with the first one the hyperparameters."""
+        if name not in self.writers:
+            # Of an epoch trained again, TensorBoard shows the later.
+            writer = SummaryWriter(str(self.folder / name), purge_step=line["epoch"])
+            self.writers[name] = writer
+            experiment, session_start, _ = hparams(config, dict.fromkeys(("accuracy", "loss"), 0.0))
+            writer.file_writer.add_summary(experiment)
+            writer.file_writer.add_summary(session_start)
+        for key in METRICS:
+            if key != "epoch":
+                self.writers[name].add_scalar(key, line[key], line["epoch"])
+        if "done" in line:
+            self.writers[name].file_writer.add_summary(hparams({}, {})[2])
+        self.writers[name].flush()
+
+    def close_writer(self, name: str) -> None:
+        if writer := self.writers.pop(name, None):
+            writer.close()
+
+    def warn(self, name: str, error: OSError) -> None:
+        print(f"{name}: its log in {self.folder / name} cannot be written ({error}): make room there.", file=sys.stderr)
 
 
-def last_line(path: Path) -> str:
-    """Return the last line of a text file that is not blank, or "" where there is none."""
-    lines = path.read_text(errors="replace").split("\n") if path.exists() else []
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+def whole_lines(content: bytes) -> int:
+    """Return the length of the part of a log that ends with its last whole line."""
+    return content.rfind(b"\n") + 1
+
+
+def read_log(folder: Path) -> list[dict]:
+    """Return the lines of a trial's log; a line cut short, as by a process killed while it wrote, is none."""
+    path = folder / LOG_FILE
+    content = path.read_bytes() if path.is_file() else b""
+    lines = []
+    for text in content[: whole_lines(content)].splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue
+    return lines
+
+
+def error_sentence(text: str, config: dict) -> str:
+    """Return what a trial's traceback comes down to, and what to do where that is known."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no reason is known"]
+    if "OutOfMemoryError" in text or "MemoryError" in text or "can't allocate memory" in text:
+        sizes = ", ".join(f"{key} {config[key]}" for key in ("batch_size", "h_1", "h_2"))
+        return f"out of memory with {sizes}: make these smaller, or let fewer trials run at once"
+    return lines[-1] if "Traceback" in text else lines[0]
+
+
+def read_results(folder: Path, trials: dict[str, dict]) -> list[dict]:
+    """Return a dict a trial of the search in folder, in the order in which they were drawn: see summarise.
+
+    Args:
+        folder: the search's.
+        trials: name → config.
+    """
+    return [summarise(name, config, read_log(folder / name), folder) for name, config in trials.items()]
+
+
+def summarise(name: str, config: dict, lines: list[dict], folder: Path | None = None) -> dict:
+    """Return what a trial's log comes down to.
+
+    Keys: trial_id, name, status, config, error (a sentence or None), epochs (done), loss and accuracy (of the last
+    epoch, on the validation images), seconds, best_epoch, best_accuracy and best_loss (of the epoch with the highest
+    validation accuracy, the first of several), checkpoint (of that epoch: a path relative to the search's folder, or
+    None where it is not there any more). What a trial never reported is None.
+
+    The status is PENDING, UNFINISHED, ERROR or, of a trial that is finished, TERMINATED or DIVERGED.
+    """
+    epochs = {line["epoch"]: line for line in lines if "epoch" in line}  # of an epoch trained again, the later line
+    row = {"trial_id": name.rsplit("_", 1)[-1], "name": name, "status": "PENDING", "config": config, "error": None}
+    keys = ("epochs", "best_epoch", "best_accuracy", "best_loss", "loss", "accuracy", "seconds", "checkpoint")
+    row |= dict.fromkeys(keys)
+    if lines:
+        row["error"] = lines[-1].get("error")
+        row["status"] = "ERROR" if row["error"] else "UNFINISHED"
+    if not epochs:
+        return row
+    last = epochs[max(epochs)]
+    row |= {"epochs": last["epoch"], "loss": last["loss"], "accuracy": last["accuracy"], "seconds": last["seconds"]}
+    if "done" in lines[-1]:
+        row["status"] = "TERMINATED" if math.isfinite(last["loss"]) else "DIVERGED"
+    best = max((epochs[epoch] for epoch in sorted(epochs)), key=lambda line: line["accuracy"])
+    row |= {"best_epoch": best["epoch"], "best_accuracy": best["accuracy"], "best_loss": best["loss"]}
+    path = checkpoint_path(Path(name), best["epoch"])
+    if folder is None or (folder / path / WEIGHTS_FILE).exists():
+        row["checkpoint"] = path.as_posix()
+    return row
 
 
 def best_first(results: list[dict]) -> list[dict]:
-    """Return the trials with a checkpoint, the highest validation accuracy at any epoch first."""
-    trained = [row for row in results if row["checkpoint"]]
+    """Return the trials with a checkpoint, save those that diverged, the highest validation accuracy first."""
+    trained = [row for row in results if row["checkpoint"] and row["status"] != "DIVERGED"]
     return sorted(trained, key=lambda row: (-row["best_accuracy"], row["best_loss"]))
 
 
@@ -92,19 +222,28 @@ def write_whole(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def save_best_model(best: dict, dataset: Dataset, folder: Path) -> dict:
+def save_best_model(results: list[dict], dataset: Dataset, folder: Path) -> dict | None:
     """Test the best trial's model, once, and write best_model/: weights.pt, config.json and metrics.json.
 
+    Where its weights are damaged, which is said on stderr, it is the next best's.
+
     Args:
-        best: the trial, one of read_results.
+        results: of read_results.
         dataset: what the search ran on; its test images are used here and nowhere else.
         folder: the search's; best_model/ is there whole or not at all.
 
     Returns:
-        What metrics.json holds: trial_id, epoch, val_loss, val_accuracy, test_loss, test_accuracy.
+        What metrics.json holds: trial_id, epoch, val_loss, val_accuracy, test_loss, test_accuracy; None where no trial
+        has a model.
     """
+    for best in best_first(results):
+        path = folder / best["checkpoint"] / WEIGHTS_FILE
+        if weights := read_state(path):
+            break
+        print(f"{path} is damaged, so {best['name']} cannot be the best trial.", file=sys.stderr)
+    else:
+        return None
     config, device = best["config"], best_device()
-    weights = torch.load(folder / best["checkpoint"] / WEIGHTS_FILE, weights_only=True, map_location="cpu")
     model = SmallResNet(config["h_1"], config["h_2"], config["p_drop"], len(dataset.classes))
     model.load_state_dict(weights)
     model.to(device, memory_format=torch.channels_last)
@@ -135,19 +274,32 @@ def save_best_model(best: dict, dataset: Dataset, folder: Path) -> dict:
     return metrics
 
 
-def prune_checkpoints(results: list[dict], folder: Path) -> None:
-    """Delete the training state of finished trials, and all checkpoints of theirs but the five best trials' best."""
-    kept = {row["checkpoint"] for row in best_first(results)[:MODELS_KEPT]}
-    for row in results:
-        if row["status"] != "TERMINATED":
-            continue
+def read_best_model(results: list[dict], folder: Path) -> dict | None:
+    """Return the metrics of best_model/ if it is there and still the best trial's, else None."""
+    path = folder / "best_model" / "metrics.json"
+    if not path.is_file() or not best_first(results):
+        return None
+    metrics, best = json.loads(path.read_text()), best_first(results)[0]
+    return metrics if (metrics["trial_id"], metrics["epoch"]) == (best["trial_id"], best["best_epoch"]) else None
+
+
+def prune_checkpoints(results: list[dict], folder: Path) -> list[dict]:
+    """Delete the training state of finished trials, and all checkpoints of theirs but the five best trials' best.
+
+    Returns:
+        The finished trials that keep a checkpoint; the others' "checkpoint" becomes None.
+    """
+    finished = [row for row in results if row["status"] in FINISHED]
+    kept = best_first(finished)[:MODELS_KEPT]
+    for row in finished:
+        if not any(row is other for other in kept):
+            row["checkpoint"] = None
         for checkpoint in folder.glob(f"{row['name']}/checkpoint_*"):
-            if checkpoint.relative_to(folder).as_posix() in kept:
+            if checkpoint.relative_to(folder).as_posix() == row["checkpoint"]:
                 (checkpoint / TRAINING_FILE).unlink(missing_ok=True)
             else:
                 shutil.rmtree(checkpoint)
-        if row["checkpoint"] not in kept:
-            row["checkpoint"] = None
+    return kept
 
 
 def recap(results: list[dict], seconds: float, resources: str) -> str:
@@ -194,7 +346,7 @@ def recap_best(results: list[dict], metrics: dict, folder: Path) -> str:
         folder: the search's.
     """
     best = next(row for row in results if row["trial_id"] == metrics["trial_id"])
-    finished = [row for row in results if row["status"] == "TERMINATED"]
+    finished = [row for row in results if row["status"] in FINISHED]
     planned = sum(row["config"]["epochs"] for row in finished)
     saved = planned - sum(row["epochs"] for row in finished)
     return "\n".join(

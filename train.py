@@ -11,10 +11,13 @@ A config is a dict of plain values with the keys of `param_space` in hparam_sear
 """
 
 import math
-import tempfile
+import os
+import pickle
+import shutil
 import time
+import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -30,6 +33,8 @@ EVALUATION_BATCH_SIZE = 500
 COOLDOWN = 0.3  # share of the epochs
 WARMUP = 0.3  # of one_cycle, share of the epochs
 WEIGHTS_FILE, TRAINING_FILE = "weights.pt", "training.pt"
+# What an epoch reports: see train_epochs.
+METRICS = ("epoch", "loss", "accuracy", "train_loss", "train_accuracy", "lr", "images_per_second", "seconds")
 
 # The learning rate, as a fraction of config["lr"], when a fraction t of all steps is done.
 SCHEDULES = {
@@ -44,28 +49,28 @@ SCHEDULES = {
 
 
 def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return type(value) is int and 1 <= value <= 1_000_000
 
 
 def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) < math.inf
 
 
 # What each key of a config may be: a test, and the words for it.
 CONFIG_KEYS = {
-    "epochs": (_whole, "a whole number of at least 1"),
-    "h_1": (_whole, "a whole number of at least 1"),
-    "h_2": (_whole, "a whole number of at least 1"),
+    "epochs": (_whole, "a whole number from 1 to 1,000,000"),
+    "h_1": (_whole, "a whole number from 1 to 1,000,000"),
+    "h_2": (_whole, "a whole number from 1 to 1,000,000"),
     "p_drop": (lambda v: _number(v) and 0 <= v < 1, "a number from 0 up to, not including, 1"),
     "lr": (lambda v: _number(v) and v > 0, "a number above 0"),
-    "batch_size": (_whole, "a whole number of at least 1"),
+    "batch_size": (_whole, "a whole number from 1 to 1,000,000"),
     "momentum": (lambda v: _number(v) and 0 <= v < 1, "a number from 0 up to, not including, 1"),
     "weight_decay": (lambda v: _number(v) and v >= 0, "a number of at least 0"),
     "nesterov": (lambda v: isinstance(v, bool), "True or False"),
     "augment": (lambda v: isinstance(v, bool), "True or False"),
     "schedule": (lambda v: isinstance(v, str) and v in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
     "ema_decay": (lambda v: _number(v) and 0 <= v < 1, "a number from 0 up to, not including, 1"),
-    "seed": (lambda v: v == 0 or _whole(v), "a whole number of at least 0"),
+    "seed": (lambda v: type(v) is int and 0 <= v < 2**63, "a whole number from 0 up to, not including, 2**63"),
 }
 
 
@@ -76,8 +81,12 @@ class Training:
     model: SmallResNet
     averaged: AveragedModel | None  # exponential moving average of the model's weights and batch norm statistics
     optimizer: torch.optim.SGD
-    epoch: int = 0  # epochs done
-    best_accuracy: float = -1.0  # on the validation images, of all epochs done
+    history: list[dict] = field(default_factory=list)  # the metrics of every epoch done
+
+    @property
+    def epoch(self) -> int:
+        """How many epochs are done."""
+        return len(self.history)
 
     @property
     def evaluated(self) -> SmallResNet:
@@ -137,9 +146,9 @@ def train_epochs(training: Training, config: dict, dataset: Dataset, device: tor
     that a restored trial goes on as one that was never interrupted.
 
     Yields:
-        The metrics of an epoch: epoch (from 1), loss and accuracy (validation; mean cross-entropy in nats, and a
-        fraction), train_loss and train_accuracy (over the epoch, as the weights were at each step), lr (of the last
-        step) and images_per_second (training only).
+        The METRICS of an epoch: epoch (from 1), loss and accuracy (validation; mean cross-entropy in nats, and a
+        fraction; a loss that is not finite is NaN), train_loss and train_accuracy (over the epoch, as the weights were
+        at each step), lr (of the last step), images_per_second (training only) and seconds (of all epochs so far).
     """
     batches = Batches(
         dataset.train_images.to(device),
@@ -179,16 +188,18 @@ def train_epochs(training: Training, config: dict, dataset: Dataset, device: tor
         train_loss, train_accuracy = (total / len(batches.images) for total in sums.tolist())
         seconds = time.perf_counter() - start
         loss, accuracy = evaluate(training.evaluated, validation)
-        training.epoch = epoch
-        yield {
+        metrics = {
             "epoch": epoch,
-            "loss": loss,
+            "loss": loss if math.isfinite(loss) else math.nan,  # an infinity would spoil the scheduler's percentiles
             "accuracy": accuracy,
             "train_loss": train_loss,
             "train_accuracy": train_accuracy,
             "lr": lr,
             "images_per_second": len(batches.images) / seconds,
+            "seconds": time.perf_counter() - start + (training.history[-1]["seconds"] if training.history else 0.0),
         }
+        training.history.append(metrics)
+        yield metrics
 
 
 def evaluation_batches(
@@ -214,44 +225,100 @@ def evaluate(model: nn.Module, batches: Batches) -> tuple[float, float]:
     return loss / len(batches.images), correct / len(batches.images)
 
 
-def save_checkpoint(training: Training, folder: str | Path) -> None:
-    """Write the evaluated weights, which stand alone, and all else that training goes on from, into two files."""
-    state = {
-        "optimizer": training.optimizer.state_dict(),
-        "epoch": training.epoch,
-        "best_accuracy": training.best_accuracy,
-    }
+def checkpoint_path(folder: Path, epoch: int) -> Path:
+    """Return where, in a trial's folder, the checkpoint of an epoch is."""
+    return folder / f"checkpoint_{epoch:06}"
+
+
+def save_checkpoint(training: Training, folder: Path) -> None:
+    """Write the checkpoint of the epoch just done into a trial's folder, whole or not at all.
+
+    It is two files: the evaluated weights, which stand alone, and all else that training goes on from. Of the older
+    checkpoints the newest stays, to fall back on; the others make room.
+
+    Raises:
+        OSError: naming the folder, when it cannot be written.
+    """
+    state = {"optimizer": training.optimizer.state_dict(), "history": training.history}
     if training.averaged:
         state |= {"model": training.model.state_dict(), "n_averaged": training.averaged.n_averaged}
-    torch.save(training.evaluated.state_dict(), Path(folder) / WEIGHTS_FILE)
-    torch.save(state, Path(folder) / TRAINING_FILE)
+    target = checkpoint_path(folder, training.epoch)
+    temporary = folder / f".{target.name}.{os.getpid()}.tmp"
+    try:
+        older = [path for path in sorted(folder.glob("checkpoint_*")) if path.name < target.name]
+        for path in older[:-1]:
+            shutil.rmtree(path)
+        temporary.mkdir(parents=True)
+        torch.save(training.evaluated.state_dict(), temporary / WEIGHTS_FILE)
+        torch.save(state, temporary / TRAINING_FILE)
+        shutil.rmtree(target, ignore_errors=True)  # of a damaged one that was trained again
+        temporary.rename(target)
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError where a file cannot be written
+        shutil.rmtree(temporary, ignore_errors=True)
+        reason = str(error).splitlines()[0]
+        raise OSError(
+            f"no checkpoint can be written into {folder} ({reason}): make room there, then --resume"
+        ) from error
 
 
-def load_checkpoint(training: Training, folder: str | Path) -> None:
-    """Restore what save_checkpoint wrote of a training with the same config, in place."""
-    training.evaluated.load_state_dict(torch.load(Path(folder) / WEIGHTS_FILE, weights_only=True))
-    state = torch.load(Path(folder) / TRAINING_FILE, weights_only=True)
-    if training.averaged:
-        training.model.load_state_dict(state["model"])
-        training.averaged.n_averaged.copy_(state["n_averaged"])
-    training.optimizer.load_state_dict(state["optimizer"])
-    training.epoch, training.best_accuracy = state["epoch"], state["best_accuracy"]
+def read_state(path: Path) -> dict | None:
+    """Return what torch.save wrote into a file, on the CPU, or None where it is missing or damaged."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            if file.testzip():  # checks what torch.load does not: the checksums
+                return None
+        return torch.load(path, weights_only=True, map_location="cpu")
+    except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError):
+        return None
 
 
-def train_cifar(config: dict, dataset: Dataset) -> None:
-    """Train one trial under Ray Tune: report every epoch, with a checkpoint if it is the best so far or the last."""
+def restore_checkpoint(training: Training, folder: Path) -> str | None:
+    """Restore a training with the same config, in place, from the newest checkpoint in a trial's folder that is whole.
+
+    Without one, it is left as it is.
+
+    Returns:
+        None, or a sentence on the checkpoints that are damaged, where there are any.
+    """
+    damaged = []
+    for path in sorted(folder.glob("checkpoint_*"), reverse=True):
+        weights, state = read_state(path / WEIGHTS_FILE), read_state(path / TRAINING_FILE)
+        if weights is None or state is None:
+            damaged.append(path.name)
+            continue
+        training.evaluated.load_state_dict(weights)
+        if training.averaged:
+            training.model.load_state_dict(state["model"])
+            training.averaged.n_averaged.copy_(state["n_averaged"])
+        training.optimizer.load_state_dict(state["optimizer"])
+        training.history = state["history"]
+        break
+    if not damaged:
+        return None
+    then = f"goes on from epoch {training.epoch}" if training.epoch else "starts again"
+    return f"cannot read {' and '.join(damaged)} in {folder}, and {then}"
+
+
+def train_cifar(config: dict, dataset: Dataset, search_folder: str) -> None:
+    """Train one trial under Ray Tune: report every epoch, and save a checkpoint if it is the best so far or the last.
+
+    Whatever became of an earlier process of the same trial, it goes on from the newest checkpoint in its folder,
+    search_folder/<trial name>. First it reports again what the epochs up to there had reported, so that scheduler and
+    stopper decide as if the trial had never been interrupted.
+    """
     torch.set_num_threads(max(1, int(tune.get_context().get_trial_resources().head_cpus)))
+    folder = Path(search_folder) / tune.get_context().get_trial_name()
+    for path in folder.glob(".checkpoint_*.tmp"):  # of a process killed while it wrote
+        shutil.rmtree(path, ignore_errors=True)
     device = best_device()
     training = new_training(config, len(dataset.classes), device)
-    if checkpoint := tune.get_checkpoint():
-        with checkpoint.as_directory() as folder:
-            load_checkpoint(training, folder)
+    note = restore_checkpoint(training, folder)
+    for metrics in list(training.history):
+        tune.report(metrics | {"note": note})
+    best = max((metrics["accuracy"] for metrics in training.history), default=-1.0)
     for metrics in train_epochs(training, config, dataset, device):
-        improved = metrics["accuracy"] > training.best_accuracy
-        if not improved and training.epoch < config["epochs"]:
-            tune.report(metrics)
-            continue
-        training.best_accuracy = max(training.best_accuracy, metrics["accuracy"])
-        with tempfile.TemporaryDirectory() as folder:
+        improved = metrics["accuracy"] > best and math.isfinite(metrics["loss"])
+        if improved or training.epoch == config["epochs"]:
             save_checkpoint(training, folder)
-            tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(folder))
+        best = max(best, metrics["accuracy"])
+        tune.report(metrics | {"note": note})

@@ -60,7 +60,7 @@ def test_best_model_is_the_best_trials(search: tuple[Path, list[dict]], small_da
     (folder / "best_model").mkdir()
     (folder / "best_model" / "metrics.json").write_text("of an earlier end")
     best = best_first(results)[0] | {"config": CONFIG}
-    metrics = save_best_model(best, small_dataset, folder)
+    metrics = save_best_model([best, *results[:5]], small_dataset, folder)
     model_folder = folder / "best_model"
     assert sorted(path.name for path in model_folder.iterdir()) == ["config.json", "metrics.json", "weights.pt"]
     assert json.loads((model_folder / "metrics.json").read_text()) == metrics

@@ -1,4 +1,7 @@
 import math
+import resource
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,13 +13,15 @@ from hparam_search import BASELINE_RECIPE, param_space
 from model import SmallResNet
 from train import (
     SCHEDULES,
+    TRAINING_FILE,
     WEIGHTS_FILE,
     Training,
+    checkpoint_path,
     ema_update,
     evaluate,
     evaluation_batches,
-    load_checkpoint,
     new_training,
+    restore_checkpoint,
     save_checkpoint,
     train_epochs,
 )
@@ -32,7 +37,7 @@ RECIPES = {
 
 
 def without_speed(metrics: dict) -> dict:
-    return {name: value for name, value in metrics.items() if name != "images_per_second"}
+    return {name: value for name, value in metrics.items() if name not in ("images_per_second", "seconds")}
 
 
 def weights(training: Training) -> torch.Tensor:
@@ -49,12 +54,12 @@ def test_restored_training_goes_on_bit_for_bit(recipe: str, small_dataset: Datas
     first = new_training(config, 5, CPU)
     epochs = train_epochs(first, config, small_dataset, CPU)
     observed = [without_speed(next(epochs)), without_speed(next(epochs))]
-    first.best_accuracy = 0.25
     save_checkpoint(first, tmp_path)
     torch.rand(3)  # whatever happens to the global generator in between
     second = new_training(config | {"seed": 6}, 5, CPU)  # other weights, all of which the checkpoint replaces
-    load_checkpoint(second, tmp_path)
-    assert (second.epoch, second.best_accuracy) == (2, 0.25)
+    assert restore_checkpoint(second, tmp_path) is None
+    assert second.epoch == 2
+    assert second.history == first.history
     observed += [without_speed(metrics) for metrics in train_epochs(second, config, small_dataset, CPU)]
 
     assert observed == expected
@@ -62,12 +67,92 @@ def test_restored_training_goes_on_bit_for_bit(recipe: str, small_dataset: Datas
     assert list(train_epochs(second, config, small_dataset, CPU)) == []
 
 
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def garble(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 255
+    path.write_bytes(content)
+
+
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "weights cut": lambda folder: cut(folder / WEIGHTS_FILE),
+    "training state cut": lambda folder: cut(folder / TRAINING_FILE),
+    "weights empty": lambda folder: (folder / WEIGHTS_FILE).write_bytes(b""),
+    "weights garbled": lambda folder: garble(folder / WEIGHTS_FILE),
+    "training state other": lambda folder: (folder / TRAINING_FILE).write_text("something else"),
+    "one file gone": lambda folder: (folder / TRAINING_FILE).unlink(),
+    "folder empty": lambda folder: [path.unlink() for path in folder.iterdir()],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_checkpoint_is_passed_over(damage: str, small_dataset: Dataset, tmp_path: Path) -> None:
+    training = new_training(CONFIG, 5, CPU)
+    states = []
+    for _ in train_epochs(training, CONFIG, small_dataset, CPU):
+        save_checkpoint(training, tmp_path)
+        states.append(weights(training).clone())
+    # Of a running trial two are kept, that one may be damaged.
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_000003", "checkpoint_000004"]
+
+    DAMAGES[damage](checkpoint_path(tmp_path, 4))
+    restored = new_training(CONFIG, 5, CPU)
+    note = restore_checkpoint(restored, tmp_path)
+    assert note == f"cannot read checkpoint_000004 in {tmp_path}, and goes on from epoch 3"
+    assert torch.equal(weights(restored), states[2])
+    assert [metrics["epoch"] for metrics in train_epochs(restored, CONFIG, small_dataset, CPU)] == [4]
+    assert torch.equal(weights(restored), states[3])
+    save_checkpoint(restored, tmp_path)  # takes the place of the damaged one
+    assert restore_checkpoint(new_training(CONFIG, 5, CPU), tmp_path) is None
+
+    for path in tmp_path.iterdir():
+        DAMAGES[damage](path)
+    restored = new_training(CONFIG, 5, CPU)
+    note = restore_checkpoint(restored, tmp_path)
+    assert note == f"cannot read checkpoint_000004 and checkpoint_000003 in {tmp_path}, and starts again"
+    assert restored.epoch == 0
+    assert torch.equal(weights(restored), weights(new_training(CONFIG, 5, CPU)))
+
+
+def test_checkpoint_that_finds_no_room_leaves_the_one_before(small_dataset: Dataset, tmp_path: Path) -> None:
+    training = new_training(CONFIG, 5, CPU)
+    epochs = train_epochs(training, CONFIG, small_dataset, CPU)
+    next(epochs)
+    save_checkpoint(training, tmp_path)
+    next(epochs)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=f"no checkpoint can be written into {tmp_path} .*make room"):
+            save_checkpoint(training, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_000001"]
+    restored = new_training(CONFIG, 5, CPU)
+    assert restore_checkpoint(restored, tmp_path) is None
+    assert restored.epoch == 1
+    save_checkpoint(training, tmp_path)  # with room again, the same call succeeds
+    shutil.rmtree(checkpoint_path(tmp_path, 1))
+    assert restore_checkpoint(restored, tmp_path) is None
+    assert restored.epoch == 2
+
+
+def test_loss_that_is_not_finite_is_nan(small_dataset: Dataset) -> None:
+    config = CONFIG | BASELINE_RECIPE | {"lr": 1e9}
+    metrics = list(train_epochs(new_training(config, 5, CPU), config, small_dataset, CPU))
+    assert math.isnan(metrics[-1]["loss"])
+    assert not any(math.isinf(each["loss"]) for each in metrics)
+
+
 def test_weights_file_stands_alone(small_dataset: Dataset, tmp_path: Path) -> None:
     training = new_training(CONFIG, 5, CPU)
     metrics = next(train_epochs(training, CONFIG, small_dataset, CPU))
     save_checkpoint(training, tmp_path)
     model = SmallResNet(4, 8, 0.3, 5)
-    model.load_state_dict(torch.load(tmp_path / WEIGHTS_FILE, weights_only=True))
+    model.load_state_dict(torch.load(checkpoint_path(tmp_path, 1) / WEIGHTS_FILE, weights_only=True))
     images = (small_dataset.val_images.float() / 255 - torch.tensor(small_dataset.mean)) / torch.tensor(
         small_dataset.std
     )
@@ -170,13 +255,14 @@ def test_gpu_trains_validates_and_restores(small_dataset: Dataset, tmp_path: Pat
     first = next(epochs)
     save_checkpoint(training, tmp_path)
     restored = new_training(config, 5, gpu)
-    load_checkpoint(restored, tmp_path)
+    assert restore_checkpoint(restored, tmp_path) is None
     rest = list(train_epochs(restored, config, small_dataset, gpu))
     assert [metrics["epoch"] for metrics in rest] == [2, 3, 4, 5, 6]
     assert rest[-1]["train_loss"] < first["train_loss"]
     # The weights are the same model on the CPU.
     model = SmallResNet(8, 32, 0.3, 5)
-    model.load_state_dict(torch.load(tmp_path / WEIGHTS_FILE, weights_only=True, map_location="cpu"))
+    weights = torch.load(checkpoint_path(tmp_path, 1) / WEIGHTS_FILE, weights_only=True, map_location="cpu")
+    model.load_state_dict(weights)
     data = small_dataset
     loss, _ = evaluate(model, evaluation_batches(data.val_images, data.val_labels, data.mean, data.std, CPU))
     assert loss == pytest.approx(first["loss"], rel=0.05)
