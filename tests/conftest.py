@@ -1,5 +1,6 @@
 """Fixtures: Ray, started once, and small sets of images."""
 
+import csv
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,8 +10,10 @@ from PIL import Image
 
 import hparam_search  # first, for it sets what Ray reads when it is imported
 from data import Dataset, make_synthetic
+from report import read_log
 
 REPOSITORY = Path(hparam_search.__file__).parent
+SMALL_IMAGES = {"num_train": 500, "num_test": 200, "num_classes": 5}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -30,6 +33,29 @@ def ray_started() -> Iterator[None]:
 def small_dataset() -> Dataset:
     """500 training, 125 validation and 100 test images of 5 classes."""
     return make_synthetic(num_train=625, num_test=100, num_classes=5)
+
+
+@pytest.fixture
+def small_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make --quick smaller yet: 4 trials of 400 training images."""
+    make_small(monkeypatch.setattr)
+
+
+def make_small(setattr: Callable) -> None:
+    setattr(hparam_search, "QUICK_IMAGES", SMALL_IMAGES)
+    setattr(hparam_search, "QUICK_SPACE", hparam_search.QUICK_SPACE | {"h_1": 4})
+
+
+def read_csv(folder: Path) -> list[dict[str, str]]:
+    """Return the rows of a search's results.csv."""
+    with (folder / "results.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def reported_epochs(folder: Path) -> dict[str, list[int]]:
+    """Return, for each trial that has begun, the epochs in its log, in order."""
+    logs = {file.parent.name: read_log(file.parent) for file in folder.glob("*/result.json")}
+    return {name: [line["epoch"] for line in lines if "epoch" in line] for name, lines in logs.items()}
 
 
 @pytest.fixture
