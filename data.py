@@ -13,14 +13,16 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.datasets import CIFAR100, ImageFolder
-from torchvision.datasets.utils import check_integrity
+
+if TYPE_CHECKING:
+    from torchvision.datasets import CIFAR100
 
 IMAGE_SIZE = 32
 VALIDATION_FRACTION = 0.2
@@ -88,6 +90,8 @@ def load_cifar100(data_dir: str | Path) -> Dataset:
     Raises:
         InputError: it is not there and cannot be downloaded, or the archive there fails its checksum.
     """
+    from torchvision.datasets import CIFAR100  # here, for it takes two seconds, and trials need none of it
+
     try:
         train = CIFAR100(data_dir, train=True)
     except RuntimeError:  # not there, or not whole
@@ -102,7 +106,10 @@ def load_cifar100(data_dir: str | Path) -> Dataset:
     )
 
 
-def _download_cifar100(data_dir: Path) -> CIFAR100:
+def _download_cifar100(data_dir: Path) -> "CIFAR100":
+    from torchvision.datasets import CIFAR100
+    from torchvision.datasets.utils import check_integrity
+
     archive = data_dir / CIFAR100.filename
     if not archive.exists():
         print(f"Downloading CIFAR-100 into {data_dir}.", flush=True)
@@ -154,6 +161,8 @@ def load_folder(data_dir: str | Path) -> Dataset:
 
 def _read_image_folder(folder: Path) -> tuple[Tensor, Tensor, list[str]]:
     """Return images, uint8 (N, 32, 32, 3), labels, int64 (N,), and the class names of an ImageFolder."""
+    from torchvision.datasets import ImageFolder
+
     if not folder.is_dir():
         raise InputError(
             f"{folder} is no folder: --dataset folder needs train/<class>/ and test/<class>/ in --data-dir"

@@ -1,9 +1,11 @@
 """What came of a search: the trials' logs, the recap on the terminal, results.csv, best_model/, what stays on disk."""
 
+import contextlib
 import csv
 import io
 import json
 import math
+import re
 import shlex
 import shutil
 import sys
@@ -40,7 +42,8 @@ class TrialLog(tune.Callback):
     """Writes what a trial reports into its folder, as it reports it, and of finished trials keeps the five best models.
 
     <trial>/result.json has a line of JSON an epoch; the last of a trial that is finished has "done", and a trial that
-    failed has a line with "error". Lines are only ever appended. TensorBoard's events lie beside it.
+    failed has a line with "error", and error.txt. Lines are only ever appended. TensorBoard's
+    events lie beside it.
 
     Args:
         folder: the search's.
@@ -77,9 +80,11 @@ class TrialLog(tune.Callback):
         self.close_writer(str(trial))  # so that TensorBoard drops the epochs that are trained again
 
     def on_trial_error(self, iteration: int, trials: list, trial: object, **info: object) -> None:
-        text = Path(trial.error_file).read_text(errors="replace") if trial.error_file else ""
-        self.append(str(trial), {"error": error_sentence(text, trial.config)})
-        self.close_writer(str(trial))
+        name, text = str(trial), Path(trial.error_file).read_text(errors="replace") if trial.error_file else ""
+        self.append(name, {"error": error_sentence(text, trial.config)})
+        with contextlib.suppress(OSError):
+            (self.folder / name / "error.txt").write_text(text)
+        self.close_writer(name)
 
     def on_experiment_end(self, trials: list, **info: object) -> None:
         for name in list(self.writers):
@@ -147,11 +152,13 @@ def read_log(folder: Path) -> list[dict]:
 
 def error_sentence(text: str, config: dict) -> str:
     """Return what a trial's traceback comes down to, and what to do where that is known."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no reason is known"]
+    last = text.split("Failure #")[-1].splitlines()[1:]  # of several attempts; the rest of the line is its time
+    lines = [line.strip() for line in last if line.strip()] or ["no reason is known"]
     if "OutOfMemoryError" in text or "MemoryError" in text or "can't allocate memory" in text:
         sizes = ", ".join(f"{key} {config[key]}" for key in ("batch_size", "h_1", "h_2"))
         return f"out of memory with {sizes}: make these smaller, or let fewer trials run at once"
-    return lines[-1] if "Traceback" in text else lines[0]
+    # Of an exception the last line tells; of a process that died, the first.
+    return lines[-1] if re.match(r"[\w.]+(Error|Exception)\b", lines[-1]) else lines[0]
 
 
 def read_results(folder: Path, trials: dict[str, dict]) -> list[dict]:

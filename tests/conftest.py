@@ -13,7 +13,7 @@ from data import Dataset, make_synthetic
 from report import read_log
 
 REPOSITORY = Path(hparam_search.__file__).parent
-SMALL_IMAGES = {"num_train": 500, "num_test": 200, "num_classes": 5}
+SMALL_IMAGES = {"num_train": 250, "num_test": 100, "num_classes": 5}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -37,7 +37,7 @@ def small_dataset() -> Dataset:
 
 @pytest.fixture
 def small_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make --quick smaller yet: 4 trials of 400 training images."""
+    """Make --quick smaller yet: 4 trials of 200 training images."""
     make_small(monkeypatch.setattr)
 
 

@@ -1,0 +1,455 @@
+"""Searches that are killed, cut off, starved and damaged, for real: nothing that was reported may be lost."""
+
+import json
+import math
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from ray import tune
+
+import hparam_search
+import report
+import train
+from hparam_search import main
+from report import read_log
+from tests.conftest import make_small, read_csv, reported_epochs
+from train import save_checkpoint, train_cifar
+
+MACHINE_CPUS = str(os.cpu_count())
+# Two trials, one at a time, so that ASHA's decisions do not hang on who reports first.
+ONE_AT_A_TIME = ["--quick", "--num-samples", "1", "--cpus-per-trial", MACHINE_CPUS]
+
+
+def figures(folder: Path) -> list[dict]:
+    """Return results.csv without what a clock measured."""
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in read_csv(folder)]
+
+
+def last_checkpoints(folder: Path) -> dict[str, int]:
+    """Return, for each trial, the epoch of its newest checkpoint."""
+    return {path.parent.name: int(path.name.split("_")[1]) for path in sorted(folder.glob("*/checkpoint_*"))}
+
+
+def finished_logs(folder: Path) -> dict[str, bytes]:
+    """Return the logs of the trials that are finished."""
+    files = [file for file in folder.glob("*/result.json") if any("done" in line for line in read_log(file.parent))]
+    return {file.parent.name: file.read_bytes() for file in files}
+
+
+def wait_for(condition: Callable, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+# --- trials that fail -------------------------------------------------------------------------------------------------
+
+
+def faulty(config: dict, dataset: object, search_folder: str) -> None:
+    """Train as train_cifar does, with a fault of its own in each of the first trials."""
+    trial, folder = tune.get_context().get_trial_name()[-1], Path(search_folder)
+    report_to_ray = tune.report
+
+    def killed_in_epoch_3(metrics: dict) -> None:
+        if metrics["epoch"] == 3 and not (folder / "killed").exists():
+            (folder / "killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        report_to_ray(metrics)
+
+    def without_room(training: train.Training, folder: Path) -> None:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        try:
+            save_checkpoint(training, folder)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    if trial == "1":
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+    if trial == "2":
+        train.save_checkpoint = without_room
+    if trial == "3":
+        config = config | {"lr": 1e4}
+    if trial == "4":
+        tune.report = killed_in_epoch_3
+    try:
+        train_cifar(config, dataset, search_folder)
+    finally:
+        tune.report, train.save_checkpoint = report_to_ray, save_checkpoint
+
+
+def stand_in(function: Callable) -> Callable:
+    """Return what hparam_search.trainable returns, with function in place of train_cifar."""
+
+    def trainable(dataset: object, folder: Path, resources: dict) -> Callable:
+        return tune.with_resources(
+            tune.with_parameters(function, dataset=dataset, search_folder=str(folder)), resources
+        )
+
+    return trainable
+
+
+def test_trials_that_fail_leave_the_others_alone(
+    ray_started: None,
+    small_search: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.setattr(hparam_search, "trainable", stand_in(faulty))
+    monkeypatch.setattr(hparam_search, "MAX_FAILURES_PER_TRIAL", 1)
+    # Trials that are all alike, so that their figures must be, too.
+    space = hparam_search.QUICK_SPACE | {"h_2": 16, "lr": 0.02, "p_drop": 0.1}
+    monkeypatch.setattr(hparam_search, "QUICK_SPACE", space)
+    assert main(["--quick", "--num-samples", "5", "--output-dir", str(tmp_path), "--name", "it"]) == 0
+    printed, folder = capsys.readouterr(), tmp_path / "it"
+    assert "Traceback" not in printed.out + printed.err
+    assert [row["status"] for row in read_csv(folder)] == ["TERMINATED", "ERROR", "ERROR", "DIVERGED", "TERMINATED"]
+    assert "Trial status: 2 TERMINATED | 2 ERROR | 1 DIVERGED" in printed.out
+    words = "out of memory with batch_size 32, h_1 4, h_2 16: make these smaller, or let fewer trials run at once"
+    assert f"train_cifar_00001 failed: {words}\n" in printed.err
+    assert f"no checkpoint can be written into {folder / 'train_cifar_00002'}" in printed.err
+
+    # The one that diverged ended there, and is out of the running.
+    lines = read_log(folder / "train_cifar_00003")
+    assert math.isnan(lines[-1]["loss"])
+    assert len(lines) < 4
+    assert not list(folder.glob("train_cifar_00003/checkpoint_*"))
+    best = json.loads((folder / "best_model" / "metrics.json").read_text())
+    assert best["trial_id"] in ("00000", "00004")
+
+    # The one that was killed went on from its checkpoint: its log has every epoch once, with the numbers of its twin.
+    assert (folder / "killed").exists()
+    assert reported_epochs(folder)["train_cifar_00004"] == [1, 2, 3, 4]
+    assert lines_of(folder, 4) == lines_of(folder, 0)
+
+    # --resume tries those that failed again, and only those.
+    monkeypatch.setattr(hparam_search, "trainable", stand_in(train_cifar))
+    before = finished_logs(folder)
+    assert main(["--resume", str(folder)]) == 0
+    statuses = [row["status"] for row in read_csv(folder)]
+    assert statuses == ["TERMINATED", "TERMINATED", "TERMINATED", "DIVERGED", "TERMINATED"]
+    assert lines_of(folder, 1)[-1] == lines_of(folder, 2)[-1] == lines_of(folder, 0)[-1]
+    assert {name: log for name, log in finished_logs(folder).items() if name in before} == before
+
+
+def lines_of(folder: Path, trial: int) -> list[dict]:
+    """Return a trial's log without what a clock measured, and without errors."""
+    clock = ("seconds", "images_per_second")
+    lines = [line for line in read_log(folder / hparam_search.trial_name(trial)) if "epoch" in line]
+    return [{key: value for key, value in line.items() if key not in clock} for line in lines]
+
+
+def test_search_whose_trials_all_fail(
+    ray_started: None,
+    small_search: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    def fails(config: dict, dataset: object, search_folder: str) -> None:
+        raise RuntimeError("the reason why")
+
+    monkeypatch.setattr(hparam_search, "trainable", stand_in(fails))
+    monkeypatch.setattr(hparam_search, "MAX_FAILURES_PER_TRIAL", 0)
+    assert main(["--quick", "--num-samples", "1", "--output-dir", str(tmp_path), "--name", "failing"]) == 1
+    printed = capsys.readouterr().err
+    assert "train_cifar_00000 failed: RuntimeError: the reason why" in printed
+    assert "Traceback" not in printed
+    assert [row["status"] for row in read_csv(tmp_path / "failing")] == ["ERROR"] * 2
+    assert not (tmp_path / "failing" / "best_model").exists()
+
+
+# --- the search killed ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray_started: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a search that nothing happened to."""
+    with pytest.MonkeyPatch.context() as patch:
+        make_small(patch.setattr)
+        folder = tmp_path_factory.mktemp("undisturbed")
+        assert main([*ONE_AT_A_TIME, "--max-epochs", "30", "--output-dir", str(folder), "--name", "it"]) == 0
+    return folder / "it"
+
+
+def in_a_process(arguments: list[str], output: str, prepare: Callable | None = None, *values: object) -> None:
+    """Run main as a process of its own; what it prints goes into a file."""
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    make_small(setattr)
+    if prepare:
+        prepare(*values)
+    os._exit(main(arguments))
+
+
+@pytest.fixture(scope="module")
+def start(ray_started: None) -> Iterator[Callable]:
+    """Return a function that starts main in a process that joins the tests' Ray: quicker than a script is started."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.test_faults"])
+    os.environ |= {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, "RAY_AUTH_MODE": "token"}
+
+    def start(*arguments: object) -> multiprocessing.Process:
+        process = context.Process(target=in_a_process, args=arguments)
+        process.start()
+        return process
+
+    yield start
+    del os.environ["RAY_ADDRESS"], os.environ["RAY_AUTH_MODE"]
+
+
+def test_search_killed_at_random_moments_ends_as_if_undisturbed(
+    undisturbed: Path, start: Callable, tmp_path: Path
+) -> None:
+    folder, output = tmp_path / "it", tmp_path / "output.txt"
+    command = [*ONE_AT_A_TIME, "--max-epochs", "30", "--output-dir", str(tmp_path), "--name", "it"]
+    generator = random.Random(0)
+    for _ in range(10):
+        process = start(["--resume", str(folder)] if (folder / "search.json").exists() else command, str(output))
+        logs, checkpoints, epochs = finished_logs(folder), last_checkpoints(folder), reported_epochs(folder)
+        process.join(generator.uniform(2, 7))
+        process.kill()
+        process.join()
+        check_nothing_was_lost(folder, logs, checkpoints, epochs)
+    logs, checkpoints, epochs = finished_logs(folder), last_checkpoints(folder), reported_epochs(folder)
+    process = start(["--resume", str(folder)], str(output))
+    process.join(120)
+    assert process.exitcode == 0, output.read_text()
+    check_nothing_was_lost(folder, logs, checkpoints, epochs)
+    assert "Traceback" not in output.read_text()
+    assert figures(folder) == figures(undisturbed)
+    for trial in (0, 1):
+        assert lines_of(folder, trial)[-1] == lines_of(undisturbed, trial)[-1]
+
+
+def check_nothing_was_lost(
+    folder: Path, logs: dict[str, bytes], checkpoints: dict[str, int], epochs: dict[str, list[int]]
+) -> None:
+    """Check that no finished trial ran again, that all lines are still there, and what was repeated."""
+    assert {name: log for name, log in finished_logs(folder).items() if name in logs} == logs
+    for name, after in reported_epochs(folder).items():
+        before = epochs.get(name, [])
+        assert after[: len(before)] == before
+        new = after[len(before) :]
+        if before and new and name not in logs:
+            # No epoch is left out, and none is trained again that a checkpoint had.
+            assert new == list(range(new[0], new[-1] + 1))
+            assert checkpoints.get(name, 0) < new[0] <= max(before) + 1
+
+
+def kill_at(moment: int) -> None:
+    """Have this process killed at the moment-th time that the end of a search changes something on the disk."""
+    counter = iter(range(moment))
+
+    def deadly(function: Callable) -> Callable:
+        def call(*args: object, **kwargs: object) -> object:
+            if next(counter, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return call
+
+    for owner, name in (
+        (Path, "replace"), (Path, "rename"), (Path, "unlink"), (Path, "write_text"), (Path, "mkdir"),
+        (torch, "save"), (shutil, "rmtree"),
+    ):  # fmt: skip
+        setattr(owner, name, deadly(getattr(owner, name)))
+
+
+def test_killed_in_the_wrap_up(undisturbed: Path, start: Callable, tmp_path: Path) -> None:
+    folder, output = tmp_path / "it", tmp_path / "output.txt"
+    shutil.copytree(undisturbed, folder)
+    shutil.rmtree(folder / "best_model")
+    (folder / "results.csv").unlink()
+    for checkpoint in folder.glob("*/checkpoint_*"):  # what pruning deletes
+        (checkpoint / "training.pt").touch()
+        shutil.copytree(checkpoint, checkpoint.with_name("checkpoint_000000"))
+    whole = {name: (undisturbed / name).read_bytes() for name in ("results.csv", "best_model/config.json")}
+    moments = 0
+    while True:
+        process = start(["--resume", str(folder)], str(output), kill_at, moments)
+        process.join(60)
+        if (folder / "results.csv").exists():
+            assert (folder / "results.csv").read_bytes() == whole["results.csv"]
+        if (folder / "best_model").exists():
+            assert sorted(path.name for path in (folder / "best_model").iterdir()) == [
+                "config.json",
+                "metrics.json",
+                "weights.pt",
+            ]
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL, output.read_text()
+        moments += 1
+    assert moments >= 8
+    assert {name: (folder / name).read_bytes() for name in whole} == whole
+    assert len(list(folder.glob("*/checkpoint_*/*"))) == 2
+    assert "Trial name" in output.read_text()
+
+
+SCRIPT = """
+import sys
+import hparam_search
+from tests.conftest import make_small
+make_small(setattr)
+sys.exit(hparam_search.main(sys.argv[1:]))
+"""
+
+
+def processes_with(mark: str) -> list[int]:
+    """Return the processes that have a mark in their environment."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if mark.encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
+def test_searches_at_once_are_stopped_by_signals_and_resumed(
+    undisturbed: Path,
+    start: Callable,
+    small_search: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    signals = {"interrupted": signal.SIGINT, "terminated": signal.SIGTERM, "hung_up": signal.SIGHUP}
+    processes, folders = {}, {name: tmp_path / name for name in signals}
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    environment |= {"MARK": str(tmp_path), "PYTHONUNBUFFERED": "1"}
+    for name in signals:
+        # Each starts a Ray of its own, as a user's search does.
+        command = [*ONE_AT_A_TIME, "--max-epochs", "30", "--output-dir", str(tmp_path), "--name", name]
+        processes[name] = subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, *command],
+            cwd=REPOSITORY, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+    for folder in folders.values():
+        wait_for(lambda folder=folder: last_checkpoints(folder))
+
+    # What is running is left alone.
+    assert main(["--resume", str(folders["interrupted"])]) == 2
+    assert "is being searched by another process" in capsys.readouterr().err
+    assert main(["--quick", "--output-dir", str(tmp_path), "--name", "interrupted"]) == 2
+    assert "--name interrupted is taken" in capsys.readouterr().err
+
+    processes["hung_up"].stdout.close()  # as when the terminal is closed
+    processes["hung_up"].stderr.close()
+    for name, number in signals.items():
+        processes[name].send_signal(number)
+    for name, number in signals.items():
+        assert processes[name].wait(60) == 128 + number
+        assert any(row["status"] not in report.FINISHED for row in read_csv(folders[name]))
+        assert not (folders[name] / "best_model").exists()
+        if name != "hung_up":
+            out, err = processes[name].communicate()
+            assert out.strip().splitlines()[-1].endswith(f"hparam_search.py --resume {folders[name]}")
+            assert "Traceback" not in out + err
+    wait_for(lambda: not processes_with(f"MARK={tmp_path}"), 30)  # no orphans
+
+    # What has been edited since is refused.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hparam_search, "QUICK_SPACE", hparam_search.QUICK_SPACE | {"lr": tune.loguniform(1e-3, 1e-1)})
+        assert main(["--resume", str(folders["interrupted"])]) == 2
+        assert "param_space['lr'] is Float(lower=0.001" in capsys.readouterr().err
+        make_small(patch.setattr)
+        patch.setattr(hparam_search, "QUICK_IMAGES", {"num_train": 251, "num_test": 100, "num_classes": 5})
+        patch.setattr(hparam_search, "QUICK_SPACE", hparam_search.QUICK_SPACE | {"lr": tune.loguniform(1e-2, 1e-1)})
+        assert main(["--resume", str(folders["interrupted"])]) == 2
+        assert "the training images in" in capsys.readouterr().err
+
+    # All end as if nothing had happened, even where the newest checkpoint is damaged.
+    (trial, epoch), *_ = last_checkpoints(folders["interrupted"]).items()
+    damaged = folders["interrupted"] / trial / f"checkpoint_{epoch:06}" / "training.pt"
+    if damaged.exists():  # the trial is not finished
+        damaged.write_bytes(damaged.read_bytes()[:-100])
+    outputs = {name: tmp_path / f"{name}.txt" for name in signals}
+    resumed = {name: start(["--resume", str(folders[name])], str(outputs[name])) for name in signals}
+    for name, process in resumed.items():
+        process.join(120)
+        assert process.exitcode == 0, outputs[name].read_text()
+        assert figures(folders[name]) == figures(undisturbed)
+    if damaged.exists():
+        assert f"cannot read checkpoint_{epoch:06} in" in outputs["interrupted"].read_text()
+
+
+def test_node_of_a_cluster_dies(start: Callable, tmp_path: Path) -> None:
+    ray_command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus", "1"]
+    port = random.SystemRandom().randrange(20_000, 30_000)
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    address = f"127.0.0.1:{port}"
+    marks = {name: f"{name}_of_{tmp_path.name}" for name in ("head", "second")}
+    arguments = {
+        "head": ["--head", "--port", str(port), "--include-dashboard", "false", "--node-ip-address", "127.0.0.1"],
+        "second": ["--address", address],
+    }
+    folder, output = tmp_path / "it", tmp_path / "output.txt"
+    try:
+        for name, mark in marks.items():
+            subprocess.Popen([*ray_command, *arguments[name]], env=environment | {"MARK": mark}, **options)
+            wait_for(lambda mark=mark: len(processes_with(f"MARK={mark}")) > 3, 60)
+        time.sleep(5)
+        search = ["--quick", "--num-samples", "1", "--max-epochs", "40", "--output-dir", str(tmp_path), "--name", "it"]
+        process = start(search, str(output), os.environ.update, {"RAY_ADDRESS": address})
+        wait_for(lambda: len(last_checkpoints(folder)) == 2 or process.exitcode is not None, 90)
+        assert process.exitcode is None, output.read_text()
+        before = last_checkpoints(folder)
+        for pid in processes_with(f"MARK={marks['second']}"):
+            os.kill(pid, signal.SIGKILL)
+        process.join(180)
+        assert process.exitcode == 0, output.read_text()
+    finally:
+        for mark in marks.values():
+            for pid in processes_with(f"MARK={mark}"):
+                os.kill(pid, signal.SIGKILL)
+    assert [row["status"] for row in read_csv(folder)] == ["TERMINATED"] * 2
+    for name, epochs in reported_epochs(folder).items():
+        assert sorted(set(epochs)) == list(range(1, max(epochs) + 1))
+        repeated = [epoch for epoch in epochs if epochs.count(epoch) > 1]
+        assert all(epoch > before[name] for epoch in repeated)
+
+
+# --- disk -------------------------------------------------------------------------------------------------------------
+
+
+def test_disk_is_bounded_while_a_search_runs(
+    ray_started: None, small_search: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, seen, ended = tmp_path / "it", [], threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.02):
+            trials = [path.parent.name for path in folder.glob("*/checkpoint_*") if path.exists()]
+            seen.append((len(trials), max(map(trials.count, trials), default=0)))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        command = ["--quick", "--num-samples", "6", "--max-epochs", "5", "--cpus-per-trial", MACHINE_CPUS]
+        assert main([*command, "--output-dir", str(tmp_path), "--name", "it"]) == 0
+    finally:
+        ended.set()
+        watcher.join()
+    assert len(read_csv(folder)) == 12
+    in_all, of_one_trial = (max(counts) for counts in zip(*seen, strict=True))
+    assert of_one_trial == 2  # the newest, and the one before
+    assert 5 < in_all <= 5 + 2 + 2  # of one trial that runs, and of one that ends
+    assert len(list(folder.glob("*/checkpoint_*/*"))) == 5
