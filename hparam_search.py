@@ -412,7 +412,7 @@ def running_ray() -> Iterator[None]:
 def stopping_on_signals() -> Iterator[list[int]]:
     """On Ctrl-C, SIGTERM or SIGHUP have Ray Tune stop the trials and save the search; yields the signals that came.
 
-    A second signal raises KeyboardInterrupt.
+    A second signal raises KeyboardInterrupt. Within running_ray only, for Ray sets a handler of its own as it starts.
     """
     received = []
 
@@ -540,7 +540,7 @@ def new_search(settings: dict) -> int:
     settings["data_dir"] = str(resolved(settings["data_dir"]))  # --resume may be called from elsewhere
     search = {"settings": settings, "param_space": {key: described(entry) for key, entry in space.items()}}
     search |= {"dataset": fingerprint(dataset), "trials": trials, "seconds": 0.0, "resource_usage": ""}
-    with stopping_on_signals() as signals, running_ray():
+    with running_ray(), stopping_on_signals() as signals:
         if not settings["name"]:  # of two that start in the same second, one waits for the next
             while folder.exists():
                 time.sleep(0.1)
@@ -632,7 +632,7 @@ def resume_search(path: str) -> int:
                 )
         if finished:
             return wrap_up(search, dataset, folder)
-        with stopping_on_signals() as signals, running_ray():
+        with running_ray(), stopping_on_signals() as signals:
             return run_trials(search, dataset, folder, signals)
 
 

@@ -44,6 +44,7 @@ def small_search(monkeypatch: pytest.MonkeyPatch) -> None:
 def make_small(setattr: Callable) -> None:
     setattr(hparam_search, "QUICK_IMAGES", SMALL_IMAGES)
     setattr(hparam_search, "QUICK_SPACE", hparam_search.QUICK_SPACE | {"h_1": 4})
+    setattr(hparam_search, "PATIENCE", 8)  # the loss on few images is rough
 
 
 def read_csv(folder: Path) -> list[dict[str, str]]:

@@ -8,6 +8,9 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +25,7 @@ import report
 import train
 from hparam_search import main
 from report import read_log
-from tests.conftest import make_small, read_csv, reported_epochs
+from tests.conftest import REPOSITORY, make_small, read_csv, reported_epochs
 from train import save_checkpoint, train_cifar
 
 MACHINE_CPUS = str(os.cpu_count())
@@ -303,7 +306,7 @@ def test_killed_in_the_wrap_up(undisturbed: Path, start: Callable, tmp_path: Pat
 SCRIPT = """
 import sys
 import hparam_search
-from tests.conftest import make_small
+from tests.conftest import REPOSITORY, make_small
 make_small(setattr)
 sys.exit(hparam_search.main(sys.argv[1:]))
 """
@@ -390,6 +393,10 @@ def test_searches_at_once_are_stopped_by_signals_and_resumed(
         assert f"cannot read checkpoint_{epoch:06} in" in outputs["interrupted"].read_text()
 
 
+def join_cluster(address: str) -> None:
+    os.environ["RAY_ADDRESS"] = address
+
+
 def test_node_of_a_cluster_dies(start: Callable, tmp_path: Path) -> None:
     ray_command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus", "1"]
     port = random.SystemRandom().randrange(20_000, 30_000)
@@ -408,7 +415,7 @@ def test_node_of_a_cluster_dies(start: Callable, tmp_path: Path) -> None:
             wait_for(lambda mark=mark: len(processes_with(f"MARK={mark}")) > 3, 60)
         time.sleep(5)
         search = ["--quick", "--num-samples", "1", "--max-epochs", "40", "--output-dir", str(tmp_path), "--name", "it"]
-        process = start(search, str(output), os.environ.update, {"RAY_ADDRESS": address})
+        process = start(search, str(output), join_cluster, address)
         wait_for(lambda: len(last_checkpoints(folder)) == 2 or process.exitcode is not None, 90)
         assert process.exitcode is None, output.read_text()
         before = last_checkpoints(folder)
@@ -437,8 +444,9 @@ def test_disk_is_bounded_while_a_search_runs(
 
     def watch() -> None:
         while not ended.wait(0.02):
-            trials = [path.parent.name for path in folder.glob("*/checkpoint_*") if path.exists()]
-            seen.append((len(trials), max(map(trials.count, trials), default=0)))
+            trials = folder.glob("train_cifar_*")
+            counts = [sum(path.name.startswith("checkpoint_") for path in trial.iterdir()) for trial in trials]
+            seen.append((sum(counts), max(counts, default=0)))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
