@@ -31,8 +31,8 @@ def ray_started() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def small_dataset() -> Dataset:
-    """500 training, 125 validation and 100 test images of 5 classes."""
-    return make_synthetic(num_train=625, num_test=100, num_classes=5)
+    """300 training, 75 validation and 100 test images of 5 classes."""
+    return make_synthetic(num_train=375, num_test=100, num_classes=5)
 
 
 @pytest.fixture

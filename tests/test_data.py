@@ -112,11 +112,11 @@ def test_reflect_is_its_own_reference() -> None:
 
 
 def test_synthetic_images_are_learnable_but_not_by_a_linear_model() -> None:
-    dataset = make_synthetic(num_train=2500, num_test=500, num_classes=10)
-    assert torch.equal(dataset.train_images, make_synthetic(2500, 500, 10).train_images)
-    assert not torch.equal(dataset.train_images, make_synthetic(2500, 500, 10, seed=1).train_images)
-    assert torch.bincount(dataset.train_labels).tolist() == [200] * 10
-    assert torch.bincount(dataset.test_labels).tolist() == [50] * 10
+    dataset = make_synthetic(num_train=1500, num_test=300, num_classes=6)
+    assert torch.equal(dataset.train_images, make_synthetic(1500, 300, 6).train_images)
+    assert not torch.equal(dataset.train_images, make_synthetic(1500, 300, 6, seed=1).train_images)
+    assert torch.bincount(dataset.train_labels).tolist() == [200] * 6
+    assert torch.bincount(dataset.test_labels).tolist() == [50] * 6
 
     def flat(images: torch.Tensor) -> torch.Tensor:
         return images.flatten(1).double() / 255 - 0.5
@@ -141,12 +141,13 @@ def test_synthetic_images_are_learnable_but_not_by_a_linear_model() -> None:
             "seed": 0,
         }  # fmt: skip
         device = torch.device("cpu")
-        training = new_training(config, 10, device)
+        training = new_training(config, 6, device)
         trained = itertools.islice(train_epochs(training, config, dataset, device), epochs)
         return [metrics["accuracy"] for metrics in trained]
 
     good = accuracies(64, 0.01, 4)
-    assert linear < 0.25
+    print(linear, good)
+    assert linear < 0.4
     assert good[3] > 0.6
     assert accuracies(2, 0.01, 2)[1] < good[1] - 0.15  # width matters
     assert accuracies(64, 1e-5, 2)[1] < good[1] - 0.15  # the learning rate matters

@@ -79,12 +79,10 @@ def faulty(config: dict, dataset: object, search_folder: str) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     if trial == "1":
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-    if trial == "2":
         train.save_checkpoint = without_room
-    if trial == "3":
+    if trial == "2":
         config = config | {"lr": 1e4}
-    if trial == "4":
+    if trial == "3":
         tune.report = killed_in_epoch_3
     try:
         train_cifar(config, dataset, search_folder)
@@ -115,35 +113,33 @@ def test_trials_that_fail_leave_the_others_alone(
     # Trials that are all alike, so that their figures must be, too.
     space = hparam_search.QUICK_SPACE | {"h_2": 16, "lr": 0.02, "p_drop": 0.1}
     monkeypatch.setattr(hparam_search, "QUICK_SPACE", space)
-    assert main(["--quick", "--num-samples", "5", "--output-dir", str(tmp_path), "--name", "it"]) == 0
+    assert main(["--quick", "--num-samples", "4", "--output-dir", str(tmp_path), "--name", "it"]) == 0
     printed, folder = capsys.readouterr(), tmp_path / "it"
     assert "Traceback" not in printed.out + printed.err
-    assert [row["status"] for row in read_csv(folder)] == ["TERMINATED", "ERROR", "ERROR", "DIVERGED", "TERMINATED"]
-    assert "Trial status: 2 TERMINATED | 2 ERROR | 1 DIVERGED" in printed.out
-    words = "out of memory with batch_size 32, h_1 4, h_2 16: make these smaller, or let fewer trials run at once"
-    assert f"train_cifar_00001 failed: {words}\n" in printed.err
-    assert f"no checkpoint can be written into {folder / 'train_cifar_00002'}" in printed.err
+    assert [row["status"] for row in read_csv(folder)] == ["TERMINATED", "ERROR", "DIVERGED", "TERMINATED"]
+    assert "Trial status: 2 TERMINATED | 1 ERROR | 1 DIVERGED" in printed.out
+    words = f"train_cifar_00001 failed: OSError: no checkpoint can be written into {folder / 'train_cifar_00001'}"
+    assert words in printed.err
 
     # The one that diverged ended there, and is out of the running.
-    lines = read_log(folder / "train_cifar_00003")
+    lines = read_log(folder / "train_cifar_00002")
     assert math.isnan(lines[-1]["loss"])
     assert len(lines) < 4
-    assert not list(folder.glob("train_cifar_00003/checkpoint_*"))
+    assert not list(folder.glob("train_cifar_00002/checkpoint_*"))
     best = json.loads((folder / "best_model" / "metrics.json").read_text())
-    assert best["trial_id"] in ("00000", "00004")
+    assert best["trial_id"] in ("00000", "00003")
 
     # The one that was killed went on from its checkpoint: its log has every epoch once, with the numbers of its twin.
     assert (folder / "killed").exists()
-    assert reported_epochs(folder)["train_cifar_00004"] == [1, 2, 3, 4]
-    assert lines_of(folder, 4) == lines_of(folder, 0)
+    assert reported_epochs(folder)["train_cifar_00003"] == [1, 2, 3, 4]
+    assert lines_of(folder, 3) == lines_of(folder, 0)
 
-    # --resume tries those that failed again, and only those.
+    # --resume tries what failed again, and only that.
     monkeypatch.setattr(hparam_search, "trainable", stand_in(train_cifar))
     before = finished_logs(folder)
     assert main(["--resume", str(folder)]) == 0
-    statuses = [row["status"] for row in read_csv(folder)]
-    assert statuses == ["TERMINATED", "TERMINATED", "TERMINATED", "DIVERGED", "TERMINATED"]
-    assert lines_of(folder, 1)[-1] == lines_of(folder, 2)[-1] == lines_of(folder, 0)[-1]
+    assert [row["status"] for row in read_csv(folder)] == ["TERMINATED", "TERMINATED", "DIVERGED", "TERMINATED"]
+    assert lines_of(folder, 1)[-1] == lines_of(folder, 0)[-1]
     assert {name: log for name, log in finished_logs(folder).items() if name in before} == before
 
 
@@ -162,15 +158,23 @@ def test_search_whose_trials_all_fail(
     capsys: pytest.CaptureFixture,
 ) -> None:
     def fails(config: dict, dataset: object, search_folder: str) -> None:
-        raise RuntimeError("the reason why")
+        errors = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."), MemoryError()]
+        raise [*errors, RuntimeError("the reason why")][int(tune.get_context().get_trial_name()[-1])]
 
     monkeypatch.setattr(hparam_search, "trainable", stand_in(fails))
     monkeypatch.setattr(hparam_search, "MAX_FAILURES_PER_TRIAL", 0)
-    assert main(["--quick", "--num-samples", "1", "--output-dir", str(tmp_path), "--name", "failing"]) == 1
-    printed = capsys.readouterr().err
-    assert "train_cifar_00000 failed: RuntimeError: the reason why" in printed
-    assert "Traceback" not in printed
-    assert [row["status"] for row in read_csv(tmp_path / "failing")] == ["ERROR"] * 2
+    monkeypatch.setattr(hparam_search, "QUICK_SPACE", hparam_search.QUICK_SPACE | {"h_2": 16})
+    assert main(["--quick", "--num-samples", "3", "--output-dir", str(tmp_path), "--name", "failing"]) == 1
+    sizes = "batch_size 32, h_1 4, h_2 16"
+    out_of_memory = f"out of memory with {sizes}: make these smaller, or let fewer trials run at once"
+    assert capsys.readouterr().err.splitlines() == [
+        f"train_cifar_00000 failed: {out_of_memory}",
+        f"train_cifar_00001 failed: {out_of_memory}",
+        "train_cifar_00002 failed: RuntimeError: the reason why",
+        "No trial has a model, so there is no best model.",
+    ]
+    assert [row["status"] for row in read_csv(tmp_path / "failing")] == ["ERROR"] * 3
+    assert "the reason why" in (tmp_path / "failing" / "train_cifar_00002" / "error.txt").read_text()
     assert not (tmp_path / "failing" / "best_model").exists()
 
 
@@ -183,7 +187,7 @@ def undisturbed(ray_started: None, tmp_path_factory: pytest.TempPathFactory) -> 
     with pytest.MonkeyPatch.context() as patch:
         make_small(patch.setattr)
         folder = tmp_path_factory.mktemp("undisturbed")
-        assert main([*ONE_AT_A_TIME, "--max-epochs", "30", "--output-dir", str(folder), "--name", "it"]) == 0
+        assert main([*ONE_AT_A_TIME, "--max-epochs", "24", "--output-dir", str(folder), "--name", "it"]) == 0
     return folder / "it"
 
 
@@ -218,12 +222,12 @@ def test_search_killed_at_random_moments_ends_as_if_undisturbed(
     undisturbed: Path, start: Callable, tmp_path: Path
 ) -> None:
     folder, output = tmp_path / "it", tmp_path / "output.txt"
-    command = [*ONE_AT_A_TIME, "--max-epochs", "30", "--output-dir", str(tmp_path), "--name", "it"]
+    command = [*ONE_AT_A_TIME, "--max-epochs", "24", "--output-dir", str(tmp_path), "--name", "it"]
     generator = random.Random(0)
     for _ in range(10):
         process = start(["--resume", str(folder)] if (folder / "search.json").exists() else command, str(output))
         logs, checkpoints, epochs = finished_logs(folder), last_checkpoints(folder), reported_epochs(folder)
-        process.join(generator.uniform(2, 7))
+        process.join(generator.uniform(1, 6))
         process.kill()
         process.join()
         check_nothing_was_lost(folder, logs, checkpoints, epochs)
@@ -339,7 +343,7 @@ def test_searches_at_once_are_stopped_by_signals_and_resumed(
     environment |= {"MARK": str(tmp_path), "PYTHONUNBUFFERED": "1"}
     for name in signals:
         # Each starts a Ray of its own, as a user's search does.
-        command = [*ONE_AT_A_TIME, "--max-epochs", "30", "--output-dir", str(tmp_path), "--name", name]
+        command = [*ONE_AT_A_TIME, "--max-epochs", "24", "--output-dir", str(tmp_path), "--name", name]
         processes[name] = subprocess.Popen(
             [sys.executable, "-c", SCRIPT, *command],
             cwd=REPOSITORY, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -378,19 +382,18 @@ def test_searches_at_once_are_stopped_by_signals_and_resumed(
         assert main(["--resume", str(folders["interrupted"])]) == 2
         assert "the training images in" in capsys.readouterr().err
 
-    # All end as if nothing had happened, even where the newest checkpoint is damaged.
+    # It ends as if nothing had happened, even where the newest checkpoint is damaged.
     (trial, epoch), *_ = last_checkpoints(folders["interrupted"]).items()
     damaged = folders["interrupted"] / trial / f"checkpoint_{epoch:06}" / "training.pt"
     if damaged.exists():  # the trial is not finished
         damaged.write_bytes(damaged.read_bytes()[:-100])
-    outputs = {name: tmp_path / f"{name}.txt" for name in signals}
-    resumed = {name: start(["--resume", str(folders[name])], str(outputs[name])) for name in signals}
-    for name, process in resumed.items():
-        process.join(120)
-        assert process.exitcode == 0, outputs[name].read_text()
-        assert figures(folders[name]) == figures(undisturbed)
-    if damaged.exists():
-        assert f"cannot read checkpoint_{epoch:06} in" in outputs["interrupted"].read_text()
+    was_running = damaged.exists()
+    output = tmp_path / "output.txt"
+    process = start(["--resume", str(folders["interrupted"])], str(output))
+    process.join(120)
+    assert process.exitcode == 0, output.read_text()
+    assert figures(folders["interrupted"]) == figures(undisturbed)
+    assert (f"cannot read checkpoint_{epoch:06} in" in output.read_text()) == was_running
 
 
 def join_cluster(address: str) -> None:
@@ -414,7 +417,7 @@ def test_node_of_a_cluster_dies(start: Callable, tmp_path: Path) -> None:
             subprocess.Popen([*ray_command, *arguments[name]], env=environment | {"MARK": mark}, **options)
             wait_for(lambda mark=mark: len(processes_with(f"MARK={mark}")) > 3, 60)
         time.sleep(5)
-        search = ["--quick", "--num-samples", "1", "--max-epochs", "40", "--output-dir", str(tmp_path), "--name", "it"]
+        search = ["--quick", "--num-samples", "1", "--max-epochs", "20", "--output-dir", str(tmp_path), "--name", "it"]
         process = start(search, str(output), join_cluster, address)
         wait_for(lambda: len(last_checkpoints(folder)) == 2 or process.exitcode is not None, 90)
         assert process.exitcode is None, output.read_text()
@@ -451,7 +454,7 @@ def test_disk_is_bounded_while_a_search_runs(
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        command = ["--quick", "--num-samples", "6", "--max-epochs", "5", "--cpus-per-trial", MACHINE_CPUS]
+        command = ["--quick", "--num-samples", "6", "--max-epochs", "4", "--cpus-per-trial", MACHINE_CPUS]
         assert main([*command, "--output-dir", str(tmp_path), "--name", "it"]) == 0
     finally:
         ended.set()

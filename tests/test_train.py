@@ -31,8 +31,7 @@ CONFIG = param_space | {"epochs": 4, "h_1": 4, "h_2": 8, "p_drop": 0.3, "lr": 0.
 RECIPES = {
     "default": CONFIG,
     "baseline": CONFIG | BASELINE_RECIPE,
-    "one_cycle": CONFIG | {"schedule": "one_cycle"},
-    "cosine, no average": CONFIG | {"schedule": "cosine", "ema_decay": 0.0},
+    "one_cycle, no average": CONFIG | {"schedule": "one_cycle", "ema_decay": 0.0},
 }
 
 
