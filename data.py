@@ -198,16 +198,17 @@ def _check_links(folder: Path) -> None:
     seen = set()
     outside = [folder] if folder.is_symlink() else []
     for path, folders, files in os.walk(folder, followlinks=True):
-        real = Path(path).resolve()
+        real = os.path.realpath(path)
         if real in seen:
             raise InputError(f"{path} leads to {real}, which is read already: remove that link")
         seen.add(real)
         outside += [link for name in folders + files if (link := Path(path) / name).is_symlink()]
-    outside = [link for link in outside if not link.resolve().is_relative_to(folder.parent.resolve())]
+    root = Path(os.path.realpath(folder.parent))
+    outside = [link for link in outside if not Path(os.path.realpath(link)).is_relative_to(root)]
     if outside:
         print(
             f"{folder}: {len(outside):,} links lead out of {folder.parent} and are followed, the first from "
-            f"{outside[0]} to {outside[0].resolve()}.",
+            f"{outside[0]} to {os.path.realpath(outside[0])}.",
             file=sys.stderr,
         )
 
@@ -221,13 +222,16 @@ def _load_image(path: str) -> Image.Image:
     if not Path(path).is_file():
         raise InputError(f"{path} is no file: remove it")  # a pipe would be waited for
     try:
-        with Image.open(path) as image:
-            pixels = math.prod(image.size)
-            if pixels <= MAX_PIXELS:
-                return image.convert("RGB")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused below
+            with Image.open(path) as image:
+                if math.prod(image.size) <= MAX_PIXELS:
+                    return image.convert("RGB")
+    except Image.DecompressionBombError:
+        pass
     except Exception as error:  # Pillow's readers raise whatever they stumble over
         raise InputError(f"{path} cannot be read as an image: remove or replace it") from error
-    raise InputError(f"{path} has {pixels:,} pixels: make it smaller, {MAX_PIXELS:,} at most")
+    raise InputError(f"{path} has more than {MAX_PIXELS:,} pixels: make it smaller")
 
 
 def make_synthetic(num_train: int = 50_000, num_test: int = 10_000, num_classes: int = 100, seed: int = 0) -> Dataset:

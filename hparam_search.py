@@ -196,6 +196,9 @@ def parse_args(argv: Sequence[str] | None) -> dict:
     parser.add_argument("--quick", action="store_true", help="a small search, in about a minute on two cores")
     parser.add_argument("--resume", metavar="PATH", help="continue the search in that folder")
     given = vars(parser.parse_args(argv))
+    for key, value in given.items():
+        if isinstance(value, list):  # argparse's reading of --flag=--
+            raise InputError(f"--{key.replace('_', '-')} needs a value: see --help")
     for key in ("resume", "data_dir", "output_dir"):
         if not given.get(key, "").isprintable():
             raise InputError(f"--{key.replace('_', '-')} is {given[key]!r}, but must be a path that can be printed")
@@ -691,7 +694,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = parse_args(argv)
         return resume_search(settings["resume"]) if "resume" in settings else new_search(settings)
     except InputError as error:
-        print(f"hparam_search.py: {error}.", file=sys.stderr)
+        sentence = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error))
+        print(f"hparam_search.py: {sentence}.", file=sys.stderr)
         return 2
     except OSError as error:  # the disk is full, or gone
         print(f"hparam_search.py: {error}.", file=sys.stderr)

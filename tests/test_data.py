@@ -4,9 +4,15 @@ import hashlib
 import http.server
 import io
 import itertools
+import os
 import pickle
+import random
+import re
+import struct
 import tarfile
 import threading
+import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -146,7 +152,6 @@ def test_synthetic_images_are_learnable_but_not_by_a_linear_model() -> None:
         return [metrics["accuracy"] for metrics in trained]
 
     good = accuracies(64, 0.01, 4)
-    print(linear, good)
     assert linear < 0.4
     assert good[3] > 0.6
     assert accuracies(2, 0.01, 2)[1] < good[1] - 0.15  # width matters
@@ -308,3 +313,93 @@ def test_without_network_the_sentence_says_what_to_do(tmp_path: Path, monkeypatc
         load_cifar100(tmp_path / "data")
     for words in (str(tmp_path / "data"), CIFAR100.filename, "--dataset synthetic"):
         assert words in str(caught.value)
+
+
+# --- any folder -------------------------------------------------------------------------------------------------------
+
+
+def put_image(path: Path, size: tuple[int, int] = (32, 32), mode: str = "RGB") -> None:
+    Image.new(mode, size, 1).save(path, format="PNG")
+
+
+def put_bomb(path: Path) -> None:
+    """Write a PNG whose header says 60,000 × 60,000 pixels."""
+    put_image(path)
+    content = path.read_bytes()
+    header = b"IHDR" + struct.pack(">II", 60_000, 60_000) + content[24:29]
+    path.write_bytes(content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:])
+
+
+def put_cut(path: Path) -> None:
+    Image.effect_noise((32, 32), 90).save(path, format="JPEG")
+    path.write_bytes(path.read_bytes()[:300])
+
+
+PUTS = {
+    "image": put_image,
+    "large": lambda path: put_image(path, (90, 40)),
+    "one pixel": lambda path: put_image(path, (1, 1)),
+    "grey": lambda path: put_image(path, mode="L"),
+    "palette": lambda path: put_image(path, mode="P"),
+    "16 bit": lambda path: put_image(path, mode="I;16"),
+    "transparent": lambda path: put_image(path, mode="RGBA"),
+    "bomb": put_bomb,
+    "cut": put_cut,
+    "empty": Path.touch,
+    "text": lambda path: path.write_text("no image"),
+    "pipe": os.mkfifo,
+    "folder": Path.mkdir,
+    "to nowhere": lambda path: path.symlink_to("nowhere"),
+    "to itself": lambda path: path.symlink_to(path.name),
+    "to its folder": lambda path: path.symlink_to(path.parent),
+    "to a device": lambda path: path.symlink_to("/dev/zero"),
+    "outside": lambda path: path.symlink_to(path.parents[3] / "outside.png"),
+}
+
+
+def test_any_folder_is_read_or_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    put_image(tmp_path / "outside.png")
+    generator, read, refusals = random.Random(0), 0, {}
+    for i in range(150):
+        capsys.readouterr()
+        folder = tmp_path / str(i)
+        kinds = generator.choices(list(PUTS), k=2)  # of most files few are odd
+        linked = False
+        names = generator.sample(["a", "b", "Ünï ✓", ".hidden"], generator.randrange(1, 4))
+        for split in ("train", "test"):
+            for name in names:
+                (folder / split / name).mkdir(parents=True)
+                for j in range(generator.randrange(5, 9)):
+                    kind = generator.choice(kinds) if generator.random() < 0.04 else "image"
+                    PUTS[kind](folder / split / name / generator.choice([f"{j}.png", f"{j}", f"{j}.ü.JPG"]))
+                    linked |= kind == "outside"
+        begin = time.monotonic()
+        try:
+            dataset = load_folder(folder)
+        except InputError as error:
+            refusals[folder] = str(error)
+            continue
+        finally:
+            assert time.monotonic() - begin < 10
+        read += 1
+        assert len(dataset.train_images) > 0
+        assert ("lead out of" in capsys.readouterr().err) == linked
+    assert 10 < read < 140
+    assert all(str(folder) in refusal and "\n" not in refusal for folder, refusal in refusals.items())
+
+
+@pytest.mark.parametrize(
+    ("put", "words"),
+    [
+        ("bomb", "0.png has more than 50,000,000 pixels"),
+        ("cut", "0.png cannot be read as an image"),
+        ("pipe", "0.png is no file"),
+        ("to its folder", "is read already: remove that link"),
+    ],
+)
+def test_files_that_are_no_use_are_named(put: str, words: str, make_folder: Callable) -> None:
+    folder = make_folder({"train": {"a": 6}, "test": {"a": 2}})
+    (folder / "train" / "a" / "000.png").unlink()
+    PUTS[put](folder / "train" / "a" / "0.png")
+    with pytest.raises(InputError, match=re.escape(words)):
+        load_folder(folder)

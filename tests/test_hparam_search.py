@@ -1,7 +1,11 @@
 import json
+import random
 import re
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import ray
 import torch
@@ -10,7 +14,7 @@ from ray import tune
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import hparam_search
-from hparam_search import BASELINE_RECIPE, EarlyStopping, check_param_space, main, param_space
+from hparam_search import BASELINE_RECIPE, EarlyStopping, check_param_space, draw_trials, main, param_space
 from model import SmallResNet
 from tests.conftest import REPOSITORY, SMALL_IMAGES, read_csv, reported_epochs
 from train import evaluate, evaluation_batches
@@ -203,6 +207,105 @@ def test_good_param_spaces_are_not() -> None:
     check_param_space(
         {"seed": 0} | param_space | {"h_1": tune.qrandint(16, 64, 16), "lr": tune.sample_from(lambda _: 1)}
     )
+
+
+class Started(Exception):
+    """What running_ray raises in place of starting Ray: the input was good."""
+
+
+def refuse_to_start() -> None:
+    raise Started
+
+
+ODD_STRINGS = ["", " ", ".", "..", "../x", "/", "a/b", "a\\b", "a\nb", "\0", "\x1b[2J", "ä" * 150, "x" * 300, "-1", "0",
+               "1", "2", "1e9", "nan", "inf", "-inf", "1.5", "0x10", "9" * 30, "9" * 5000, "None", "--", "-", "~",
+               "$HOME",               "\ud800", "name", "name.json", "train", "🙂", "synthetic",
+               "folder", "cifar100", "file", "images", "loop",
+               "locked", "search"]  # fmt: skip
+FLAGS = ["--dataset", "--data-dir", "--output-dir", "--name", "--num-samples", "--max-epochs", "--seed",
+         "--cpus-per-trial", "--gpus-per-trial", "--quick", "--resume", "--data", "-q", "--"]  # fmt: skip
+SENSIBLE = {"--dataset": ["synthetic", "folder"], "--data-dir": ["images"], "--num-samples": ["1", "3"],
+            "--max-epochs": ["1", "50"], "--seed": ["0", "7"], "--output-dir": ["out", "a/b/c"], "--name": ["it"],
+            "--cpus-per-trial": ["1"], "--gpus-per-trial": ["0"], "--resume": ["search", "damaged"]}  # fmt: skip
+
+
+def test_any_command_line_ends_in_a_start_or_a_sentence(
+    make_folder: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    images = make_folder({"train": {"a": 5}, "test": {"a": 1}})
+    monkeypatch.chdir(tmp_path)
+    small = hparam_search.make_synthetic(**SMALL_IMAGES)
+    monkeypatch.setattr(hparam_search, "make_synthetic", lambda **_: small)
+    monkeypatch.setattr(hparam_search, "load_cifar100", hparam_search.load_folder)  # which is as picky, and quick
+    monkeypatch.setattr(hparam_search, "running_ray", refuse_to_start)
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "locked").mkdir(mode=0o500)
+    (tmp_path / "images").mkdir()
+    for split in ("train", "test"):
+        (images / split).rename(tmp_path / "images" / split)
+    for name, text in {"search": "{}", "damaged": '{"settings": {"name"', "name.json": ""}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "search.json").write_text(text)
+    before = sorted(tmp_path.rglob("*"))
+    generator, started = random.Random(0), 0
+    for _ in range(600):
+        argv = []
+        for flag in generator.sample(FLAGS, generator.randrange(5)):
+            odd = flag not in SENSIBLE or generator.random() < 0.4
+            value = generator.choice(ODD_STRINGS if odd else SENSIBLE[flag])
+            argv += generator.choice([[flag, value], [flag, value], [f"{flag}={value}"], [flag]])
+        begin = time.monotonic()
+        try:
+            code = main(argv)
+        except SystemExit as end:  # of --help alone, which argparse prints
+            code = end.code
+        except Started:
+            started += 1
+            continue
+        finally:
+            printed = capsys.readouterr().err
+            assert time.monotonic() - begin < 10, argv
+        assert code == 2, (argv, code)
+        assert printed.startswith("hparam_search.py: "), (argv, printed)
+        assert printed.rstrip("\n").endswith("."), (argv, printed)
+        assert sorted(tmp_path.rglob("*")) == before, argv
+    assert 20 < started < 380
+
+
+def test_any_param_space_is_refused_or_drawn_from() -> None:
+    odd = [None, True, False, 0, 1, -1, 2, 0.5, 1e-5, 1e400, float("nan"), 10**400, 2**70, "", "cosine", b"x", [], [1],
+           (), {}, {"grid_search": []}, {"grid_search": 3}, {"grid_search": [1], "x": 1}, {"grid_search": [{}]}, object,
+           lambda: 1, 1j, np.float64(0.1), np.int64(4), torch.tensor(3), np.zeros(3),
+           tune.choice([1, "a"]), tune.choice([]), tune.uniform(0.0, 1.0), tune.uniform(1.0, 0.1), tune.randn(),
+           tune.loguniform(1e-4, 1e-2), tune.qloguniform(1e-4, 1e-1, 5e-5), tune.randint(1, 9), tune.randint(5, 5),
+           tune.quniform(0.1, 0.9, 0.1), tune.sample_from(lambda _: 4), tune.sample_from(lambda _: 1 / 0),
+           tune.sample_from(lambda spec: spec.config.nothing), tune.grid_search([4, 8]),
+           tune.grid_search([tune.uniform(0, 1)])]  # fmt: skip
+    generator, drawn, refusals = random.Random(0), 0, []
+    for _ in range(3000):
+        space = {"seed": 0} | param_space
+        for key in generator.sample(list(space), generator.randrange(1, 3)):
+            space[key] = generator.choice(odd)
+        if generator.random() < 0.1:
+            space[generator.choice(["", "LR", "lr ", 3, None])] = generator.choice(odd)
+        try:
+            check_param_space(space)
+            trials = draw_trials(space, generator.choice([1, 3]), 0)
+        except hparam_search.InputError as error:
+            refusals.append(str(error))
+            continue
+        drawn += 1
+        for config in trials.values():
+            check_param_space(json.loads(json.dumps(config)))
+    assert drawn > 100
+    assert len(refusals) > 100
+    assert not any("\n" in refusal for refusal in refusals)
+
+
+def test_too_many_trials_are_refused() -> None:
+    with pytest.raises(hparam_search.InputError, match="make 4,000,000,000 trials"):
+        draw_trials({"seed": 0} | param_space, 10**9, 0)
 
 
 def test_missing_key_is_named() -> None:
