@@ -20,6 +20,7 @@ import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -111,7 +112,6 @@ MAX_TRIALS = 100_000
 TABLE_PERIOD = 30  # seconds
 
 SEARCH_FILE = "search.json"
-RAY_FOLDER = ".ray"  # what Ray writes while a search runs; nothing is read from it
 
 
 class EarlyStopping(tune.Stopper):
@@ -401,8 +401,10 @@ def running_ray() -> Iterator[None]:
         logging.getLogger(name).addFilter(is_news)
     # Not Ray's own default, which waits for minutes for a cluster of which but a stale file is left.
     address = os.environ.get("RAY_ADDRESS", "local")
+    # Of a Ray of our own, no port is open to other machines.
+    local = {"_node_ip_address": "127.0.0.1", "include_dashboard": False} if address == "local" else {}
     try:
-        ray.init(address, log_to_driver=False, logging_level=logging.WARNING, include_dashboard=False)
+        ray.init(address, log_to_driver=False, logging_level=logging.WARNING, **local)
     except ConnectionError as error:
         raise InputError(f"no Ray cluster answers at RAY_ADDRESS {address}: start it, or unset RAY_ADDRESS") from error
     try:
@@ -461,8 +463,8 @@ def new_scheduler(max_epochs: int, results: list[dict], folder: Path) -> ASHASch
     return scheduler
 
 
-def new_tuner(search: dict, trainable: Callable, folder: Path) -> tune.Tuner:
-    """Return the Tuner of those trials of a search that are not finished."""
+def new_tuner(search: dict, trainable: Callable, folder: Path, ray_folder: Path) -> tune.Tuner:
+    """Return the Tuner of those trials of a search that are not finished; Ray's own files go into ray_folder."""
     results = read_results(folder, search["trials"])
     names = [row["name"] for row in results if row["status"] not in FINISHED]
     configs = [search["trials"][name] for name in names]
@@ -479,8 +481,8 @@ def new_tuner(search: dict, trainable: Callable, folder: Path) -> tune.Tuner:
             trial_dirname_creator=str,
         ),
         run_config=tune.RunConfig(
-            name=RAY_FOLDER,
-            storage_path=str(folder),
+            name=ray_folder.name,
+            storage_path=str(ray_folder.parent),
             stop=EarlyStopping(PATIENCE, MIN_DELTA, MAX_SECONDS_PER_TRIAL),
             failure_config=tune.FailureConfig(max_failures=MAX_FAILURES_PER_TRIAL),
             callbacks=[TrialLog(folder, results)],
@@ -643,9 +645,13 @@ def run_trials(search: dict, dataset: Dataset, folder: Path, signals: list[int])
     """Run the trials of a search that are not finished, then wrap it up, and return the exit code."""
     start = time.monotonic()
     resources, search["resource_usage"] = share_resources(search["settings"], len(search["trials"]))
-    shutil.rmtree(folder / RAY_FOLDER, ignore_errors=True)  # of a process that was killed
-    new_tuner(search, trainable(dataset, folder, resources), folder).fit()
-    shutil.rmtree(folder / RAY_FOLDER, ignore_errors=True)
+    for path in folder.glob(".ray_*"):  # of a process that was killed
+        shutil.rmtree(path, ignore_errors=True)
+    # All nodes of a cluster must see what Ray writes while a search runs; nothing is ever read from it.
+    with tempfile.TemporaryDirectory(
+        prefix=".ray_", dir=folder if "RAY_ADDRESS" in os.environ else None, ignore_cleanup_errors=True
+    ) as ray_folder:
+        new_tuner(search, trainable(dataset, folder, resources), folder, Path(ray_folder)).fit()
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Tune has ended, and would no longer stop on it
     search["seconds"] += time.monotonic() - start
     write_whole(folder / SEARCH_FILE, json.dumps(search, indent=2))

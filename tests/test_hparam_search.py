@@ -252,7 +252,7 @@ def test_any_command_line_ends_in_a_start_or_a_sentence(
     for _ in range(600):
         argv = []
         for flag in generator.sample(FLAGS, generator.randrange(5)):
-            odd = flag not in SENSIBLE or generator.random() < 0.4
+            odd = flag not in SENSIBLE or generator.random() < 0.2
             value = generator.choice(ODD_STRINGS if odd else SENSIBLE[flag])
             argv += generator.choice([[flag, value], [flag, value], [f"{flag}={value}"], [flag]])
         begin = time.monotonic()
@@ -270,7 +270,7 @@ def test_any_command_line_ends_in_a_start_or_a_sentence(
         assert printed.startswith("hparam_search.py: "), (argv, printed)
         assert printed.rstrip("\n").endswith("."), (argv, printed)
         assert sorted(tmp_path.rglob("*")) == before, argv
-    assert 20 < started < 380
+    assert 20 < started < 580
 
 
 def test_any_param_space_is_refused_or_drawn_from() -> None:
