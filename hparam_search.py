@@ -37,6 +37,9 @@ os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "inf"
 os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
 # What failed is said in a sentence at the end, and in full in the trial's folder.
 os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] = "0"
+# A Ray of our own listens on the loopback alone, as it does by itself on macOS.
+if "RAY_ADDRESS" not in os.environ:
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 # The results are local: no reports to Ray's makers.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
@@ -401,10 +404,8 @@ def running_ray() -> Iterator[None]:
         logging.getLogger(name).addFilter(is_news)
     # Not Ray's own default, which waits for minutes for a cluster of which but a stale file is left.
     address = os.environ.get("RAY_ADDRESS", "local")
-    # Of a Ray of our own, no port is open to other machines.
-    local = {"_node_ip_address": "127.0.0.1", "include_dashboard": False} if address == "local" else {}
     try:
-        ray.init(address, log_to_driver=False, logging_level=logging.WARNING, **local)
+        ray.init(address, log_to_driver=False, logging_level=logging.WARNING, include_dashboard=False)
     except ConnectionError as error:
         raise InputError(f"no Ray cluster answers at RAY_ADDRESS {address}: start it, or unset RAY_ADDRESS") from error
     try:

@@ -225,8 +225,12 @@ def write_results(results: list[dict], folder: Path) -> None:
 def write_whole(path: Path, text: str) -> None:
     """Write a text file so that it is there whole or, if the process is killed, as it was."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def save_best_model(results: list[dict], dataset: Dataset, folder: Path) -> dict | None:

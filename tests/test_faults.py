@@ -1,5 +1,6 @@
 """Searches that are killed, cut off, starved and damaged, for real: nothing that was reported may be lost."""
 
+import contextlib
 import json
 import math
 import multiprocessing
@@ -8,6 +9,7 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -330,6 +332,21 @@ def processes_with(mark: str) -> list[int]:
     return found
 
 
+def listening(pids: list[int]) -> set[str]:
+    """Return the addresses on which processes listen for TCP connections."""
+    sockets = set()
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            sockets |= {str(path.readlink()) for path in Path(f"/proc/{pid}/fd").iterdir() if path.is_symlink()}
+    addresses = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            local, state, inode = (line.split()[i] for i in (1, 3, 9))
+            if state == "0A" and f"socket:[{inode}]" in sockets:
+                addresses.add(socket.inet_ntoa(bytes.fromhex(local.split(":")[0][-8:])[::-1]))
+    return addresses
+
+
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
 def test_searches_at_once_are_stopped_by_signals_and_resumed(
     undisturbed: Path,
@@ -350,8 +367,9 @@ def test_searches_at_once_are_stopped_by_signals_and_resumed(
             [sys.executable, "-c", SCRIPT, *command],
             cwd=REPOSITORY, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
-    # What is running is left alone.
+    # What is running is left alone, and heard by this machine alone.
     wait_for(lambda: last_checkpoints(folders["interrupted"]))
+    assert listening(processes_with(f"MARK={tmp_path}")) == {"127.0.0.1"}
     assert main(["--resume", str(folders["interrupted"])]) == 2
     assert "is being searched by another process" in capsys.readouterr().err
     assert main(["--quick", "--output-dir", str(tmp_path), "--name", "interrupted"]) == 2
@@ -404,7 +422,8 @@ def join_cluster(address: str) -> None:
 def test_node_of_a_cluster_dies(start: Callable, tmp_path: Path) -> None:
     ray_command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus", "1"]
     port = random.SystemRandom().randrange(20_000, 30_000)
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    environment["RAY_AUTH_MODE"] = "token"
     options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     address = f"127.0.0.1:{port}"
     marks = {name: f"{name}_of_{tmp_path.name}" for name in ("head", "second")}
