@@ -137,6 +137,23 @@ class EarlyStopping(tune.Stopper):
         return False
 
 
+class ResumedASHA(ASHAScheduler):
+    """ASHA that lets trials pass where an earlier process of the same search did, whoever has reported since.
+
+    Args:
+        passed: of each trial that goes on, by name, the epochs that it has reported already.
+        kwargs: of ASHAScheduler.
+    """
+
+    def __init__(self, passed: dict[str, set[int]], **kwargs: object) -> None:
+        super().__init__(**kwargs)
+        self.passed = passed
+
+    def on_trial_result(self, tune_controller: object, trial: object, result: dict) -> str:
+        decision = super().on_trial_result(tune_controller, trial, result)
+        return self.CONTINUE if result["epoch"] in self.passed.get(str(trial), ()) else decision
+
+
 class ProgressTable(tune.CLIReporter):
     """Ray's table while the search runs; the recap takes the place of the last one."""
 
@@ -444,8 +461,14 @@ def stopping_on_signals() -> Iterator[list[int]]:
 
 
 def new_scheduler(max_epochs: int, results: list[dict], folder: Path) -> ASHAScheduler:
-    """Return ASHA, as it was when the finished trials of a search that is resumed had reported."""
-    scheduler = ASHAScheduler(
+    """Return ASHA, as it was when the trials of a search that is resumed had reported what is in their logs."""
+    logs = {row["name"]: [line for line in read_log(folder / row["name"]) if "epoch" in line] for row in results}
+    scheduler = ResumedASHA(
+        {
+            row["name"]: {line["epoch"] for line in logs[row["name"]]}
+            for row in results
+            if row["status"] not in FINISHED
+        },
         metric="loss",
         mode="min",
         time_attr="epoch",
@@ -457,10 +480,9 @@ def new_scheduler(max_epochs: int, results: list[dict], folder: Path) -> ASHASch
         if row["status"] in FINISHED:
             trial = SimpleNamespace(trial_id=row["name"])  # all that ASHA asks of a trial
             scheduler.on_trial_add(None, trial)
-            reported = [line for line in read_log(folder / row["name"]) if "epoch" in line]
-            for line in reported:
+            for line in logs[row["name"]]:
                 scheduler.on_trial_result(None, trial, line)
-            scheduler.on_trial_complete(None, trial, reported[-1])
+            scheduler.on_trial_complete(None, trial, logs[row["name"]][-1])
     return scheduler
 
 

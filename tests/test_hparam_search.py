@@ -353,3 +353,36 @@ def test_early_stopping() -> None:
     stopper = EarlyStopping(patience=2, min_delta=0.0, max_seconds=100)
     for epoch in (1, 2, 2, 2, 2):  # an epoch repeated after a restore counts once
         assert not stopper("trial", {"epoch": epoch, "loss": 1.0, "seconds": 1})
+
+
+def test_scheduler_of_a_resumed_search_keeps_the_decisions_made(tmp_path: Path) -> None:
+    def put(name: str, status: str, losses: list[float]) -> dict:
+        (tmp_path / name).mkdir()
+        lines = [json.dumps({"epoch": epoch, "loss": loss}) + "\n" for epoch, loss in enumerate(losses, 1)]
+        (tmp_path / name / "result.json").write_text("".join(lines))
+        return {"name": name, "status": status}
+
+    class Trial:
+        def __init__(self, name: str) -> None:
+            self.trial_id = name
+
+        def __str__(self) -> str:
+            return self.trial_id
+
+    results = [
+        put("good", "TERMINATED", [3.0, 2.0, 1.0, 0.5]),
+        put("better", "TERMINATED", [3.0, 1.0, 0.5, 0.4]),
+        put("slow", "UNFINISHED", [4.0, 3.9, 3.8, 3.7]),  # passed the rung at 3, for it was the first there
+        put("failed", "ERROR", []),
+        put("waiting", "PENDING", []),
+    ]
+    scheduler = hparam_search.new_scheduler(12, results, tmp_path)
+
+    def decisions(name: str, losses: list[float]) -> list[str]:
+        trial = Trial(name)
+        scheduler.on_trial_add(None, trial)
+        return [scheduler.on_trial_result(None, trial, {"epoch": i, "loss": loss}) for i, loss in enumerate(losses, 1)]
+
+    assert decisions("slow", [4.0, 3.9, 3.8, 3.7, 3.6, 3.5]) == ["CONTINUE"] * 6
+    assert decisions("waiting", [4.0, 3.9, 3.8]) == ["CONTINUE", "CONTINUE", "STOP"]
+    assert decisions("failed", [4.0, 0.9, 0.3]) == ["CONTINUE"] * 3
