@@ -160,23 +160,21 @@ def test_search_whose_trials_all_fail(
     capsys: pytest.CaptureFixture,
 ) -> None:
     def fails(config: dict, dataset: object, search_folder: str) -> None:
-        errors = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."), MemoryError()]
-        raise [*errors, RuntimeError("the reason why")][int(tune.get_context().get_trial_name()[-1])]
+        out_of_memory = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        raise [out_of_memory, RuntimeError("the reason why")][int(tune.get_context().get_trial_name()[-1])]
 
     monkeypatch.setattr(hparam_search, "trainable", stand_in(fails))
     monkeypatch.setattr(hparam_search, "MAX_FAILURES_PER_TRIAL", 0)
     monkeypatch.setattr(hparam_search, "QUICK_SPACE", hparam_search.QUICK_SPACE | {"h_2": 16})
-    assert main(["--quick", "--num-samples", "3", "--output-dir", str(tmp_path), "--name", "failing"]) == 1
+    assert main(["--quick", "--num-samples", "2", "--output-dir", str(tmp_path), "--name", "failing"]) == 1
     sizes = "batch_size 32, h_1 4, h_2 16"
-    out_of_memory = f"out of memory with {sizes}: make these smaller, or let fewer trials run at once"
     assert capsys.readouterr().err.splitlines() == [
-        f"train_cifar_00000 failed: {out_of_memory}",
-        f"train_cifar_00001 failed: {out_of_memory}",
-        "train_cifar_00002 failed: RuntimeError: the reason why",
+        f"train_cifar_00000 failed: out of memory with {sizes}: make these smaller, or let fewer trials run at once",
+        "train_cifar_00001 failed: RuntimeError: the reason why",
         "No trial has a model, so there is no best model.",
     ]
-    assert [row["status"] for row in read_csv(tmp_path / "failing")] == ["ERROR"] * 3
-    assert "the reason why" in (tmp_path / "failing" / "train_cifar_00002" / "error.txt").read_text()
+    assert [row["status"] for row in read_csv(tmp_path / "failing")] == ["ERROR"] * 2
+    assert "the reason why" in (tmp_path / "failing" / "train_cifar_00001" / "error.txt").read_text()
     assert not (tmp_path / "failing" / "best_model").exists()
 
 
@@ -189,7 +187,7 @@ def undisturbed(ray_started: None, tmp_path_factory: pytest.TempPathFactory) -> 
     with pytest.MonkeyPatch.context() as patch:
         make_small(patch.setattr)
         folder = tmp_path_factory.mktemp("undisturbed")
-        assert main([*ONE_AT_A_TIME, "--max-epochs", "20", "--output-dir", str(folder), "--name", "it"]) == 0
+        assert main([*ONE_AT_A_TIME, "--max-epochs", "14", "--output-dir", str(folder), "--name", "it"]) == 0
     return folder / "it"
 
 
@@ -224,17 +222,20 @@ def test_search_killed_at_random_moments_ends_as_if_undisturbed(
     undisturbed: Path, start: Callable, tmp_path: Path
 ) -> None:
     folder, output = tmp_path / "it", tmp_path / "output.txt"
-    command = [*ONE_AT_A_TIME, "--max-epochs", "20", "--output-dir", str(tmp_path), "--name", "it"]
-    generator, midway = random.Random(0), 0
-    for _ in range(10):
-        process = start(["--resume", str(folder)] if (folder / "search.json").exists() else command, str(output))
+    command = [*ONE_AT_A_TIME, "--max-epochs", "14", "--output-dir", str(tmp_path), "--name", "it"]
+    generator = random.Random(0)
+    for moment in range(10):
         logs, checkpoints, epochs = finished_logs(folder), last_checkpoints(folder), reported_epochs(folder)
-        process.join(generator.uniform(1, 6))
+        process = start(["--resume", str(folder)] if (folder / "search.json").exists() else command, str(output))
+        if moment % 5 < 2:  # as it starts
+            process.join(generator.uniform(0, 4))
+        else:  # as it trains
+            wait_for(lambda epochs=epochs: reported_epochs(folder) != epochs)
+            process.join(generator.uniform(0, 0.8))
+        assert process.exitcode is None, output.read_text()
         process.kill()
         process.join()
         check_nothing_was_lost(folder, logs, checkpoints, epochs)
-        midway += reported_epochs(folder) != epochs
-    assert midway >= 3  # the rest came as the process started
     logs, checkpoints, epochs = finished_logs(folder), last_checkpoints(folder), reported_epochs(folder)
     process = start(["--resume", str(folder)], str(output))
     process.join(120)
@@ -357,37 +358,45 @@ def test_searches_at_once_are_stopped_by_signals_and_resumed(
     capsys: pytest.CaptureFixture,
 ) -> None:
     signals = {"interrupted": signal.SIGINT, "terminated": signal.SIGTERM, "hung_up": signal.SIGHUP}
-    processes, folders = {}, {name: tmp_path / name for name in signals}
+    folders, output = {name: tmp_path / name for name in signals}, tmp_path / "output.txt"
+    command = [*ONE_AT_A_TIME, "--max-epochs", "14", "--output-dir", str(tmp_path), "--name"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     environment |= {"MARK": str(tmp_path), "PYTHONUNBUFFERED": "1"}
-    for name in signals:
-        # Each starts a Ray of its own, as a user's search does.
-        command = [*ONE_AT_A_TIME, "--max-epochs", "20", "--output-dir", str(tmp_path), "--name", name]
-        processes[name] = subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, *command],
+    processes = {
+        name: subprocess.Popen(  # each with a Ray of its own, as a user's search has
+            [sys.executable, "-c", SCRIPT, *command, name],
             cwd=REPOSITORY, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
+        )
+        for name in ("terminated", "hung_up")
+    }  # fmt: skip
+    processes["interrupted"] = start([*command, "interrupted"], str(output))
+
     # What is running is left alone, and heard by this machine alone.
     wait_for(lambda: last_checkpoints(folders["interrupted"]))
-    assert listening(processes_with(f"MARK={tmp_path}")) == {"127.0.0.1"}
     assert main(["--resume", str(folders["interrupted"])]) == 2
     assert "is being searched by another process" in capsys.readouterr().err
     assert main(["--quick", "--output-dir", str(tmp_path), "--name", "interrupted"]) == 2
     assert "--name interrupted is taken" in capsys.readouterr().err
 
-    processes["hung_up"].stdout.close()  # as when the terminal is closed
-    processes["hung_up"].stderr.close()
-    for name, number in signals.items():
+    for name in signals:
         wait_for(lambda folder=folders[name]: last_checkpoints(folder))
-        processes[name].send_signal(number)
-    for name, number in signals.items():
-        assert processes[name].wait(60) == 128 + number
-        assert any(row["status"] not in report.FINISHED for row in read_csv(folders[name]))
-        assert not (folders[name] / "best_model").exists()
-        if name != "hung_up":
-            out, err = processes[name].communicate()
-            assert out.strip().splitlines()[-1].endswith(f"hparam_search.py --resume {folders[name]}")
-            assert "Traceback" not in out + err
+        if name == "terminated":
+            assert listening(processes_with(f"MARK={tmp_path}")) == {"127.0.0.1"}
+        if name == "hung_up":
+            processes[name].stdout.close()  # as when the terminal is closed
+            processes[name].stderr.close()
+        os.kill(processes[name].pid, signals[name])
+    processes["interrupted"].join(60)
+    assert processes["interrupted"].exitcode == 130, output.read_text()
+    out, err = processes["terminated"].communicate(timeout=60)
+    assert processes["terminated"].returncode == 143, err
+    assert processes["hung_up"].wait(60) == 129
+    for name, printed in {"interrupted": output.read_text(), "terminated": out}.items():
+        assert printed.strip().splitlines()[-1].endswith(f"hparam_search.py --resume {folders[name]}")
+        assert "Traceback" not in printed + err
+    for folder in folders.values():
+        assert any(row["status"] not in report.FINISHED for row in read_csv(folder))
+        assert not (folder / "best_model").exists()
     wait_for(lambda: not processes_with(f"MARK={tmp_path}"), 30)  # no orphans
 
     # What has been edited since is refused.
@@ -407,7 +416,6 @@ def test_searches_at_once_are_stopped_by_signals_and_resumed(
     if damaged.exists():  # the trial is not finished
         damaged.write_bytes(damaged.read_bytes()[:-100])
     was_running = damaged.exists()
-    output = tmp_path / "output.txt"
     process = start(["--resume", str(folders["interrupted"])], str(output))
     process.join(120)
     assert process.exitcode == 0, output.read_text()
@@ -474,7 +482,7 @@ def test_disk_is_bounded_while_a_search_runs(
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        command = ["--quick", "--num-samples", "6", "--max-epochs", "4", "--cpus-per-trial", MACHINE_CPUS]
+        command = ["--quick", "--num-samples", "6", "--max-epochs", "3", "--cpus-per-trial", MACHINE_CPUS]
         assert main([*command, "--output-dir", str(tmp_path), "--name", "it"]) == 0
     finally:
         ended.set()
