@@ -8,10 +8,13 @@ import torch
 from data import Dataset
 from model import SmallResNet
 from report import (
+    TrialLog,
     best_first,
     boxed_table,
     duration,
+    error_sentence,
     prune_checkpoints,
+    read_log,
     recap,
     recap_best,
     save_best_model,
@@ -143,3 +146,37 @@ def test_files_are_written_whole(tmp_path: Path) -> None:
     write_whole(path, "two")
     assert path.read_text() == "two"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("MemoryError", "out of memory with batch_size 64, h_1 4, h_2 8: make these smaller, or let fewer trials"),
+        ("ray.exceptions.OutOfMemoryError: Task was killed", "out of memory with batch_size 64, h_1 4, h_2 8: make"),
+        ("RuntimeError: DefaultCPUAllocator: can't allocate memory: you", "out of memory with batch_size 64"),
+        ("ValueError: the reason why\n", "ValueError: the reason why"),
+    ],
+)  # fmt: skip
+def test_error_comes_down_to_a_sentence(text: str, sentence: str) -> None:
+    # As Ray writes it, an attempt after the other.
+    head = "Failure # {} (occurred at 2026-11-23_12-00-00)\nray::ImplicitFunc.train() (pid=1)\n  File ...\n"
+    log = head.format(1) + "KeyError: another\n\n" + head.format(2) + text
+    assert error_sentence(log, CONFIG | {"batch_size": 64}).startswith(sentence)
+
+
+def test_error_of_a_process_that_died() -> None:
+    log = "Failure # 1 (occurred at 2026-11-23_12-00-00)\nThe actor died unexpectedly.\n\tclass_name: X\n\tpid: 3\n"
+    assert error_sentence(log, CONFIG) == "The actor died unexpectedly."
+    assert error_sentence("", CONFIG) == "no reason is known"
+
+
+def test_log_cut_short_is_read_up_to_there_and_written_on(tmp_path: Path) -> None:
+    (tmp_path / "trial").mkdir()
+    path = tmp_path / "trial" / "result.json"
+    path.write_text('{"epoch": 1}\nnoise\n{"epoch": 2}\n{"epo')
+    assert read_log(tmp_path / "trial") == [{"epoch": 1}, {"epoch": 2}]
+    log = TrialLog(tmp_path, [{"name": "trial", "status": "UNFINISHED"}])
+    log.append("trial", {"epoch": 3})
+    assert read_log(tmp_path / "trial") == [{"epoch": 1}, {"epoch": 2}, {"epoch": 3}]
+    assert path.read_text().endswith('{"epoch": 2}\n{"epoch": 3}\n')
+    assert read_log(tmp_path / "nothing") == []
