@@ -445,8 +445,8 @@ def test_node_of_a_cluster_dies(start: Callable, tmp_path: Path) -> None:
         for name, mark in marks.items():
             subprocess.Popen([*ray_command, *arguments[name]], env=environment | {"MARK": mark}, **options)
             wait_for(lambda mark=mark: len(processes_with(f"MARK={mark}")) > 3, 60)
-        time.sleep(5)
-        search = ["--quick", "--num-samples", "1", "--max-epochs", "20", "--output-dir", str(tmp_path), "--name", "it"]
+        time.sleep(2)
+        search = ["--quick", "--num-samples", "1", "--max-epochs", "14", "--output-dir", str(tmp_path), "--name", "it"]
         process = start(search, str(output), join_cluster, address)
         wait_for(lambda: len(last_checkpoints(folder)) == 2 or process.exitcode is not None, 90)
         assert process.exitcode is None, output.read_text()
@@ -483,7 +483,7 @@ def test_disk_is_bounded_while_a_search_runs(
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        command = ["--quick", "--num-samples", "6", "--max-epochs", "3", "--cpus-per-trial", MACHINE_CPUS]
+        command = ["--quick", "--num-samples", "6", "--max-epochs", "2", "--cpus-per-trial", MACHINE_CPUS]
         assert main([*command, "--output-dir", str(tmp_path), "--name", "it"]) == 0
     finally:
         ended.set()

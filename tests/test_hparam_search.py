@@ -30,7 +30,7 @@ def test_whole_search(
     capsys: pytest.CaptureFixture,
 ) -> None:
     folder = tmp_path / "first"
-    command = ["--quick", "--max-epochs", "5", "--output-dir", str(tmp_path), "--name"]
+    command = ["--quick", "--max-epochs", "4", "--output-dir", str(tmp_path), "--name"]
     assert main([*command, "first"]) == 0
     printed = capsys.readouterr()
     assert "Traceback" not in printed.out + printed.err
@@ -43,9 +43,9 @@ def test_whole_search(
     for row in rows:
         epochs = int(row["epochs"])
         assert done[f"train_cifar_{row['trial_id']}"] == list(range(1, epochs + 1))
-        assert 1 <= int(row["best_epoch"]) <= epochs <= 5 == int(row["max_epochs"])
+        assert 1 <= int(row["best_epoch"]) <= epochs <= 4 == int(row["max_epochs"])
         assert float(row["best_accuracy"]) >= float(row["accuracy"])
-    assert max(int(row["epochs"]) for row in rows) == 5
+    assert max(int(row["epochs"]) for row in rows) == 4
 
     # best_model/: rebuilt from its own files alone, it has the accuracies that were reported.
     model_folder = folder / "best_model"
@@ -102,8 +102,8 @@ def test_whole_search(
     columns = ["Trial name", "status", "p_drop", "lr", "h_1", "h_2", "iter", "total time (s)", "loss", "accuracy"]
     assert re.split(r"\s{2,}", header.strip("│ ")) == columns
     assert f"test accuracy: {metrics['test_accuracy']:.4f}" in out
-    saved = 20 - sum(int(row["epochs"]) for row in rows)
-    assert f"Early stopping saved {saved} of 20 epochs." in out
+    saved = 16 - sum(int(row["epochs"]) for row in rows)
+    assert f"Early stopping saved {saved} of 16 epochs." in out
     assert "checkpoint" not in out
 
     # The same command draws the same trials, and trains them to the same numbers as far as they go.
