@@ -11,6 +11,7 @@ Edit `param_space` to search something else: Ray Tune's `tune.grid_search`, `tun
 import argparse
 import contextlib
 import fcntl
+import inspect
 import io
 import json
 import logging
@@ -188,6 +189,11 @@ DEFAULTS = {
 QUICK_DEFAULTS = {"dataset": "synthetic", "num_samples": 2}
 
 
+def flag(key: str) -> str:
+    """Return a setting's key as one types it: data_dir is --data-dir."""
+    return f"--{key.replace('_', '-')}"
+
+
 def parse_args(argv: Sequence[str] | None) -> dict:
     """Return the settings: what was given, then what --quick sets, then the defaults; or {"resume": path} alone.
 
@@ -218,27 +224,26 @@ def parse_args(argv: Sequence[str] | None) -> dict:
     given = vars(parser.parse_args(argv))
     for key, value in given.items():
         if isinstance(value, list):  # argparse's reading of --flag=--
-            raise InputError(f"--{key.replace('_', '-')} needs a value: see --help")
+            raise InputError(f"{flag(key)} needs a value: see --help")
     for key in ("resume", "data_dir", "output_dir"):
         if not given.get(key, "").isprintable():
-            raise InputError(f"--{key.replace('_', '-')} is {given[key]!r}, but must be a path that can be printed")
+            raise InputError(f"{flag(key)} is {given[key]!r}, but must be a path that can be printed")
     if "resume" in given:
         if len(given) > 1:
-            other = next(key for key in given if key != "resume").replace("_", "-")
-            raise InputError(f"--resume takes every setting from the search it continues: leave --{other} away")
+            other = next(key for key in given if key != "resume")
+            raise InputError(f"--resume takes every setting from the search it continues: leave {flag(other)} away")
         return given
     settings = DEFAULTS | (QUICK_DEFAULTS if given.get("quick") else {}) | given
     for key, lowest in (("num_samples", 1), ("max_epochs", 1), ("seed", 0), ("cpus_per_trial", 1)):
         if settings[key] is not None and settings[key] < lowest:
-            raise InputError(f"--{key.replace('_', '-')} is {settings[key]}, but must be at least {lowest}")
+            raise InputError(f"{flag(key)} is {settings[key]}, but must be at least {lowest}")
     gpus = settings["gpus_per_trial"]
     if gpus is not None and not (0 <= gpus <= 1 or (1 < gpus < math.inf and gpus == int(gpus))):
         raise InputError(f"--gpus-per-trial is {gpus}, but must be from 0 to 1, or a whole number")
     if "RAY_ADDRESS" not in os.environ:  # of a cluster, Ray knows the sizes
         for key, available in (("cpus_per_trial", os.cpu_count()), ("gpus_per_trial", torch.cuda.device_count())):
             if (settings[key] or 0) > available:
-                name = key.replace("_", "-")
-                raise InputError(f"--{name} is {settings[key]}, but this machine has {available}: ask for fewer")
+                raise InputError(f"{flag(key)} is {settings[key]}, but this machine has {available}: ask for fewer")
     if settings["dataset"] == "synthetic" and "data_dir" in given:
         raise InputError(f"--data-dir {given['data_dir']} has no use with --dataset synthetic: leave one of them away")
     if settings["name"] is not None:
@@ -349,7 +354,12 @@ def described(entry: object) -> str:
     if isinstance(entry, Domain | Sampler):
         parts = [f"{name}={described(value)}" for name, value in vars(entry).items() if value is not None]
         return f"{type(entry).__name__}({', '.join(parts)})"
-    return entry.__qualname__ if callable(entry) else repr(entry)
+    if callable(entry):
+        try:
+            return inspect.getsource(entry).strip()
+        except (OSError, TypeError):  # of one that was typed in, or is built in
+            return getattr(entry, "__qualname__", repr(entry))
+    return repr(entry)
 
 
 def load_dataset(settings: dict) -> Dataset:
@@ -615,14 +625,19 @@ def read_search(folder: Path) -> dict:
         InputError: the folder holds no search, or one whose file is damaged.
     """
     path = folder / SEARCH_FILE
+    kinds = {
+        "settings": dict, "param_space": dict, "dataset": dict, "trials": dict, "seconds": float, "resource_usage": str,
+    }  # fmt: skip
     try:
         search = json.loads(path.read_text())
-        kinds = {"settings": dict, "param_space": dict, "dataset": dict, "trials": dict, "seconds": float}
-        if not all(isinstance(search[key], kind) for key, kind in (kinds | {"resource_usage": str}).items()):
-            raise ValueError("it is not what a search writes")
         settings, trials = search["settings"], search["trials"]
-        same_keys = settings.keys() == DEFAULTS.keys() and list(trials) == [trial_name(i) for i in range(len(trials))]
-        if not same_keys or not all(isinstance(settings[key], type(value)) for key, value in DEFAULTS.items() if value):
+        if not (
+            all(isinstance(search[key], kind) for key, kind in kinds.items())
+            and settings.keys() == DEFAULTS.keys()
+            and all(type(settings[key]) is type(value) for key, value in DEFAULTS.items() if value is not None)
+            and trials
+            and list(trials) == [trial_name(i) for i in range(len(trials))]  # they are names of folders
+        ):
             raise ValueError("it is not what a search writes")
         for config in trials.values():
             check_param_space(config)

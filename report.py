@@ -41,9 +41,9 @@ RECAP_PARAMETERS = ["p_drop", "lr", "h_1", "h_2"]
 class TrialLog(tune.Callback):
     """Writes what a trial reports into its folder, as it reports it, and of finished trials keeps the five best models.
 
-    <trial>/result.json has a line of JSON an epoch; the last of a trial that is finished has "done", and a trial that
-    failed has a line with "error", and error.txt. Lines are only ever appended. TensorBoard's
-    events lie beside it.
+    <trial>/result.json has a line of JSON an epoch, in the order in which they were reported; an epoch trained again
+    after a restore has a second one, which counts. The last line of a trial that is finished has "done". A trial that
+    failed has a line with "error", and error.txt. TensorBoard's events lie beside it.
 
     Args:
         folder: the search's.
@@ -138,16 +138,14 @@ def whole_lines(content: bytes) -> int:
 
 
 def read_log(folder: Path) -> list[dict]:
-    """Return the lines of a trial's log; a line cut short, as by a process killed while it wrote, is none."""
+    """Return the lines of a trial's log; one that is not whole, as of a process killed while it wrote, is left out."""
     path = folder / LOG_FILE
     content = path.read_bytes() if path.is_file() else b""
     lines = []
     for text in content[: whole_lines(content)].splitlines():
-        try:
+        with contextlib.suppress(ValueError):
             lines.append(json.loads(text))
-        except ValueError:
-            continue
-    return lines
+    return [line for line in lines if isinstance(line, dict)]
 
 
 def error_sentence(text: str, config: dict) -> str:
@@ -286,12 +284,13 @@ def save_best_model(results: list[dict], dataset: Dataset, folder: Path) -> dict
 
 
 def read_best_model(results: list[dict], folder: Path) -> dict | None:
-    """Return the metrics of best_model/ if it is there and still the best trial's, else None."""
-    path = folder / "best_model" / "metrics.json"
-    if not path.is_file() or not best_first(results):
+    """Return the metrics of best_model/ if it is there, whole, and still the best trial's, else None."""
+    try:
+        metrics = json.loads((folder / "best_model" / "metrics.json").read_text())
+        best = best_first(results)[0]
+        return metrics if (metrics["trial_id"], metrics["epoch"]) == (best["trial_id"], best["best_epoch"]) else None
+    except (OSError, ValueError, TypeError, LookupError):
         return None
-    metrics, best = json.loads(path.read_text()), best_first(results)[0]
-    return metrics if (metrics["trial_id"], metrics["epoch"]) == (best["trial_id"], best["best_epoch"]) else None
 
 
 def prune_checkpoints(results: list[dict], folder: Path) -> list[dict]:

@@ -312,13 +312,16 @@ def train_cifar(config: dict, dataset: Dataset, search_folder: str) -> None:
         shutil.rmtree(path, ignore_errors=True)
     device = best_device()
     training = new_training(config, len(dataset.classes), device)
-    note = restore_checkpoint(training, folder)
+    damaged = restore_checkpoint(training, folder)
+    note = {"note": damaged} if damaged else {}  # goes with the first report, whichever that is
     for metrics in list(training.history):
-        tune.report(metrics | {"note": note})
+        tune.report(metrics | note)
+        note = {}
     best = max((metrics["accuracy"] for metrics in training.history), default=-1.0)
     for metrics in train_epochs(training, config, dataset, device):
         improved = metrics["accuracy"] > best and math.isfinite(metrics["loss"])
         if improved or training.epoch == config["epochs"]:
             save_checkpoint(training, folder)
         best = max(best, metrics["accuracy"])
-        tune.report(metrics | {"note": note})
+        tune.report(metrics | note)
+        note = {}

@@ -103,12 +103,9 @@ def stand_in(function: Callable) -> Callable:
     return trainable
 
 
+@pytest.mark.usefixtures("ray_started", "small_search")
 def test_trials_that_fail_leave_the_others_alone(
-    ray_started: None,
-    small_search: None,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(hparam_search, "trainable", stand_in(faulty))
     monkeypatch.setattr(hparam_search, "MAX_FAILURES_PER_TRIAL", 1)
@@ -152,12 +149,9 @@ def lines_of(folder: Path, trial: int) -> list[dict]:
     return [{key: value for key, value in line.items() if key not in clock} for line in lines]
 
 
+@pytest.mark.usefixtures("ray_started", "small_search")
 def test_search_whose_trials_all_fail(
-    ray_started: None,
-    small_search: None,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     def fails(config: dict, dataset: object, search_folder: str) -> None:
         out_of_memory = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
@@ -316,7 +310,7 @@ def test_killed_in_the_wrap_up(undisturbed: Path, start: Callable, tmp_path: Pat
 SCRIPT = """
 import sys
 import hparam_search
-from tests.conftest import REPOSITORY, make_small
+from tests.conftest import make_small
 make_small(setattr)
 sys.exit(hparam_search.main(sys.argv[1:]))
 """
@@ -421,7 +415,7 @@ def test_searches_at_once_are_stopped_by_signals_and_resumed(
     process.join(120)
     assert process.exitcode == 0, output.read_text()
     assert figures(folders["interrupted"]) == figures(undisturbed)
-    assert (f"cannot read checkpoint_{epoch:06} in" in output.read_text()) == was_running
+    assert output.read_text().count(f"cannot read checkpoint_{epoch:06} in") == was_running  # once, or not at all
 
 
 def join_cluster(address: str) -> None:
@@ -469,9 +463,8 @@ def test_node_of_a_cluster_dies(start: Callable, tmp_path: Path) -> None:
 # --- disk -------------------------------------------------------------------------------------------------------------
 
 
-def test_disk_is_bounded_while_a_search_runs(
-    ray_started: None, small_search: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("ray_started", "small_search")
+def test_disk_is_bounded_while_a_search_runs(tmp_path: Path) -> None:
     folder, seen, ended = tmp_path / "it", [], threading.Event()
 
     def watch() -> None:

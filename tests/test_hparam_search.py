@@ -22,13 +22,8 @@ from train import evaluate, evaluation_batches
 README = REPOSITORY / "README.md"
 
 
-def test_whole_search(
-    ray_started: None,
-    small_search: None,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-) -> None:
+@pytest.mark.usefixtures("ray_started", "small_search")
+def test_whole_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     folder = tmp_path / "first"
     command = ["--quick", "--max-epochs", "4", "--output-dir", str(tmp_path), "--name"]
     assert main([*command, "first"]) == 0
