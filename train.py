@@ -164,27 +164,19 @@ def train_epochs(training: Training, config: dict, dataset: Dataset, device: tor
     schedule = SCHEDULES[config["schedule"]]
     dtype = autocast_dtype(device)
     total_steps = config["epochs"] * len(batches)
-    model, optimizer = training.model, training.optimizer
     while training.epoch < config["epochs"]:
         start = time.perf_counter()
         epoch = training.epoch + 1
         torch.manual_seed(epoch_seed(config["seed"], epoch))  # dropout
-        model.train()
+        training.model.train()
         # Sums stay on the device: reading them at every step would make the CPU wait for the GPU.
         sums = torch.zeros(2, device=device)  # loss, correct
         for i, (images, labels) in enumerate(batches.epoch(epoch)):
             lr = config["lr"] * schedule((training.epoch * len(batches) + i) / total_steps)
-            for group in optimizer.param_groups:
+            for group in training.optimizer.param_groups:
                 group["lr"] = lr
-            with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                logits = model(images)
-                loss = F.cross_entropy(logits, labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            if training.averaged:
-                training.averaged.update_parameters(model)
-            sums += torch.stack([loss.detach() * len(labels), (logits.detach().argmax(1) == labels).sum()])
+            loss, logits = train_step(training, images, labels, dtype)
+            sums += torch.stack([loss * len(labels), (logits.argmax(1) == labels).sum()])
         train_loss, train_accuracy = (total / len(batches.images) for total in sums.tolist())
         seconds = time.perf_counter() - start
         loss, accuracy = evaluate(training.evaluated, validation)
@@ -200,6 +192,26 @@ def train_epochs(training: Training, config: dict, dataset: Dataset, device: tor
         }
         training.history.append(metrics)
         yield metrics
+
+
+def train_step(training: Training, images: Tensor, labels: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    """Take a step of SGD, and one of the average, on images (B, 3, 32, 32) and int64 labels (B,).
+
+    Args:
+        dtype: of autocast_dtype.
+
+    Returns:
+        The batch's mean loss, a scalar, and its logits (B, num_classes), as they were before the step.
+    """
+    with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
+        logits = training.model(images)
+        loss = F.cross_entropy(logits, labels)
+    training.optimizer.zero_grad()
+    loss.backward()
+    training.optimizer.step()
+    if training.averaged:
+        training.averaged.update_parameters(training.model)
+    return loss.detach(), logits.detach()
 
 
 def evaluation_batches(

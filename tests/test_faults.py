@@ -284,9 +284,9 @@ def search_killed_at_random_moments(address: str, parent: Path) -> Path:
 
     # It ends as if nothing had happened, even where the newest checkpoint of a trial is damaged.
     before, sentences = state(folder), []
-    for file in folder.glob("*/checkpoint_*/training.pt"):  # of unfinished trials
+    for file in folder.glob("*/checkpoint_*/training.pt"):
         trial, epoch = file.parent.parent.name, int(file.parent.name.split("_")[1])
-        if epoch == before.checkpoints[trial]:
+        if trial not in before.logs and epoch == before.checkpoints[trial]:  # a finished trial may not be pruned yet
             file.write_bytes(file.read_bytes()[:-100])
             before.checkpoints[trial] = 0
             sentences.append(f"{trial} cannot read checkpoint_{epoch:06} in")

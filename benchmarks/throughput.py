@@ -1,0 +1,172 @@
+"""Training images per second of one trial, against the loop the search began with, and against the step alone.
+
+python -m benchmarks.throughput
+
+Three loops are timed in turn, round after round, with the same model, batch size and number of steps:
+
+    search      an epoch of train_epochs, as a trial runs it
+    baseline    a DataLoader with eight workers, a picture at a time through Pillow, ToTensor and Normalize; float32,
+                NCHW, and the loss read at every step
+    step alone  the search's own step on one batch that lies on the device: no pipeline, no metrics
+
+Validation and checkpoint are timed apart, and given as their share of an epoch of CIFAR-100: 40,000 training and 10,000
+validation images, and one checkpoint.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchvision import transforms
+
+from data import Batches, Dataset, make_synthetic
+from hparam_search import param_space
+from model import SmallResNet
+from train import autocast_dtype, best_device, new_training, save_checkpoint, train_epochs, train_step
+
+WIDTHS = ((64, 512), (128, 1024))
+BASELINE_WORKERS = 8
+CIFAR_TRAINING, CIFAR_VALIDATION = 40_000, 10_000  # images
+
+
+class Pictures(torch.utils.data.Dataset):
+    """Images as torchvision's CIFAR100 gives them: a Pillow image at a time, through a transform."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.images, self.labels = dataset.train_images.numpy(), dataset.train_labels.tolist()
+        self.transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize(dataset.mean, dataset.std)])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        return self.transform(Image.fromarray(self.images[i])), self.labels[i]
+
+
+def seconds_of(work: Callable, device: torch.device) -> float:
+    """Return how long work takes, to the end of what it has a GPU do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def baseline_steps(config: dict, dataset: Dataset, device: torch.device) -> Iterator[None]:
+    """Yield after each step of the baseline's loop, without end."""
+    model = SmallResNet(config["h_1"], config["h_2"], config["p_drop"], len(dataset.classes)).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=config["lr"], momentum=0.9)
+    criterion = nn.CrossEntropyLoss()
+    loader = DataLoader(
+        Pictures(dataset), config["batch_size"], shuffle=True, drop_last=True, num_workers=BASELINE_WORKERS,
+        persistent_workers=True,
+    )  # fmt: skip
+    running_loss = 0.0
+    while True:
+        for images, labels in loader:
+            images, labels = images.to(device), labels.to(device)
+            optimizer.zero_grad()
+            loss = criterion(model(images), labels)
+            loss.backward()
+            optimizer.step()
+            running_loss += loss.item()
+            yield
+
+
+def steps_alone(config: dict, dataset: Dataset, device: torch.device) -> Iterator[None]:
+    """Yield after each of the search's own steps on one batch, without end."""
+    training = new_training(config, len(dataset.classes), device)
+    training.model.train()
+    images, labels = dataset.train_images.to(device), dataset.train_labels.to(device)
+    batch = next(Batches(images, labels, config["batch_size"], dataset.mean, dataset.std).epoch())
+    while True:
+        train_step(training, *batch, autocast_dtype(device))
+        yield
+
+
+def take(steps: Iterator, count: int) -> None:
+    for _ in itertools.islice(steps, count):
+        pass
+
+
+def measure(h_1: int, h_2: int, dataset: Dataset, rounds: int, batch_size: int, device: torch.device) -> dict:
+    """Return the figures of one pair of widths: images per second, ratios, and shares of an epoch."""
+    config = param_space | {"h_1": h_1, "h_2": h_2, "p_drop": 0.1, "lr": 0.01, "batch_size": batch_size, "seed": 0}
+    config |= {"epochs": rounds + 1}
+    count = len(dataset.train_images) // batch_size
+    training = new_training(config, len(dataset.classes), device)
+    epochs = train_epochs(training, config, dataset, device)
+    baseline, alone = baseline_steps(config, dataset, device), steps_alone(config, dataset, device)
+    before = next(epochs)["seconds"]  # a first epoch and first steps, untimed: libraries choose their algorithms there
+    take(baseline, 2)
+    take(alone, 2)
+    rates, validation, checkpoint = {"search": [], "baseline": [], "step alone": []}, [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(rounds):
+            metrics = next(epochs)
+            rates["search"].append(metrics["images_per_second"])
+            training_seconds = len(dataset.train_images) / metrics["images_per_second"]
+            validation.append((metrics["seconds"] - before - training_seconds) / len(dataset.val_images))
+            before = metrics["seconds"]
+            checkpoint.append(seconds_of(lambda: save_checkpoint(training, Path(folder)), device))
+            for name, steps in (("baseline", baseline), ("step alone", alone)):
+                seconds = seconds_of(lambda steps=steps: take(steps, count), device)
+                rates[name].append(count * batch_size / seconds)
+    median = {name: statistics.median(values) for name, values in rates.items()}
+    parts = {
+        "training": CIFAR_TRAINING / median["search"],
+        "validation": CIFAR_VALIDATION * statistics.median(validation),
+        "checkpoint": statistics.median(checkpoint),
+    }
+    return {
+        "h_1": h_1,
+        "h_2": h_2,
+        "images_per_second": rates,
+        "over_baseline": median["search"] / median["baseline"],
+        "over_step_alone": median["search"] / median["step alone"],
+        "seconds_an_epoch": parts,
+        "validation_share": parts["validation"] / sum(parts.values()),
+        "checkpoint_share": parts["checkpoint"] / sum(parts.values()),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure each pair of widths, and print a table, or a line of JSON each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    device = best_device()
+    on_gpu = device.type == "cuda"
+    parser.add_argument("--steps", type=int, default=600 if on_gpu else 4, help="a round, of each loop; %(default)s")
+    parser.add_argument("--rounds", type=int, default=3, help="default %(default)s")
+    parser.add_argument("--batch-size", type=int, default=64, help="default %(default)s")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args(argv)
+    dataset = make_synthetic(num_train=args.steps * args.batch_size * 5 // 4, num_test=10, num_classes=10)
+    if not args.json:
+        print(f"{'widths':>9} {'search':>9} {'baseline':>9} {'step alone':>11}  images/s (median of {args.rounds})")
+    for h_1, h_2 in WIDTHS:
+        figures = measure(h_1, h_2, dataset, args.rounds, args.batch_size, device)
+        if args.json:
+            print(json.dumps(figures), flush=True)
+            continue
+        search, baseline, alone = (statistics.median(rates) for rates in figures["images_per_second"].values())
+        print(
+            f"{h_1:4}/{h_2:<4} {search:9.1f} {baseline:9.1f} {alone:11.1f}  "
+            f"= {figures['over_baseline']:.2f} × baseline, {figures['over_step_alone']:.3f} × step alone; of an epoch: "
+            f"validation {figures['validation_share']:.3f}, checkpoint {figures['checkpoint_share']:.4f}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
