@@ -16,7 +16,7 @@ import pickle
 import shutil
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from data import Batches, Dataset, epoch_seed
 from model import SmallResNet
 
 EVALUATION_BATCH_SIZE = 500
+EAGER_STEPS = 3  # of a trial, before its step is captured as a CUDA graph
 COOLDOWN = 0.3  # share of the epochs
 WARMUP = 0.3  # of one_cycle, share of the epochs
 WEIGHTS_FILE, TRAINING_FILE = "weights.pt", "training.pt"
@@ -101,27 +102,30 @@ def new_training(config: dict, num_classes: int, device: torch.device) -> Traini
     model = model.to(device, memory_format=torch.channels_last)
     averaged = None
     if config["ema_decay"] > 0:
-        averaged = AveragedModel(model, multi_avg_fn=ema_update(config["ema_decay"]), use_buffers=True)
+        averaged = AveragedModel(model)
     optimizer = torch.optim.SGD(
         model.parameters(),
-        lr=config["lr"],
+        lr=torch.tensor(config["lr"], device=device),  # a tensor, for a CUDA graph to read it at every step
         momentum=config["momentum"],
         weight_decay=config["weight_decay"],
         nesterov=config["nesterov"],
+        fused=True,
     )
     return Training(model, averaged, optimizer)
 
 
-def ema_update(decay: float) -> Callable:
-    """Return AveragedModel's update: averaged ← d · averaged + (1 − d) · current, d = min(decay, (1 + n) / (10 + n)).
+def update_average(averaged: list[Tensor], current: list[Tensor], n: int, decay: float) -> None:
+    """Take a step of the average, in place: averaged ← d · averaged + (1 − d) · current, d = min(decay, n / (9 + n)).
 
-    n counts the updates so far, so that the average soon forgets the first steps, even where an epoch has few of them.
+    n counts the steps so far, so that the average begins as what it averages, and soon forgets the first steps, even
+    where an epoch has few of them.
     """
+    get_ema_multi_avg_fn(min(decay, n / (9 + n)))(averaged, current, n)
 
-    def update(averaged: list[Tensor], current: list[Tensor], n: Tensor) -> None:
-        get_ema_multi_avg_fn(min(decay, (1 + float(n)) / (10 + float(n))))(averaged, current, n)
 
-    return update
+def averaged_tensors(model: nn.Module) -> list[Tensor]:
+    """Return what is averaged of a model: its weights, and the statistics of batch norm."""
+    return [t.detach() for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
 
 
 def best_device() -> torch.device:
@@ -161,23 +165,21 @@ def train_epochs(training: Training, config: dict, dataset: Dataset, device: tor
         seed=config["seed"],
     )
     validation = evaluation_batches(dataset.val_images, dataset.val_labels, dataset.mean, dataset.std, device)
+    torch.backends.cudnn.benchmark = True  # the shapes are always the same
     schedule = SCHEDULES[config["schedule"]]
-    dtype = autocast_dtype(device)
+    step = TrainStep(training, config, device)
     total_steps = config["epochs"] * len(batches)
     while training.epoch < config["epochs"]:
         start = time.perf_counter()
         epoch = training.epoch + 1
         torch.manual_seed(epoch_seed(config["seed"], epoch))  # dropout
         training.model.train()
-        # Sums stay on the device: reading them at every step would make the CPU wait for the GPU.
-        sums = torch.zeros(2, device=device)  # loss, correct
+        step.sums.zero_()
         for i, (images, labels) in enumerate(batches.epoch(epoch)):
             lr = config["lr"] * schedule((training.epoch * len(batches) + i) / total_steps)
-            for group in training.optimizer.param_groups:
-                group["lr"] = lr
-            loss, logits = train_step(training, images, labels, dtype)
-            sums += torch.stack([loss * len(labels), (logits.argmax(1) == labels).sum()])
-        train_loss, train_accuracy = (total / len(batches.images) for total in sums.tolist())
+            step(images, labels, lr)
+        # Read once an epoch: at every step, the CPU would wait for the GPU.
+        train_loss, train_accuracy = (total / len(batches.images) for total in step.sums.tolist())
         seconds = time.perf_counter() - start
         loss, accuracy = evaluate(training.evaluated, validation)
         metrics = {
@@ -194,24 +196,71 @@ def train_epochs(training: Training, config: dict, dataset: Dataset, device: tor
         yield metrics
 
 
-def train_step(training: Training, images: Tensor, labels: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
-    """Take a step of SGD, and one of the average, on images (B, 3, 32, 32) and int64 labels (B,).
+class TrainStep:
+    """A step of SGD, and one of the average, on a batch of images (B, 3, 32, 32) and int64 labels (B,).
 
-    Args:
-        dtype: of autocast_dtype.
+    On a GPU forward, backward and SGD are captured as a CUDA graph, which is launched as one: kernel by kernel, the
+    launches of a small batch take longer than its arithmetic. Batches of another size, as the last of an epoch, and
+    all batches on a CPU take the same step eagerly.
 
-    Returns:
-        The batch's mean loss, a scalar, and its logits (B, num_classes), as they were before the step.
+    Attributes:
+        sums: float32 (2,), on the device: the losses, in nats, and the number of images classified right, added up over
+            the images of all steps since it was set to zero, as the weights were before each step.
     """
-    with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
-        logits = training.model(images)
-        loss = F.cross_entropy(logits, labels)
-    training.optimizer.zero_grad()
-    loss.backward()
-    training.optimizer.step()
-    if training.averaged:
-        training.averaged.update_parameters(training.model)
-    return loss.detach(), logits.detach()
+
+    def __init__(self, training: Training, config: dict, device: torch.device) -> None:
+        self.training, self.batch_size, self.decay = training, config["batch_size"], config["ema_decay"]
+        self.dtype = autocast_dtype(device)
+        self.sums = torch.zeros(2, device=device)
+        self.current = averaged_tensors(training.model)
+        self.averaged = averaged_tensors(training.averaged.module) if training.averaged else []
+        self.graphed = device.type == "cuda"
+        self.graph, self.eager_steps = None, 0
+
+    def __call__(self, images: Tensor, labels: Tensor, lr: float) -> None:
+        for group in self.training.optimizer.param_groups:
+            group["lr"].fill_(lr)
+        if self.graphed and len(images) == self.batch_size:
+            self.replay(images, labels)
+        else:
+            self.descend(images, labels)
+        if self.averaged:
+            n = self.training.averaged.n_averaged  # lies on the CPU: reading it waits for nothing
+            update_average(self.averaged, self.current, int(n), self.decay)
+            n += 1
+
+    def descend(self, images: Tensor, labels: Tensor) -> None:
+        """Take a step of SGD, eagerly or while it is captured."""
+        with torch.autocast(images.device.type, self.dtype, enabled=self.dtype is not None):
+            logits = self.training.model(images)
+            loss = F.cross_entropy(logits, labels)
+        self.training.optimizer.zero_grad()
+        loss.backward()
+        self.training.optimizer.step()
+        correct = (logits.detach().argmax(1) == labels).sum()
+        self.sums += torch.stack([loss.detach() * len(labels), correct])
+
+    def replay(self, images: Tensor, labels: Tensor) -> None:
+        """Take a step of SGD by the graph. The first few are taken eagerly; then it is captured."""
+        here = torch.cuda.current_stream()
+        if self.eager_steps < EAGER_STEPS:
+            # Libraries choose their algorithms in these, and capturing asks for a stream of their own.
+            self.eager_steps += 1
+            aside = torch.cuda.Stream()
+            aside.wait_stream(here)
+            with torch.cuda.stream(aside):
+                self.descend(images, labels)
+            here.wait_stream(aside)
+            return
+        if self.graph is None:
+            self.images, self.labels = torch.empty_like(images), torch.empty_like(labels)
+            self.graph = torch.cuda.CUDAGraph()
+            self.training.optimizer.zero_grad()  # so that the gradients are the graph's own
+            with torch.cuda.graph(self.graph):  # nothing is computed here
+                self.descend(self.images, self.labels)
+        self.images.copy_(images)
+        self.labels.copy_(labels)
+        self.graph.replay()
 
 
 def evaluation_batches(
@@ -251,7 +300,7 @@ def save_checkpoint(training: Training, folder: Path) -> None:
     Raises:
         OSError: naming the folder, when it cannot be written.
     """
-    state = {"optimizer": training.optimizer.state_dict(), "history": training.history}
+    state = {"momentum": training.optimizer.state_dict()["state"], "history": training.history}
     if training.averaged:
         state |= {"model": training.model.state_dict(), "n_averaged": training.averaged.n_averaged}
     target = checkpoint_path(folder, training.epoch)
@@ -302,7 +351,9 @@ def restore_checkpoint(training: Training, folder: Path) -> str | None:
         if training.averaged:
             training.model.load_state_dict(state["model"])
             training.averaged.n_averaged.copy_(state["n_averaged"])
-        training.optimizer.load_state_dict(state["optimizer"])
+        # The rate is set at every step, and what else the groups hold is the config's.
+        groups = training.optimizer.state_dict()["param_groups"]
+        training.optimizer.load_state_dict({"state": state["momentum"], "param_groups": groups})
         training.history = state["history"]
         break
     if not damaged:

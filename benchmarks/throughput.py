@@ -19,6 +19,7 @@ import json
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from torchvision import transforms
 from data import Batches, Dataset, make_synthetic
 from hparam_search import param_space
 from model import SmallResNet
-from train import autocast_dtype, best_device, new_training, save_checkpoint, train_epochs, train_step
+from train import TrainStep, best_device, new_training, save_checkpoint, train_epochs
 
 WIDTHS = ((64, 512), (128, 1024))
 BASELINE_WORKERS = 8
@@ -68,6 +69,7 @@ def baseline_steps(config: dict, dataset: Dataset, device: torch.device) -> Iter
     model = SmallResNet(config["h_1"], config["h_2"], config["p_drop"], len(dataset.classes)).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=config["lr"], momentum=0.9)
     criterion = nn.CrossEntropyLoss()
+    warnings.filterwarnings("ignore", message="This DataLoader will create")  # more workers than cores: the baseline's
     loader = DataLoader(
         Pictures(dataset), config["batch_size"], shuffle=True, drop_last=True, num_workers=BASELINE_WORKERS,
         persistent_workers=True,
@@ -87,11 +89,12 @@ def baseline_steps(config: dict, dataset: Dataset, device: torch.device) -> Iter
 def steps_alone(config: dict, dataset: Dataset, device: torch.device) -> Iterator[None]:
     """Yield after each of the search's own steps on one batch, without end."""
     training = new_training(config, len(dataset.classes), device)
+    step = TrainStep(training, config, device)
     training.model.train()
     images, labels = dataset.train_images.to(device), dataset.train_labels.to(device)
     batch = next(Batches(images, labels, config["batch_size"], dataset.mean, dataset.std).epoch())
     while True:
-        train_step(training, *batch, autocast_dtype(device))
+        step(*batch, config["lr"])
         yield
 
 
@@ -123,18 +126,21 @@ def measure(h_1: int, h_2: int, dataset: Dataset, rounds: int, batch_size: int, 
             for name, steps in (("baseline", baseline), ("step alone", alone)):
                 seconds = seconds_of(lambda steps=steps: take(steps, count), device)
                 rates[name].append(count * batch_size / seconds)
-    median = {name: statistics.median(values) for name, values in rates.items()}
     parts = {
-        "training": CIFAR_TRAINING / median["search"],
+        "training": CIFAR_TRAINING / statistics.median(rates["search"]),
         "validation": CIFAR_VALIDATION * statistics.median(validation),
         "checkpoint": statistics.median(checkpoint),
+    }
+    ratios = {  # of the same round, so that what slows the machine for a while slows both
+        name: statistics.median(own / other for own, other in zip(rates["search"], rates[name], strict=True))
+        for name in ("baseline", "step alone")
     }
     return {
         "h_1": h_1,
         "h_2": h_2,
         "images_per_second": rates,
-        "over_baseline": median["search"] / median["baseline"],
-        "over_step_alone": median["search"] / median["step alone"],
+        "over_baseline": ratios["baseline"],
+        "over_step_alone": ratios["step alone"],
         "seconds_an_epoch": parts,
         "validation_share": parts["validation"] / sum(parts.values()),
         "checkpoint_share": parts["checkpoint"] / sum(parts.values()),
@@ -146,8 +152,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     device = best_device()
     on_gpu = device.type == "cuda"
-    parser.add_argument("--steps", type=int, default=600 if on_gpu else 4, help="a round, of each loop; %(default)s")
-    parser.add_argument("--rounds", type=int, default=3, help="default %(default)s")
+    parser.add_argument("--steps", type=int, default=600 if on_gpu else 3, help="a round, of each loop; %(default)s")
+    parser.add_argument("--rounds", type=int, default=5, help="default %(default)s")
     parser.add_argument("--batch-size", type=int, default=64, help="default %(default)s")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)

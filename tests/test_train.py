@@ -12,18 +12,20 @@ from data import Batches, Dataset
 from hparam_search import BASELINE_RECIPE, param_space
 from model import SmallResNet
 from train import (
+    EAGER_STEPS,
     SCHEDULES,
     TRAINING_FILE,
     WEIGHTS_FILE,
     Training,
+    TrainStep,
     checkpoint_path,
-    ema_update,
     evaluate,
     evaluation_batches,
     new_training,
     restore_checkpoint,
     save_checkpoint,
     train_epochs,
+    update_average,
 )
 
 CPU = torch.device("cpu")
@@ -211,15 +213,14 @@ def test_evaluation_counts_every_image_once(small_dataset: Dataset, monkeypatch:
 
 
 def test_average_forgets_the_first_steps_then_decays() -> None:
-    update = ema_update(0.9)
     averaged = [torch.zeros(2), torch.zeros(1)]
     expected = 0.0
-    for n in range(1, 200):
-        update(averaged, [torch.full((2,), float(n)), torch.full((1,), -float(n))], torch.tensor(n))
-        decay = min(0.9, (1 + n) / (10 + n))
-        expected = decay * expected + (1 - decay) * n
-    assert averaged[0].tolist() == pytest.approx([expected] * 2)
-    assert averaged[1].item() == pytest.approx(-expected)
+    for n in range(200):
+        update_average(averaged, [torch.full((2,), n + 5.0), torch.full((1,), -n - 5.0)], n, 0.9)
+        decay = min(0.9, n / (9 + n))
+        expected = decay * expected + (1 - decay) * (n + 5)
+        assert averaged[0].tolist() == pytest.approx([expected] * 2)
+        assert averaged[1].item() == pytest.approx(-expected)
 
 
 def test_schedules_peak_at_the_given_rate_and_anneal() -> None:
@@ -265,3 +266,28 @@ def test_gpu_trains_validates_and_restores(small_dataset: Dataset, tmp_path: Pat
     data = small_dataset
     loss, _ = evaluate(model, evaluation_batches(data.val_images, data.val_labels, data.mean, data.std, CPU))
     assert loss == pytest.approx(first["loss"], rel=0.05)
+
+
+@pytest.mark.gpu
+def test_captured_steps_are_the_eager_ones(small_dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    config = CONFIG | {"h_1": 8, "h_2": 32, "epochs": 3, "lr": 0.02, "batch_size": 24}
+    assert len(small_dataset.train_images) % 24
+    replays = []
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(replay(graph)))
+
+    def run() -> tuple[list[dict], torch.Tensor]:
+        training = new_training(config, 5, gpu)
+        return list(train_epochs(training, config, small_dataset, gpu)), weights(training)
+
+    captured, captured_weights = run()
+    steps = 3 * (len(small_dataset.train_images) // 24)
+    assert len(replays) == steps - EAGER_STEPS > 10
+    monkeypatch.setattr(TrainStep, "replay", TrainStep.descend)
+    eager, eager_weights = run()
+    assert len(replays) == steps - EAGER_STEPS
+    for one, other in zip(captured, eager, strict=True):
+        for key in ("loss", "train_loss"):
+            assert one[key] == pytest.approx(other[key], rel=0.02)
+    assert (captured_weights - eager_weights).norm() < 0.02 * eager_weights.norm()

@@ -1,0 +1,165 @@
+"""What a search costs besides training: seconds and memory of searches whose trials do no work.
+
+python -m benchmarks.overhead
+
+Each search runs in a process of its own, on a Ray of its own whose start is timed apart. An idle trial looks at every
+image once, and then only reports. The searches:
+
+    12 × 20      twelve trials of twenty epochs, as hparam_search.main runs them
+    12 × 20 (T)  the same trials with Tune's defaults: a process a trial, the images captured in the closure,
+                 Tune's own loggers and snapshots
+    100 × 5, 1000 × 5, to see whether a trial costs more where there are many
+
+Memory is what /proc says: the driver's peak, and the highest that a trial's process had for itself (anonymous pages,
+without what it maps from Ray's object store).
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from ray import tune
+
+import hparam_search
+from data import Dataset
+from train import METRICS
+
+IMAGES = 12_000  # for training, 37 MB: with much more, Ray refuses the closure of Tune's defaults
+REPORT = dict.fromkeys(METRICS, 0.0)
+
+
+def status(key: str, pid: int | str = "self") -> float:
+    """Return a figure of a process in MB, as /proc/<pid>/status has it, or NaN where there is none."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) / 1000 for line in lines if line.startswith(f"{key}:"))
+    except (OSError, StopIteration):
+        return float("nan")
+
+
+def blank_images() -> Dataset:
+    """Return a data set of blank images."""
+    images, labels = torch.zeros(IMAGES, 32, 32, 3, dtype=torch.uint8), torch.zeros(IMAGES, dtype=torch.int64)
+    few = slice(10)
+    return Dataset(
+        images, labels, images[few].clone(), labels[few].clone(), images[few].clone(), labels[few].clone(),
+        ("nothing",), (0.5,) * 3, (0.5,) * 3,
+    )  # fmt: skip
+
+
+def idle_trial(config: dict, dataset: Dataset, search_folder: str) -> None:
+    """Report every epoch, with a loss that falls alike in all trials, so that none is stopped."""
+    dataset.train_images.max()
+    (Path(search_folder) / f"{os.getpid()}.memory").write_text(str(status("RssAnon")))
+    for epoch in range(1, config["epochs"] + 1):
+        tune.report(REPORT | {"epoch": epoch, "loss": 10 - 0.01 * epoch})
+
+
+def own_search(trials: int, epochs: int, dataset: Dataset, folder: Path) -> None:
+    """Run hparam_search.main on idle trials."""
+    hparam_search.train_cifar = idle_trial
+    hparam_search.load_dataset = lambda settings: dataset
+    hparam_search.param_space["h_1"] = hparam_search.param_space["h_2"] = 64
+    arguments = ["--num-samples", str(trials), "--max-epochs", str(epochs), "--output-dir", str(folder), "--name", "it"]
+    if hparam_search.main(arguments) != 1:  # "No trial has a model"
+        raise RuntimeError("the search failed")
+
+
+def tune_search(trials: int, epochs: int, dataset: Dataset, folder: Path) -> None:
+    """Run idle trials with Tune's defaults."""
+    (folder / "it").mkdir()
+
+    def trial(config: dict) -> None:
+        idle_trial(config, dataset, str(folder / "it"))
+
+    tune.Tuner(
+        tune.with_resources(trial, {"cpu": 1}),
+        param_space={"epochs": epochs, "lr": tune.loguniform(1e-5, 1e-1)},
+        tune_config=tune.TuneConfig(
+            num_samples=trials,
+            scheduler=tune.schedulers.ASHAScheduler(
+                metric="loss", mode="min", max_t=epochs + 1, grace_period=3, reduction_factor=2
+            ),
+        ),
+        run_config=tune.RunConfig(storage_path=str(folder), name="it"),
+    ).fit()
+
+
+SEARCHES = {"own": own_search, "tune": tune_search}
+
+
+def measure(kind: str, trials: int, epochs: int) -> dict:
+    """Run one search, and return its figures."""
+    if kind == "tune":  # what hparam_search sets for itself
+        for name in ("TUNE_GLOBAL_CHECKPOINT_S", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"):
+            del os.environ[name]
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        dataset = blank_images()
+        start = time.perf_counter()
+        with hparam_search.running_ray():
+            started = time.perf_counter()
+            SEARCHES[kind](trials, epochs, dataset, Path(folder))
+            ended = time.perf_counter()
+        workers = [float(path.read_text()) for path in Path(folder).glob("it/*.memory")]
+    return {
+        "search": kind,
+        "trials": trials,
+        "epochs": epochs,
+        "ray_seconds": started - start,
+        "seconds": ended - started,
+        "seconds_a_trial": (ended - started) / trials,
+        "processes": len(workers),
+        "driver_mb": status("VmHWM"),
+        "worker_mb": max(workers),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the searches, each as a process, and print a table, or a line of JSON each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--many", type=int, default=1000, help="trials of the largest search; default %(default)s")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--search", nargs=3, metavar=("KIND", "TRIALS", "EPOCHS"), help="this one alone: own or tune")
+    args = parser.parse_args(argv)
+    if args.search:
+        kind, trials, epochs = args.search
+        print(json.dumps(measure(kind, int(trials), int(epochs))))
+        return
+    if not args.json:
+        print("search       Ray's start   seconds   a trial   processes   driver     worker")
+    figures = {}
+    for name, *search in (
+        ("12 × 20", "own", 12, 20),
+        ("12 × 20 (T)", "tune", 12, 20),
+        ("100 × 5", "own", 100, 5),
+        (f"{args.many} × 5", "own", args.many, 5),
+    ):
+        command = [sys.executable, "-m", "benchmarks.overhead", "--search", *map(str, search)]
+        line = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        result = figures[name] = json.loads(line)
+        if args.json:
+            print(line, end="", flush=True)
+        else:
+            print(
+                f"{name:12} {result['ray_seconds']:9.1f} s {result['seconds']:7.1f} s "
+                f"{result['seconds_a_trial']:7.3f} s {result['processes']:11} "
+                f"{result['driver_mb']:6.0f} MB {result['worker_mb']:7.0f} MB",
+                flush=True,
+            )
+    if not args.json:
+        own, defaults, few, many = figures.values()
+        print(f"12 × 20: {own['seconds'] / defaults['seconds']:.2f} of Tune's defaults")
+        print(f"a trial of {args.many}: {many['seconds_a_trial'] / few['seconds_a_trial']:.2f} × a trial of 100")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""A whole search: how long it takes, what it trained, and how well trials share the machine.
+
+python -m benchmarks.search --dataset folder --data-dir data/imagenet32-a
+
+The default search (12 trials, 20 epochs) runs through hparam_search.main, once with one trial at a time and then with
+several sharing the GPU; without a GPU it is the quick search, with one trial on all CPUs and then one on each. What the
+loop that the search began with would need for the same epochs, one trial at a time, is reckoned from its speed, which
+is measured for each pair of widths. Arguments that are not this benchmark's own are hparam_search.py's.
+"""
+
+import argparse
+import contextlib
+import csv
+import io
+import json
+import os
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+import hparam_search
+from benchmarks.throughput import baseline_steps, seconds_of, take
+from data import Dataset
+from train import best_device
+
+BASELINE_STEPS = 100
+
+
+@contextlib.contextmanager
+def gpu_utilisation() -> Iterator[list[float]]:
+    """Yield a list that has, in the end, the GPU's utilisation of every second, in percent; of a CPU, none."""
+    samples = []
+    if not torch.cuda.is_available():
+        yield samples
+        return
+    command = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--loop=1", "--id=0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield samples
+        finally:
+            process.terminate()
+            samples += [float(line) for line in process.stdout if line.strip().isdigit()]
+
+
+def run_search(arguments: list[str], dataset: Dataset) -> dict:
+    """Run a search to its end and return its figures."""
+    hparam_search.load_dataset = lambda settings: dataset
+    with tempfile.TemporaryDirectory() as folder, gpu_utilisation() as utilisation:
+        start = time.perf_counter()
+        with contextlib.redirect_stdout(io.StringIO()):
+            code = hparam_search.main([*arguments, "--output-dir", folder, "--name", "it"])
+        seconds = time.perf_counter() - start
+        if code:
+            raise RuntimeError(f"the search ended with {code}")
+        with (Path(folder) / "it" / "results.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        metrics = json.loads((Path(folder) / "it" / "best_model" / "metrics.json").read_text())
+    epochs = {}  # (h_1, h_2) → epochs trained
+    for row in rows:
+        widths = int(row["h_1"]), int(row["h_2"])
+        epochs[widths] = epochs.get(widths, 0) + int(row["epochs"])
+    spent = sum(epochs.values())
+    return {
+        "trials": len(rows),
+        "seconds": seconds,
+        "epochs_spent": spent,
+        "epochs_saved": sum(int(row["max_epochs"]) for row in rows) - spent,
+        "images_per_second": spent * len(dataset.train_images) / seconds,
+        "gpu_utilisation": statistics.mean(utilisation) / 100 if utilisation else None,
+        "val_accuracy": metrics["val_accuracy"],
+        "test_accuracy": metrics["test_accuracy"],
+        "epochs": [[*widths, count] for widths, count in epochs.items()],
+    }
+
+
+def baseline_seconds(epochs: list[list[int]], batch_size: int, dataset: Dataset) -> float:
+    """Return what the baseline's loop would train for (h_1, h_2, epochs) of each entry, one after the other."""
+    device, seconds = best_device(), 0.0
+    for h_1, h_2, count in epochs:
+        config = {"h_1": h_1, "h_2": h_2, "p_drop": 0.1, "lr": 0.01, "batch_size": batch_size}
+        steps = baseline_steps(config, dataset, device)
+        take(steps, 10)
+        a_step = seconds_of(lambda steps=steps: take(steps, BASELINE_STEPS), device) / BASELINE_STEPS
+        seconds += count * len(dataset.train_images) / batch_size * a_step
+    return seconds
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the searches, and print a table, or a line of JSON each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    on_gpu = torch.cuda.is_available()
+    at_once = [1, 2, 4] if on_gpu else [1, os.cpu_count()]
+    parser.add_argument("--at-once", type=int, nargs="+", default=at_once, help="trials; default %(default)s")
+    parser.add_argument("--json", action="store_true")
+    args, rest = parser.parse_known_args(argv)
+    rest = rest if on_gpu else ["--quick", *rest]
+    settings = hparam_search.parse_args(rest)
+    dataset = hparam_search.load_dataset(settings)
+    if not args.json:
+        print("at once   seconds   epochs spent   saved   images/s   GPU busy   validation   test", flush=True)
+    results = []
+    for count in args.at_once:
+        share = ["--gpus-per-trial", str(1 / count)] if on_gpu else ["--cpus-per-trial", str(os.cpu_count() // count)]
+        result = {"at_once": count} | run_search(rest + share, dataset)
+        results.append(result)
+        if args.json:
+            print(json.dumps(result), flush=True)
+            continue
+        busy = "" if result["gpu_utilisation"] is None else f"{result['gpu_utilisation']:.2f}"
+        print(
+            f"{count:7} {result['seconds']:9.1f} {result['epochs_spent']:14} {result['epochs_saved']:7} "
+            f"{result['images_per_second']:10.0f} {busy:>10} "
+            f"{result['val_accuracy']:12.4f} {result['test_accuracy']:6.4f}",
+            flush=True,
+        )
+    best = min(results, key=lambda result: result["seconds"])
+    batch_size = hparam_search.search_space(settings)["batch_size"]
+    baseline = baseline_seconds(best["epochs"], batch_size, dataset)
+    if args.json:
+        print(json.dumps({"baseline_seconds": baseline, "over_baseline": baseline / best["seconds"]}))
+    else:
+        print(f"The baseline's loop would train these epochs for {baseline:.0f} s: {baseline / best['seconds']:.1f} ×.")
+
+
+if __name__ == "__main__":
+    main()
