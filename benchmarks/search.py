@@ -96,9 +96,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     on_gpu = torch.cuda.is_available()
     at_once = [1, 2, 4] if on_gpu else [1, os.cpu_count()]
     parser.add_argument("--at-once", type=int, nargs="+", default=at_once, help="trials; default %(default)s")
+    parser.add_argument("--widths", type=int, nargs=2, metavar=("H_1", "H_2"), help="of every trial; default: searched")
     parser.add_argument("--json", action="store_true")
     args, rest = parser.parse_known_args(argv)
     rest = rest if on_gpu else ["--quick", *rest]
+    if args.widths:
+        for space in (hparam_search.param_space, hparam_search.QUICK_SPACE):
+            space["h_1"], space["h_2"] = args.widths
     settings = hparam_search.parse_args(rest)
     dataset = hparam_search.load_dataset(settings)
     if not args.json:
