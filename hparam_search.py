@@ -155,6 +155,16 @@ class ResumedASHA(ASHAScheduler):
         return self.CONTINUE if result["epoch"] in self.passed.get(str(trial), ()) else decision
 
 
+class Drawn(Domain):
+    """A hyperparameter whose values are drawn already, by draw_trials: whichever value a trial has is valid.
+
+    Tune copies its space for every trial, so that a list of all values would take time that grows with their square.
+    """
+
+    def is_valid(self, value: object) -> bool:
+        return True
+
+
 class ProgressTable(tune.CLIReporter):
     """Ray's table while the search runs; the recap takes the place of the last one."""
 
@@ -503,8 +513,7 @@ def new_tuner(search: dict, trainable: Callable, folder: Path, ray_folder: Path)
     configs = [search["trials"][name] for name in names]
     return tune.Tuner(
         trainable,
-        # The trials are drawn already: see draw_trials.
-        param_space={key: tune.choice([config[key] for config in configs]) for key in configs[0]},
+        param_space=dict.fromkeys(configs[0], Drawn()),
         tune_config=tune.TuneConfig(
             num_samples=len(configs),
             search_alg=BasicVariantGenerator(points_to_evaluate=configs),

@@ -1,6 +1,8 @@
 """Final validation accuracy of training recipes, with the same config at equal epochs, one seed after the other.
 
 python -m benchmarks.recipes --dataset folder --data-dir data/imagenet32-a --epochs 10 --h-1 16 --h-2 64
+
+`plain loop` is the baseline's recipe in the baseline's own loop (see throughput), for what speed may cost in accuracy.
 """
 
 import argparse
@@ -9,14 +11,16 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 
+from benchmarks.throughput import baseline_steps, new_model, take
 from data import Dataset, load_cifar100, load_folder, make_synthetic
 from hparam_search import BASELINE_RECIPE
-from train import best_device, new_training, train_epochs
+from train import best_device, evaluate, evaluation_batches, new_training, train_epochs
 
 CONFIG = {"p_drop": 0.1, "lr": 0.02, "batch_size": 64}
 REGULARISED = BASELINE_RECIPE | {"weight_decay": 5e-4, "nesterov": True, "augment": True}
 AVERAGED = REGULARISED | {"ema_decay": 0.998}
 RECIPES = {
+    "plain loop": BASELINE_RECIPE,
     "baseline": BASELINE_RECIPE,
     "+ augmentation, decay, Nesterov": REGULARISED,
     "+ averaged weights": AVERAGED,
@@ -42,6 +46,20 @@ def accuracies(config: dict, dataset: Dataset) -> list[float]:
     return [metrics["accuracy"] for metrics in train_epochs(training, config, dataset, device)]
 
 
+def accuracies_of_plain_loop(config: dict, dataset: Dataset) -> list[float]:
+    """Train in the baseline's loop on the best device here, and return the validation accuracy after each epoch."""
+    device = best_device()
+    model = new_model(config, dataset, device)
+    steps = baseline_steps(model, config, dataset, device)
+    validation = evaluation_batches(dataset.val_images, dataset.val_labels, dataset.mean, dataset.std, device)
+    at_epoch = []
+    for _ in range(config["epochs"]):
+        model.train()
+        take(steps, len(dataset.train_images) // config["batch_size"])
+        at_epoch.append(evaluate(model, validation)[1])
+    return at_epoch
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Train every recipe with every seed and print a table, or JSON, of the accuracies."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -52,6 +70,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--h-1", type=int, default=64)
     parser.add_argument("--h-2", type=int, default=512)
     parser.add_argument("--seeds", type=int, default=1, help="how many seeds, from 0")
+    parser.add_argument(
+        "--only", metavar="RECIPE", action="append", choices=RECIPES, help="one of the table; repeatable"
+    )
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
     load = {"cifar100": load_cifar100, "folder": load_folder, "synthetic": lambda _: make_synthetic()}
@@ -59,15 +80,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.classes:
         dataset = first_classes(dataset, args.classes)
     if not args.json:
-        print(f"{'recipe':34} {'final':>7} {'best':>7}   mean accuracy after each epoch")
-    for name, recipe in RECIPES.items():
+        print(f"{'recipe':34} {'final':>7} {'best':>7} {'±':>7}   mean accuracy after each epoch")
+    for name in args.only or RECIPES:
+        recipe, train = RECIPES[name], accuracies_of_plain_loop if name == "plain loop" else accuracies
         config = CONFIG | {"epochs": args.epochs, "h_1": args.h_1, "h_2": args.h_2} | recipe
-        runs = [accuracies(config | {"seed": seed}, dataset) for seed in range(args.seeds)]
+        runs = [train(config | {"seed": seed}, dataset) for seed in range(args.seeds)]
         if args.json:
             print(json.dumps({"recipe": name, "config": config, "accuracies": runs}), flush=True)
             continue
         mean = [statistics.mean(at_epoch) for at_epoch in zip(*runs, strict=True)]
-        print(f"{name:34} {mean[-1]:7.4f} {max(mean):7.4f}   {' '.join(f'{a:.3f}' for a in mean)}", flush=True)
+        spread = statistics.pstdev(run[-1] for run in runs)
+        print(
+            f"{name:34} {mean[-1]:7.4f} {max(mean):7.4f} {spread:7.4f}   {' '.join(f'{a:.3f}' for a in mean)}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -64,9 +64,14 @@ def seconds_of(work: Callable, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def baseline_steps(config: dict, dataset: Dataset, device: torch.device) -> Iterator[None]:
-    """Yield after each step of the baseline's loop, without end."""
-    model = SmallResNet(config["h_1"], config["h_2"], config["p_drop"], len(dataset.classes)).to(device)
+def new_model(config: dict, dataset: Dataset, device: torch.device) -> SmallResNet:
+    """Return a model with the weights that a trial of the config would begin with, in NCHW."""
+    torch.manual_seed(config["seed"])
+    return SmallResNet(config["h_1"], config["h_2"], config["p_drop"], len(dataset.classes)).to(device)
+
+
+def baseline_steps(model: nn.Module, config: dict, dataset: Dataset, device: torch.device) -> Iterator[None]:
+    """Yield after each step of the baseline's loop on a model that lies on the device, without end."""
     optimizer = torch.optim.SGD(model.parameters(), lr=config["lr"], momentum=0.9)
     criterion = nn.CrossEntropyLoss()
     warnings.filterwarnings("ignore", message="This DataLoader will create")  # more workers than cores: the baseline's
@@ -110,7 +115,8 @@ def measure(h_1: int, h_2: int, dataset: Dataset, rounds: int, batch_size: int, 
     count = len(dataset.train_images) // batch_size
     training = new_training(config, len(dataset.classes), device)
     epochs = train_epochs(training, config, dataset, device)
-    baseline, alone = baseline_steps(config, dataset, device), steps_alone(config, dataset, device)
+    baseline = baseline_steps(new_model(config, dataset, device), config, dataset, device)
+    alone = steps_alone(config, dataset, device)
     before = next(epochs)["seconds"]  # a first epoch and first steps, untimed: libraries choose their algorithms there
     take(baseline, 2)
     take(alone, 2)

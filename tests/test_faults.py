@@ -283,6 +283,9 @@ def search_killed_at_random_moments(address: str, parent: Path) -> Path:
         check_nothing_was_lost(before, state(folder))
 
     # It ends as if nothing had happened, even where the newest checkpoint of a trial is damaged.
+    newest = None
+    while newest != (newest := last_checkpoints(folder)):
+        time.sleep(3)  # a trial's process outlives its search by a moment, and may write one more
     before, sentences = state(folder), []
     for file in folder.glob("*/checkpoint_*/training.pt"):
         trial, epoch = file.parent.parent.name, int(file.parent.name.split("_")[1])
