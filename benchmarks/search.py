@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 import hparam_search
-from benchmarks.throughput import baseline_steps, seconds_of, take
+from benchmarks.throughput import baseline_steps, new_model, seconds_of, take
 from data import Dataset
 from train import best_device
 
@@ -82,8 +82,8 @@ def baseline_seconds(epochs: list[list[int]], batch_size: int, dataset: Dataset)
     """Return what the baseline's loop would train for (h_1, h_2, epochs) of each entry, one after the other."""
     device, seconds = best_device(), 0.0
     for h_1, h_2, count in epochs:
-        config = {"h_1": h_1, "h_2": h_2, "p_drop": 0.1, "lr": 0.01, "batch_size": batch_size}
-        steps = baseline_steps(config, dataset, device)
+        config = {"h_1": h_1, "h_2": h_2, "p_drop": 0.1, "lr": 0.01, "batch_size": batch_size, "seed": 0}
+        steps = baseline_steps(new_model(config, dataset, device), config, dataset, device)
         take(steps, 10)
         a_step = seconds_of(lambda steps=steps: take(steps, BASELINE_STEPS), device) / BASELINE_STEPS
         seconds += count * len(dataset.train_images) / batch_size * a_step
