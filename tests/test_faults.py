@@ -176,6 +176,7 @@ def test_search_whose_trials_all_fail(
 
 def in_a_process(address: str, arguments: list[str], output: Path, prepare: Callable | None, values: tuple) -> None:
     """Run main as a process of its own, on the Ray at address; what it prints goes into a file."""
+    os.chdir(REPOSITORY)  # where trials import from; a test going on beside may have gone elsewhere
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
