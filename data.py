@@ -337,12 +337,13 @@ class Batches:
     Args:
         images: uint8 (N, 32, 32, 3), on the device that the batches shall be on.
         labels: int64 (N,), on the same device.
-        batch_size: images a batch, at least 1; the last batch of an epoch may be smaller.
+        batch_size: images a batch, at least 1.
         mean: per channel, as fractions of 255.
         std: per channel, as fractions of 255.
         shuffle: another order in every epoch.
         augment: crop every image at random after 4 pixels of reflected padding, and flip every other one.
         seed: what order and augmentation are drawn from.
+        drop_last: leave out the images of a last, smaller batch, unless it is the only one.
     """
 
     def __init__(
@@ -355,14 +356,18 @@ class Batches:
         shuffle: bool = False,
         augment: bool = False,
         seed: int = 0,
+        drop_last: bool = False,
     ) -> None:
         self.images, self.labels, self.batch_size = images, labels, batch_size
         self.shuffle, self.augment, self.seed = shuffle, augment, seed
+        self.count = len(images)  # in an epoch
+        if drop_last and len(images) > batch_size:
+            self.count -= len(images) % batch_size
         self.mean = 255 * torch.tensor(mean, device=images.device)
         self.std = 255 * torch.tensor(std, device=images.device)
 
     def __len__(self) -> int:
-        return math.ceil(len(self.images) / self.batch_size)
+        return math.ceil(self.count / self.batch_size)
 
     def epoch(self, epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield float32 images (B, 3, 32, 32), channels_last, and int64 labels (B,) of one epoch."""
@@ -379,8 +384,8 @@ class Batches:
             rows, columns = reflect(pixels + shift[0]), reflect(columns + shift[1])  # (N, 32) each
         # Many batches at once: on a GPU, what is done for each takes longer to launch than to compute.
         several = max(1, IMAGES_AT_ONCE // self.batch_size) * self.batch_size
-        for start in range(0, count, several):
-            part = slice(start, start + several)
+        for start in range(0, self.count, several):
+            part = slice(start, min(start + several, self.count))
             images, labels = self.images[order[part]], self.labels[order[part]]
             if self.augment:
                 index = torch.arange(len(images), device=device)[:, None, None]

@@ -163,6 +163,8 @@ def train_epochs(training: Training, config: dict, dataset: Dataset, device: tor
         shuffle=True,
         augment=config["augment"],
         seed=config["seed"],
+        # A noisier step than the others, right before validation, costs accuracy: see benchmarks/RESULTS.md.
+        drop_last=True,
     )
     validation = evaluation_batches(dataset.val_images, dataset.val_labels, dataset.mean, dataset.std, device)
     torch.backends.cudnn.benchmark = True  # the shapes are always the same
@@ -179,7 +181,7 @@ def train_epochs(training: Training, config: dict, dataset: Dataset, device: tor
             lr = config["lr"] * schedule((training.epoch * len(batches) + i) / total_steps)
             step(images, labels, lr)
         # Read once an epoch: at every step, the CPU would wait for the GPU.
-        train_loss, train_accuracy = (total / len(batches.images) for total in step.sums.tolist())
+        train_loss, train_accuracy = (total / batches.count for total in step.sums.tolist())
         seconds = time.perf_counter() - start
         loss, accuracy = evaluate(training.evaluated, validation)
         metrics = {
@@ -189,7 +191,7 @@ def train_epochs(training: Training, config: dict, dataset: Dataset, device: tor
             "train_loss": train_loss,
             "train_accuracy": train_accuracy,
             "lr": lr,
-            "images_per_second": len(batches.images) / seconds,
+            "images_per_second": batches.count / seconds,
             "seconds": time.perf_counter() - start + (training.history[-1]["seconds"] if training.history else 0.0),
         }
         training.history.append(metrics)
@@ -200,8 +202,8 @@ class TrainStep:
     """A step of SGD, and one of the average, on a batch of images (B, 3, 32, 32) and int64 labels (B,).
 
     On a GPU forward, backward and SGD are captured as a CUDA graph, which is launched as one: kernel by kernel, the
-    launches of a small batch take longer than its arithmetic. Batches of another size, as the last of an epoch, and
-    all batches on a CPU take the same step eagerly.
+    launches of a small batch take longer than its arithmetic. All batches must then be of one size. On a CPU the same
+    step is taken eagerly.
 
     Attributes:
         sums: float32 (2,), on the device: the losses, in nats, and the number of images classified right, added up over
@@ -209,7 +211,7 @@ class TrainStep:
     """
 
     def __init__(self, training: Training, config: dict, device: torch.device) -> None:
-        self.training, self.batch_size, self.decay = training, config["batch_size"], config["ema_decay"]
+        self.training, self.decay = training, config["ema_decay"]
         self.dtype = autocast_dtype(device)
         self.sums = torch.zeros(2, device=device)
         self.current = averaged_tensors(training.model)
@@ -220,7 +222,7 @@ class TrainStep:
     def __call__(self, images: Tensor, labels: Tensor, lr: float) -> None:
         for group in self.training.optimizer.param_groups:
             group["lr"].fill_(lr)
-        if self.graphed and len(images) == self.batch_size:
+        if self.graphed:
             self.replay(images, labels)
         else:
             self.descend(images, labels)

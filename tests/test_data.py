@@ -78,6 +78,21 @@ def test_plain_batches_are_what_torchvision_makes() -> None:
     assert torch.cat([y for _, y in parts]).tolist() == list(range(10))
 
 
+@pytest.mark.parametrize(("batch_size", "sizes"), [(1, [1] * 10), (4, [4, 4]), (5, [5, 5]), (9, [9]), (64, [10])])
+def test_drop_last_makes_batches_of_one_size(batch_size: int, sizes: list[int]) -> None:
+    images, labels = random_images(10), torch.arange(10)
+    batches = Batches(images, labels, batch_size, MEAN, STD, shuffle=True, drop_last=True)
+    seen = set()
+    for epoch in range(30):
+        parts = list(batches.epoch(epoch))
+        assert [len(x) for x, _ in parts] == [len(y) for _, y in parts] == sizes
+        drawn = set(torch.cat([y for _, y in parts]).tolist())
+        assert len(drawn) == batches.count == sum(sizes)
+        seen |= drawn
+    assert len(batches) == len(sizes)
+    assert seen == set(range(10))  # what one epoch leaves out comes in another
+
+
 def test_augmented_images_are_flipped_crops_of_the_reflected_image() -> None:
     count = 300
     images = random_images(count)
