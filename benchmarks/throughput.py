@@ -112,7 +112,7 @@ def measure(h_1: int, h_2: int, dataset: Dataset, rounds: int, batch_size: int, 
     """Return the figures of one pair of widths: images per second, ratios, and shares of an epoch."""
     config = param_space | {"h_1": h_1, "h_2": h_2, "p_drop": 0.1, "lr": 0.01, "batch_size": batch_size, "seed": 0}
     config |= {"epochs": rounds + 1}
-    count = len(dataset.train_images) // batch_size
+    count = len(dataset.train_images) // batch_size  # of whole batches, which all three loops train on
     training = new_training(config, len(dataset.classes), device)
     epochs = train_epochs(training, config, dataset, device)
     baseline = baseline_steps(new_model(config, dataset, device), config, dataset, device)
@@ -125,7 +125,7 @@ def measure(h_1: int, h_2: int, dataset: Dataset, rounds: int, batch_size: int, 
         for _ in range(rounds):
             metrics = next(epochs)
             rates["search"].append(metrics["images_per_second"])
-            training_seconds = len(dataset.train_images) / metrics["images_per_second"]
+            training_seconds = count * batch_size / metrics["images_per_second"]
             validation.append((metrics["seconds"] - before - training_seconds) / len(dataset.val_images))
             before = metrics["seconds"]
             checkpoint.append(seconds_of(lambda: save_checkpoint(training, Path(folder)), device))
@@ -163,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=64, help="default %(default)s")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
-    dataset = make_synthetic(num_train=args.steps * args.batch_size * 5 // 4, num_test=10, num_classes=10)
+    dataset = make_synthetic(num_train=args.steps * args.batch_size * 5 // 4, num_test=8, num_classes=8)
     if not args.json:
         print(f"{'widths':>9} {'search':>9} {'baseline':>9} {'step alone':>11}  images/s (median of {args.rounds})")
     for h_1, h_2 in WIDTHS:
