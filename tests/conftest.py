@@ -10,7 +10,7 @@ from PIL import Image
 
 import hparam_search  # first, for it sets what Ray reads when it is imported
 from data import Dataset, make_synthetic
-from report import read_log
+from search.records import read_log
 
 REPOSITORY = Path(hparam_search.__file__).parent
 SMALL_IMAGES = {"num_train": 250, "num_test": 100, "num_classes": 5}

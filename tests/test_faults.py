@@ -25,10 +25,10 @@ import torch
 from ray import tune
 
 import hparam_search
-import report
 import train
 from hparam_search import main
-from report import read_log
+from search.records import FINISHED, read_log
+from search.space import trial_name
 from tests.conftest import REPOSITORY, make_small, read_csv, reported_epochs
 from train import save_checkpoint, train_cifar
 
@@ -145,7 +145,7 @@ def test_trials_that_fail_leave_the_others_alone(
 def lines_of(folder: Path, trial: int) -> list[dict]:
     """Return a trial's log without what a clock measured, and without errors."""
     clock = ("seconds", "images_per_second")
-    lines = [line for line in read_log(folder / hparam_search.trial_name(trial)) if "epoch" in line]
+    lines = [line for line in read_log(folder / trial_name(trial)) if "epoch" in line]
     return [{key: value for key, value in line.items() if key not in clock} for line in lines]
 
 
@@ -462,7 +462,7 @@ def test_searches_at_once_are_stopped_by_signals_and_resumed(
         assert printed.strip().splitlines()[-1].endswith(f"hparam_search.py --resume {folders[name]}")
         assert "Traceback" not in printed + err
     for folder in folders.values():
-        assert any(row["status"] not in report.FINISHED for row in read_csv(folder))
+        assert any(row["status"] not in FINISHED for row in read_csv(folder))
         assert not (folder / "best_model").exists()
     wait_for(lambda: not processes_with(f"MARK={tmp_path}"), 30)  # no orphans
 

@@ -14,8 +14,12 @@ from ray import tune
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import hparam_search
-from hparam_search import BASELINE_RECIPE, EarlyStopping, check_param_space, draw_trials, main, param_space
+from hparam_search import BASELINE_RECIPE, main, param_space
 from model import SmallResNet
+from search.command_line import DEFAULTS
+from search.early_stopping import EarlyStopping
+from search.ray_session import share_resources
+from search.space import check_param_space, draw_trials
 from tests.conftest import REPOSITORY, SMALL_IMAGES, read_csv, reported_epochs
 from train import evaluate, evaluation_batches
 
@@ -320,8 +324,8 @@ def test_resources_are_shared(
     machine: dict, flags: dict, num_trials: int, cpu: int, gpu: float, usage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ray, "cluster_resources", lambda: machine)
-    settings = hparam_search.DEFAULTS | flags
-    assert hparam_search.share_resources(settings, num_trials) == ({"cpu": cpu, "gpu": gpu}, usage)
+    settings = DEFAULTS | flags
+    assert share_resources(settings, num_trials) == ({"cpu": cpu, "gpu": gpu}, usage)
 
 
 def test_early_stopping() -> None:

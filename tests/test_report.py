@@ -7,20 +7,9 @@ import torch
 
 from data import Dataset
 from model import SmallResNet
-from report import (
-    TrialLog,
-    best_first,
-    boxed_table,
-    duration,
-    error_sentence,
-    prune_checkpoints,
-    read_log,
-    recap,
-    recap_best,
-    save_best_model,
-    write_results,
-    write_whole,
-)
+from search.records import best_first, prune_checkpoints, read_log, write_whole
+from search.report import boxed_table, duration, recap, recap_best, save_best_model, write_results
+from search.trial_log import TrialLog, error_sentence
 from train import evaluate, evaluation_batches
 
 CONFIG = {"seed": 0, "epochs": 10, "h_1": 4, "h_2": 8, "p_drop": 0.1, "lr": 0.01, "schedule": "constant"}

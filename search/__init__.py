@@ -1,0 +1,18 @@
+"""The machinery of a search: a room a question. Here is what Ray reads from the environment when it is imported."""
+
+import os
+
+# Ray's classic table; its newer output repeats config and result of every trial besides. Read when Ray is imported.
+os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+# Here every signal is handled alike: see stopping_on_signals.
+os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+# A search is resumed from its trials' own logs and checkpoints, so Ray need not write any.
+os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "inf"
+os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+# What failed is said in a sentence at the end, and in full in the trial's folder.
+os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] = "0"
+# A Ray of our own listens on the loopback alone, as it does by itself on macOS.
+if "RAY_ADDRESS" not in os.environ:
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+# The results are local: no reports to Ray's makers.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

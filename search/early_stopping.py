@@ -1,0 +1,26 @@
+"""When a trial ends before its last epoch, whatever the other trials do."""
+
+import math
+from collections import defaultdict
+
+from ray import tune
+
+
+class EarlyStopping(tune.Stopper):
+    """Stops a trial whose loss has not fallen by min_delta for patience epochs, is not finite, or whose time is up."""
+
+    def __init__(self, patience: int, min_delta: float, max_seconds: float) -> None:
+        self.patience, self.min_delta, self.max_seconds = patience, min_delta, max_seconds
+        self.losses = defaultdict(dict)  # trial id → epoch → loss: an epoch repeated after a restore counts once
+
+    def __call__(self, trial_id: str, result: dict) -> bool:
+        epoch, losses = result["epoch"], self.losses[trial_id]
+        losses[epoch] = result["loss"]
+        if not math.isfinite(result["loss"]) or result["seconds"] >= self.max_seconds:
+            return True
+        before = [loss for e, loss in losses.items() if e <= epoch - self.patience]
+        since = [loss for e, loss in losses.items() if epoch - self.patience < e <= epoch]
+        return bool(before) and min(since) > min(before) - self.min_delta
+
+    def stop_all(self) -> bool:
+        return False

@@ -1,0 +1,64 @@
+"""Ray's life: its start and end, what it may print, and what it gives to a trial."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+
+import ray
+
+from data import InputError
+
+
+def is_news(record: logging.LogRecord) -> bool:
+    """Filter what Ray logs: what main says itself, in this script's terms, is no news."""
+    said = (
+        "Stop signal received",
+        "Trials did not complete",
+        "Experiment has been interrupted",
+        "Token authentication",
+        "Failed to fetch metrics",
+    )
+    return not record.getMessage().startswith(said)
+
+
+@contextlib.contextmanager
+def running_ray() -> Iterator[None]:
+    """Start Ray, or join the cluster that RAY_ADDRESS names, and leave it as it was found."""
+    if ray.is_initialized():
+        yield
+        return
+    for name in (
+        "ray.tune.tune",
+        "ray.tune.analysis.experiment_analysis",
+        "ray._private.authentication.authentication_token_setup",
+    ):
+        logging.getLogger(name).addFilter(is_news)
+    # Not Ray's own default, which waits for minutes for a cluster of which but a stale file is left.
+    address = os.environ.get("RAY_ADDRESS", "local")
+    try:
+        ray.init(address, log_to_driver=False, logging_level=logging.WARNING, include_dashboard=False)
+    except ConnectionError as error:
+        raise InputError(f"no Ray cluster answers at RAY_ADDRESS {address}: start it, or unset RAY_ADDRESS") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def share_resources(settings: dict, num_trials: int) -> tuple[dict[str, float], str]:
+    """Share Ray's CPUs and GPUs among the trials that run at once.
+
+    Returns:
+        The resources of a trial: a GPU each where there are any, and the CPUs shared so that all are busy; and the
+        usage of all trials together, as a line to print.
+    """
+    total = ray.cluster_resources()
+    cpus, gpus = int(total.get("CPU", 1)), int(total.get("GPU", 0))
+    gpu = settings["gpus_per_trial"]
+    if gpu is None:
+        gpu = 1 if gpus else 0
+    at_once = min(num_trials, int(gpus / gpu) if gpu else cpus)
+    cpu = settings["cpus_per_trial"] or max(1, cpus // max(1, at_once))
+    at_once = min(at_once, cpus // cpu)
+    return {"cpu": cpu, "gpu": gpu}, f"{at_once * cpu}/{cpus} CPUs, {at_once * gpu:g}/{gpus} GPUs"
