@@ -82,6 +82,36 @@ def fingerprint(dataset: Dataset) -> dict[str, str]:
     return {name: hashlib.sha256(part).hexdigest() for name, part in parts.items()}
 
 
+def read_images(source: str, data_dir: str | Path, synthetic: dict) -> Dataset:
+    """Return the images of one of the three sources, and print how many they are.
+
+    Args:
+        source: cifar100, folder or synthetic.
+        data_dir: where CIFAR-100 is or is put, or the folder.
+        synthetic: arguments of make_synthetic.
+
+    Raises:
+        InputError: they cannot be read.
+    """
+    try:
+        if source == "cifar100":
+            dataset = load_cifar100(data_dir)
+        elif source == "folder":
+            print(f"Reading the images in {data_dir}.", flush=True)
+            dataset = load_folder(data_dir)
+        else:
+            dataset = make_synthetic(**synthetic)
+    except OSError as error:
+        raise InputError(f"--data-dir {data_dir} cannot be read ({error}): choose another") from error
+    counts = [len(labels) for labels in (dataset.train_labels, dataset.val_labels, dataset.test_labels)]
+    print(
+        "Images of {} classes: {:,} for training, {:,} for validation, {:,} for the test.".format(
+            len(dataset.classes), *counts
+        )
+    )
+    return dataset
+
+
 def load_cifar100(data_dir: str | Path) -> Dataset:
     """Read CIFAR-100 with torchvision, which downloads it into data_dir and checks its MD5 sums where need be.
 

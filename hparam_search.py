@@ -8,44 +8,47 @@ Edit `param_space` to search something else: Ray Tune's `tune.grid_search`, `tun
 `tune.loguniform` search a hyperparameter, a plain value fixes it.
 """
 
-from search.command_line import parse_args  # first, for `search` sets what Ray reads when it is imported
+import sys
 
-# isort: split
-import json
+from search.command_line import Settings, parse_args, print_error  # before Ray, which `search` gives its environment
+
+if __name__ == "__main__":
+    parse_args(description=__doc__)  # --help and refusals, before the seconds that torch and Ray take to import
+
 import os
 import shutil
 import signal
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from types import SimpleNamespace
 
 from ray import tune
-from ray.tune.schedulers import ASHAScheduler
-from ray.tune.search import BasicVariantGenerator
+from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
-from data import Dataset, InputError, fingerprint, load_cifar100, load_folder, make_synthetic
+from data import Dataset, InputError, fingerprint, read_images
 from search.early_stopping import EarlyStopping
 from search.ray_session import running_ray, share_resources
 from search.records import (
     FINISHED,
-    SEARCH_FILE,
+    LOG_FILE,
+    Search,
+    best_first,
     check_free,
+    check_same_images,
+    check_same_space,
     holding,
-    prune_checkpoints,
-    read_log,
+    prune,
     read_results,
     read_search,
     resolved,
     resume_command,
-    shown,
-    write_whole,
+    write_search,
 )
 from search.report import ProgressTable, read_best_model, recap, recap_best, save_best_model, write_results
-from search.scheduling import Drawn, ResumedASHA
+from search.resuming import ResumedScheduler, TrialsLeft
 from search.signals import stopping_on_signals
 from search.space import check_param_space, described, draw_trials
 from search.trial_log import TrialLog
@@ -65,6 +68,7 @@ param_space = {
     "augment": True,
     "schedule": "cooldown",  # or constant, cosine, one_cycle
     "ema_decay": 0.998,
+    "label_smoothing": 0.0,
 }
 
 # The recipe of the script that this one began as: `param_space | BASELINE_RECIPE` trains as that did.
@@ -75,6 +79,7 @@ BASELINE_RECIPE = {
     "augment": False,
     "schedule": "constant",
     "ema_decay": 0.0,
+    "label_smoothing": 0.0,
 }
 
 # What --quick changes: widths, epochs and images for two cores and one minute.
@@ -87,55 +92,20 @@ QUICK_SPACE = {
 }
 QUICK_IMAGES = {"num_train": 2000, "num_test": 1000, "num_classes": 10}
 
-GRACE_PERIOD = 3  # epochs
-REDUCTION_FACTOR = 2
-PATIENCE = 4  # epochs
-MIN_DELTA = 0.001  # nats
+GRACE_PERIOD = 3  # epochs before a trial is compared with others
+REDUCTION_FACTOR = 2  # of those compared, one in so many goes on
+PATIENCE = 4  # epochs without progress after which a trial ends
+MIN_DELTA = 0.001  # nats by which the loss must fall, to be progress
 MAX_SECONDS_PER_TRIAL = 3600
 MAX_FAILURES_PER_TRIAL = 2
+CHECKPOINT_PERIOD = 30  # seconds of training that a kill may cost
+MODELS_KEPT = 5  # of the best trials
 TABLE_PERIOD = 30  # seconds
 
 
-def search_space(settings: dict) -> dict:
-    """Return the space that the settings ask for: param_space, what --quick changes, and the seed."""
-    space = {"seed": settings["seed"]} | param_space | (QUICK_SPACE if settings["quick"] else {})
-    return space | ({"epochs": settings["max_epochs"]} if settings["max_epochs"] else {})
-
-
-def load_dataset(settings: dict) -> Dataset:
-    """Return the images that the settings name, and print how many they are.
-
-    Raises:
-        InputError: they cannot be read.
-    """
-    try:
-        if settings["dataset"] == "cifar100":
-            dataset = load_cifar100(settings["data_dir"])
-        elif settings["dataset"] == "folder":
-            print(f"Reading the images in {settings['data_dir']}.", flush=True)
-            dataset = load_folder(settings["data_dir"])
-        else:
-            dataset = make_synthetic(**(QUICK_IMAGES if settings["quick"] else {}))
-    except OSError as error:
-        raise InputError(f"--data-dir {settings['data_dir']} cannot be read ({error}): choose another") from error
-    counts = [len(labels) for labels in (dataset.train_labels, dataset.val_labels, dataset.test_labels)]
-    print(
-        "Images of {} classes: {:,} for training, {:,} for validation, {:,} for the test.".format(
-            len(dataset.classes), *counts
-        )
-    )
-    return dataset
-
-
-def new_scheduler(max_epochs: int, results: list[dict], folder: Path) -> ASHAScheduler:
-    """Return ASHA, as it was when the trials of a search that is resumed had reported what is in their logs."""
-    logs = {row["name"]: [line for line in read_log(folder / row["name"]) if "epoch" in line] for row in results}
-    scheduler = ResumedASHA(
-        {
-            row["name"]: {line["epoch"] for line in logs[row["name"]]}
-            for row in results
-            if row["status"] not in FINISHED
-        },
+def new_scheduler(max_epochs: int) -> TrialScheduler:
+    """Return what stops the trials that fall behind. Any of Ray's schedulers that pauses none can stand here."""
+    return ASHAScheduler(
         metric="loss",
         mode="min",
         time_attr="epoch",
@@ -143,75 +113,65 @@ def new_scheduler(max_epochs: int, results: list[dict], folder: Path) -> ASHASch
         grace_period=min(GRACE_PERIOD, max_epochs),
         reduction_factor=REDUCTION_FACTOR,
     )
-    for row in results:
-        if row["status"] in FINISHED:
-            trial = SimpleNamespace(trial_id=row["name"])  # all that ASHA asks of a trial
-            scheduler.on_trial_add(None, trial)
-            for line in logs[row["name"]]:
-                scheduler.on_trial_result(None, trial, line)
-            scheduler.on_trial_complete(None, trial, logs[row["name"]][-1])
-    return scheduler
 
 
-def new_tuner(search: dict, trainable: Callable, folder: Path, ray_folder: Path) -> tune.Tuner:
+def new_stopper(max_epochs: int) -> tune.Stopper:
+    """Return what ends a trial by its own figures."""
+    return EarlyStopping(PATIENCE, MIN_DELTA, MAX_SECONDS_PER_TRIAL, max_epochs)
+
+
+def new_tuner(search: Search, dataset: Dataset, resources: dict[str, float], ray_folder: Path) -> tune.Tuner:
     """Return the Tuner of those trials of a search that are not finished; Ray's own files go into ray_folder."""
-    results = read_results(folder, search["trials"])
-    names = [row["name"] for row in results if row["status"] not in FINISHED]
-    configs = [search["trials"][name] for name in names]
+    trainable = tune.with_parameters(
+        train_cifar, dataset=dataset, search_folder=str(search.folder), checkpoint_period=CHECKPOINT_PERIOD
+    )
+    trials_left = TrialsLeft(search)
+    max_epochs = trials_left.trials[0][1]["epochs"]  # as many for all
     return tune.Tuner(
-        trainable,
-        param_space=dict.fromkeys(configs[0], Drawn()),
+        tune.with_resources(trainable, resources),
         tune_config=tune.TuneConfig(
-            num_samples=len(configs),
-            search_alg=BasicVariantGenerator(points_to_evaluate=configs),
-            scheduler=new_scheduler(configs[0]["epochs"], results, folder),
+            num_samples=len(trials_left.trials),
+            search_alg=trials_left,
+            scheduler=ResumedScheduler(new_scheduler(max_epochs), search),
             reuse_actors=True,  # a process that has imported torch takes on the next trial
-            trial_name_creator=lambda trial: names[int(trial.trial_id.rsplit("_", 1)[-1])],
+            trial_name_creator=trials_left.name_of,
             trial_dirname_creator=str,
         ),
         run_config=tune.RunConfig(
             name=ray_folder.name,
             storage_path=str(ray_folder.parent),
-            stop=EarlyStopping(PATIENCE, MIN_DELTA, MAX_SECONDS_PER_TRIAL),
+            stop=new_stopper(max_epochs),
             failure_config=tune.FailureConfig(max_failures=MAX_FAILURES_PER_TRIAL),
-            callbacks=[TrialLog(folder, results)],
-            progress_reporter=ProgressTable(
-                metric="loss",
-                mode="min",
-                parameter_columns=["p_drop", "lr", "h_1", "h_2"],
-                metric_columns={
-                    "epoch": "iter",
-                    "seconds": "total time (s)",
-                    "loss": "loss",
-                    "accuracy": "accuracy",
-                },
-                max_report_frequency=TABLE_PERIOD,
-            ),
+            callbacks=[TrialLog(search, MODELS_KEPT)],
+            progress_reporter=ProgressTable(TABLE_PERIOD),
             verbose=1,
         ),
     )
 
 
-def trainable(dataset: Dataset, folder: Path, resources: dict[str, float]) -> Callable:
-    """Return train_cifar with its dataset, put once where every trial maps it, and its resources."""
-    train = tune.with_parameters(train_cifar, dataset=dataset, search_folder=str(folder))
-    return tune.with_resources(train, resources)
+def search_space(settings: Settings) -> dict:
+    """Return the space that the settings ask for: param_space, what --quick changes, and the seed."""
+    space = {"seed": settings.seed} | param_space | (QUICK_SPACE if settings.quick else {})
+    return space | ({"epochs": settings.max_epochs} if settings.max_epochs else {})
 
 
-def new_search(settings: dict) -> int:
+def load_dataset(settings: Settings) -> Dataset:
+    """Return the images that the settings name."""
+    return read_images(settings.dataset, settings.data_dir, QUICK_IMAGES if settings.quick else {})
+
+
+def new_search(settings: Settings) -> int:
     """Run a search from its first trial to its end, and return the exit code."""
     space = search_space(settings)
     check_param_space(space)
-    trials = draw_trials(space, settings["num_samples"], settings["seed"])
-    name = settings["name"] or datetime.now().strftime("search_%Y-%m-%d_%H-%M-%S")
-    folder = resolved(settings["output_dir"]) / name
+    trials = draw_trials(space, settings.num_samples, settings.seed)
+    name = settings.name or datetime.now().strftime("search_%Y-%m-%d_%H-%M-%S")
+    folder = resolved(settings.output_dir) / name
     check_free(folder)
     dataset = load_dataset(settings)
-    settings["data_dir"] = str(resolved(settings["data_dir"]))  # --resume may be called from elsewhere
-    search = {"settings": settings, "param_space": {key: described(entry) for key, entry in space.items()}}
-    search |= {"dataset": fingerprint(dataset), "trials": trials, "seconds": 0.0, "resource_usage": ""}
+    settings = replace(settings, data_dir=str(resolved(settings.data_dir)))  # --resume may be called from elsewhere
     with running_ray(), stopping_on_signals() as signals:
-        if not settings["name"]:  # of two that start in the same second, one waits for the next
+        if not settings.name:  # of two that start in the same second, one waits for the next
             while folder.exists():
                 time.sleep(0.1)
                 folder = folder.with_name(datetime.now().strftime("search_%Y-%m-%d_%H-%M-%S"))
@@ -220,8 +180,9 @@ def new_search(settings: dict) -> int:
         except OSError as error:
             raise InputError(f"{folder} cannot be made ({error.strerror}): choose another --name") from error
         with holding(folder):
-            write_whole(folder / SEARCH_FILE, json.dumps(search, indent=2))
-            return run_trials(search, dataset, folder, signals)
+            search = Search(folder, settings, described(space), fingerprint(dataset), trials)
+            write_search(search)
+            return run_trials(search, dataset, signals)
 
 
 def resume_search(path: str) -> int:
@@ -229,71 +190,66 @@ def resume_search(path: str) -> int:
     folder = resolved(path)
     search = read_search(folder)
     with holding(folder):
-        results = read_results(folder, search["trials"])
+        results = read_results(search)
+        for row in results:
+            if row["unreadable"]:
+                lines = f"{row['unreadable']} damaged lines in {row['name']}/{LOG_FILE}"
+                print(f"{lines} are passed over, and what they told is trained again.", file=sys.stderr)
         finished = all(row["status"] in FINISHED for row in results)
         if finished and read_best_model(results, folder):
-            return wrap_up(search, None, folder)
-        space = search_space(search["settings"])
-        for key, entry in space.items():
-            if described(entry) != search["param_space"].get(key):
-                raise InputError(
-                    f"param_space[{key!r}] is {described(entry)}, but was {search['param_space'].get(key)} when "
-                    f"{shown(folder)} began: change it back, or start a new search"
-                )
-        dataset = load_dataset(search["settings"])
-        for part, digest in fingerprint(dataset).items():
-            if digest != search["dataset"].get(part):
-                raise InputError(
-                    f"the {part} in {search['settings']['data_dir']} are not those that {shown(folder)} began with: "
-                    "put those back, or start a new search"
-                )
+            return wrap_up(search, None)
+        space = search_space(search.settings)
+        check_same_space(search, space)
+        dataset = load_dataset(search.settings)
+        check_same_images(search, dataset)
+        drawn = draw_trials(space, search.settings.num_samples, search.settings.seed)
+        search.trials = {name: search.trials[name] or config for name, config in drawn.items()}
         if finished:
-            return wrap_up(search, dataset, folder)
+            return wrap_up(search, dataset)
         with running_ray(), stopping_on_signals() as signals:
-            return run_trials(search, dataset, folder, signals)
+            return run_trials(search, dataset, signals)
 
 
-def run_trials(search: dict, dataset: Dataset, folder: Path, signals: list[int]) -> int:
+def run_trials(search: Search, dataset: Dataset, signals: list[int]) -> int:
     """Run the trials of a search that are not finished, then wrap it up, and return the exit code."""
     start = time.monotonic()
-    resources, search["resource_usage"] = share_resources(search["settings"], len(search["trials"]))
-    for path in folder.glob(".ray_*"):  # of a process that was killed
+    resources, search.resource_usage = share_resources(search.settings, len(search.trials))
+    for path in search.folder.glob(".ray_*"):  # of a process that was killed
         shutil.rmtree(path, ignore_errors=True)
     # All nodes of a cluster must see what Ray writes while a search runs; nothing is ever read from it.
-    with tempfile.TemporaryDirectory(
-        prefix=".ray_", dir=folder if "RAY_ADDRESS" in os.environ else None, ignore_cleanup_errors=True
-    ) as ray_folder:
-        new_tuner(search, trainable(dataset, folder, resources), folder, Path(ray_folder)).fit()
+    place = search.folder if "RAY_ADDRESS" in os.environ else None
+    with tempfile.TemporaryDirectory(prefix=".ray_", dir=place, ignore_cleanup_errors=True) as ray_folder:
+        new_tuner(search, dataset, resources, Path(ray_folder)).fit()
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Tune has ended, and would no longer stop on it
-    search["seconds"] += time.monotonic() - start
-    write_whole(folder / SEARCH_FILE, json.dumps(search, indent=2))
+    search.seconds += time.monotonic() - start
+    write_search(search)
     if not signals:
-        return wrap_up(search, dataset, folder)
-    results = read_results(folder, search["trials"])
-    write_results(results, folder)
-    print(recap(results, search["seconds"], search["resource_usage"]))
-    print(f"Interrupted. To go on: {resume_command(folder)}")
+        return wrap_up(search, dataset)
+    results = read_results(search)
+    write_results(results, search.folder)
+    print(recap(results, search.seconds, search.resource_usage))
+    print(f"Interrupted. To go on: {resume_command(search.folder)}")
     return 128 + signals[0]
 
 
-def wrap_up(search: dict, dataset: Dataset | None, folder: Path) -> int:
+def wrap_up(search: Search, dataset: Dataset | None) -> int:
     """Print and write what came of a search whose trials have ended, and return the exit code.
 
     If the process is killed here, --resume does it again. Without a dataset, best_model/ must be there.
     """
-    results = read_results(folder, search["trials"])
-    prune_checkpoints(results, folder)
-    write_results(results, folder)
-    metrics = read_best_model(results, folder) or save_best_model(results, dataset, folder)
-    print(recap(results, search["seconds"], search["resource_usage"]))
+    results = read_results(search)
+    prune(results, search.folder, MODELS_KEPT)
+    write_results(results, search.folder)
+    metrics = read_best_model(results, search.folder) or save_best_model(results, dataset, search.folder)
+    print(recap(results, search.seconds, search.resource_usage))
     for row in results:
         if row["error"]:
             print(f"{row['name']} failed: {row['error']}", file=sys.stderr)
     if not metrics:
         print("No trial has a model, so there is no best model.", file=sys.stderr)
         return 1
-    print(recap_best(results, metrics, folder))
-    return 0
+    print(recap_best(results, metrics, search.folder))
+    return 0 if metrics["trial_id"] == best_first(results)[0]["trial_id"] else 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -301,17 +257,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0 done; 2 bad input, after one sentence on stderr; 130, 143 or 129 interrupted by Ctrl-C, SIGTERM or SIGHUP;
-        1 every trial failed, or the disk is full.
+        1 every trial failed, the weights of the best one are lost, or the disk is full.
     """
     try:
-        settings = parse_args(argv)
-        return resume_search(settings["resume"]) if "resume" in settings else new_search(settings)
+        settings = parse_args(argv, __doc__)
+        return new_search(settings) if settings.resume is None else resume_search(settings.resume)
+    except SystemExit as end:  # of parse_args, which has said why
+        return end.code
     except InputError as error:
-        sentence = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error))
-        print(f"hparam_search.py: {sentence}.", file=sys.stderr)
+        print_error(error)
         return 2
     except OSError as error:  # the disk is full, or gone
-        print(f"hparam_search.py: {error}.", file=sys.stderr)
+        print_error(error)
         return 1
     except KeyboardInterrupt as interrupt:
         print("Interrupted.", file=sys.stderr)

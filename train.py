@@ -1,18 +1,13 @@
 """Train one SmallResNet with one config: plain PyTorch, and at the end the thin function that Ray Tune runs.
 
-A config is a dict of plain values with the keys of `param_space` in hparam_search.py:
-
-    epochs, h_1, h_2, p_drop, batch_size     what the names say
-    lr, momentum, weight_decay, nesterov     of SGD
-    schedule                                 how the learning rate goes, one of SCHEDULES
-    augment                                  random crops and flips
-    ema_decay                                decay per step of the averaged weights; 0 for none
-    seed                                     of the weights, the batches and the dropout
+A config is a dict of plain values with the keys of `param_space` in hparam_search.py. What each of them may be stands
+below, in MODEL, OPTIMIZER, LOSS and LOOP.
 """
 
+import contextlib
+import json
 import math
 import os
-import pickle
 import shutil
 import time
 import zipfile
@@ -33,7 +28,7 @@ EVALUATION_BATCH_SIZE = 500
 EAGER_STEPS = 3  # of a trial, before its step is captured as a CUDA graph
 COOLDOWN = 0.3  # share of the epochs
 WARMUP = 0.3  # of one_cycle, share of the epochs
-WEIGHTS_FILE, TRAINING_FILE = "weights.pt", "training.pt"
+WEIGHTS_FILE, METRICS_FILE = "weights.pt", "metrics.json"
 # What an epoch reports: see train_epochs.
 METRICS = ("epoch", "loss", "accuracy", "train_loss", "train_accuracy", "lr", "images_per_second", "seconds")
 
@@ -49,30 +44,41 @@ SCHEDULES = {
 }
 
 
-def _whole(value: object) -> bool:
+def _is_whole(value: object) -> bool:
     return type(value) is int and 1 <= value <= 1_000_000
 
 
-def _number(value: object) -> bool:
+def _is_number(value: object) -> bool:
     return type(value) in (int, float) and abs(value) < math.inf
 
 
-# What each key of a config may be: a test, and the words for it.
-CONFIG_KEYS = {
-    "epochs": (_whole, "a whole number from 1 to 1,000,000"),
-    "h_1": (_whole, "a whole number from 1 to 1,000,000"),
-    "h_2": (_whole, "a whole number from 1 to 1,000,000"),
-    "p_drop": (lambda v: _number(v) and 0 <= v < 1, "a number from 0 up to, not including, 1"),
-    "lr": (lambda v: _number(v) and v > 0, "a number above 0"),
-    "batch_size": (_whole, "a whole number from 1 to 1,000,000"),
-    "momentum": (lambda v: _number(v) and 0 <= v < 1, "a number from 0 up to, not including, 1"),
-    "weight_decay": (lambda v: _number(v) and v >= 0, "a number of at least 0"),
-    "nesterov": (lambda v: isinstance(v, bool), "True or False"),
-    "augment": (lambda v: isinstance(v, bool), "True or False"),
-    "schedule": (lambda v: isinstance(v, str) and v in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
-    "ema_decay": (lambda v: _number(v) and 0 <= v < 1, "a number from 0 up to, not including, 1"),
-    "seed": (lambda v: type(v) is int and 0 <= v < 2**63, "a whole number from 0 up to, not including, 2**63"),
+# What a hyperparameter may be: a test, and the words for it.
+WHOLE = (_is_whole, "a whole number from 1 to 1,000,000")
+POSITIVE = (lambda v: _is_number(v) and v > 0, "a number above 0")
+NOT_NEGATIVE = (lambda v: _is_number(v) and v >= 0, "a number of at least 0")
+FRACTION = (lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 up to, not including, 1")
+SWITCH = (lambda v: isinstance(v, bool), "True or False")
+SCHEDULE = (lambda v: isinstance(v, str) and v in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
+SEED = (lambda v: type(v) is int and 0 <= v < 2**63, "a whole number from 0 up to, not including, 2**63")
+
+# The hyperparameters. Those of MODEL, OPTIMIZER and LOSS are passed on as the keyword arguments of the same names.
+MODEL = {"h_1": WHOLE, "h_2": WHOLE, "p_drop": FRACTION}  # of SmallResNet
+OPTIMIZER = {"lr": POSITIVE, "momentum": FRACTION, "weight_decay": NOT_NEGATIVE, "nesterov": SWITCH}  # of torch's SGD
+LOSS = {"label_smoothing": FRACTION}  # of torch's cross_entropy, in training
+LOOP = {
+    "epochs": WHOLE,
+    "batch_size": WHOLE,
+    "schedule": SCHEDULE,  # how the learning rate goes
+    "augment": SWITCH,  # random crops and flips
+    "ema_decay": FRACTION,  # per step, of the averaged weights; 0 for none
+    "seed": SEED,  # of the weights, the batches and the dropout
 }
+CONFIG_KEYS = MODEL | OPTIMIZER | LOSS | LOOP
+
+
+def arguments(config: dict, keys: dict) -> dict:
+    """Return those hyperparameters of a config that are named in keys."""
+    return {key: config[key] for key in keys}
 
 
 @dataclass
@@ -90,27 +96,31 @@ class Training:
         return len(self.history)
 
     @property
+    def seconds(self) -> float:
+        """How long these took, in all processes of the trial."""
+        return self.history[-1]["seconds"] if self.history else 0.0
+
+    @property
     def evaluated(self) -> SmallResNet:
         """The model that is validated, and saved as the trial's result."""
         return self.averaged.module if self.averaged else self.model
 
 
+def new_model(config: dict, num_classes: int) -> SmallResNet:
+    """Build the model of a config, on the CPU."""
+    return SmallResNet(**arguments(config, MODEL), num_classes=num_classes)
+
+
 def new_training(config: dict, num_classes: int, device: torch.device) -> Training:
     """Build the model, with weights drawn from config["seed"], its average and its optimizer."""
     torch.manual_seed(config["seed"])
-    model = SmallResNet(config["h_1"], config["h_2"], config["p_drop"], num_classes)
-    model = model.to(device, memory_format=torch.channels_last)
+    model = new_model(config, num_classes).to(device, memory_format=torch.channels_last)
     averaged = None
     if config["ema_decay"] > 0:
         averaged = AveragedModel(model)
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        lr=torch.tensor(config["lr"], device=device),  # a tensor, for a CUDA graph to read it at every step
-        momentum=config["momentum"],
-        weight_decay=config["weight_decay"],
-        nesterov=config["nesterov"],
-        fused=True,
-    )
+    optimizer = torch.optim.SGD(model.parameters(), **arguments(config, OPTIMIZER), fused=True)
+    for group in optimizer.param_groups:
+        group["lr"] = torch.tensor(config["lr"], device=device)  # a tensor, for a CUDA graph to read it at every step
     return Training(model, averaged, optimizer)
 
 
@@ -152,7 +162,8 @@ def train_epochs(training: Training, config: dict, dataset: Dataset, device: tor
     Yields:
         The METRICS of an epoch: epoch (from 1), loss and accuracy (validation; mean cross-entropy in nats, and a
         fraction; a loss that is not finite is NaN), train_loss and train_accuracy (over the epoch, as the weights were
-        at each step), lr (of the last step), images_per_second (training only) and seconds (of all epochs so far).
+        at each step; the loss is the one trained on, smoothed labels included), lr (of the last step),
+        images_per_second (training only) and seconds (of all epochs so far).
     """
     batches = Batches(
         dataset.train_images.to(device),
@@ -192,7 +203,7 @@ def train_epochs(training: Training, config: dict, dataset: Dataset, device: tor
             "train_accuracy": train_accuracy,
             "lr": lr,
             "images_per_second": batches.count / seconds,
-            "seconds": time.perf_counter() - start + (training.history[-1]["seconds"] if training.history else 0.0),
+            "seconds": time.perf_counter() - start + training.seconds,
         }
         training.history.append(metrics)
         yield metrics
@@ -212,6 +223,7 @@ class TrainStep:
 
     def __init__(self, training: Training, config: dict, device: torch.device) -> None:
         self.training, self.decay = training, config["ema_decay"]
+        self.loss_options = arguments(config, LOSS)
         self.dtype = autocast_dtype(device)
         self.sums = torch.zeros(2, device=device)
         self.current = averaged_tensors(training.model)
@@ -235,7 +247,7 @@ class TrainStep:
         """Take a step of SGD, eagerly or while it is captured."""
         with torch.autocast(images.device.type, self.dtype, enabled=self.dtype is not None):
             logits = self.training.model(images)
-            loss = F.cross_entropy(logits, labels)
+            loss = F.cross_entropy(logits, labels, **self.loss_options)
         self.training.optimizer.zero_grad()
         loss.backward()
         self.training.optimizer.step()
@@ -289,104 +301,195 @@ def evaluate(model: nn.Module, batches: Batches) -> tuple[float, float]:
 
 
 def checkpoint_path(folder: Path, epoch: int) -> Path:
-    """Return where, in a trial's folder, the checkpoint of an epoch is."""
+    """Return where, in a trial's folder, the weights of an epoch are."""
     return folder / f"checkpoint_{epoch:06}"
 
 
-def save_checkpoint(training: Training, folder: Path) -> None:
-    """Write the checkpoint of the epoch just done into a trial's folder, whole or not at all.
+@contextlib.contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """Yield the path to write a file or folder to that, once it is flushed to disk, takes its place at target.
 
-    It is two files: the evaluated weights, which stand alone, and all else that training goes on from. Of the older
-    checkpoints the newest stays, to fall back on; the others make room.
+    So target is there whole or, whatever happens, as it was (a folder: or not at all).
+    """
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        for path in [*temporary.glob("*"), temporary]:
+            flush(path)
+        if temporary.is_dir():
+            shutil.rmtree(target, ignore_errors=True)  # a folder takes no other folder's place
+        temporary.replace(target)
+        flush(target.parent)
+    except BaseException:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def flush(path: Path) -> None:
+    """Have a file, or what a folder lists, on the disk, for a power cut to find it there."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def naming(folder: Path) -> Iterator[None]:
+    """Say, of what cannot be written into a trial's folder, where that is and what to do.
 
     Raises:
-        OSError: naming the folder, when it cannot be written.
+        OSError: in place of whatever was raised within.
     """
-    state = {"momentum": training.optimizer.state_dict()["state"], "history": training.history}
-    if training.averaged:
-        state |= {"model": training.model.state_dict(), "n_averaged": training.averaged.n_averaged}
-    target = checkpoint_path(folder, training.epoch)
-    temporary = folder / f".{target.name}.{os.getpid()}.tmp"
     try:
-        older = [path for path in sorted(folder.glob("checkpoint_*")) if path.name < target.name]
-        for path in older[:-1]:
-            shutil.rmtree(path)
-        temporary.mkdir(parents=True)
-        torch.save(training.evaluated.state_dict(), temporary / WEIGHTS_FILE)
-        torch.save(state, temporary / TRAINING_FILE)
-        shutil.rmtree(target, ignore_errors=True)  # of a damaged one that was trained again
-        temporary.rename(target)
+        yield
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError where a file cannot be written
-        shutil.rmtree(temporary, ignore_errors=True)
         reason = str(error).splitlines()[0]
         raise OSError(
             f"no checkpoint can be written into {folder} ({reason}): make room there, then --resume"
         ) from error
 
 
+def save_weights(training: Training, folder: Path) -> None:
+    """Write the evaluated weights of the epoch just done, and its metrics, into a trial's folder.
+
+    They stand alone: weights.pt is a state_dict.
+
+    Raises:
+        OSError: naming the folder, when it cannot be written.
+    """
+    with naming(folder), replacing(checkpoint_path(folder, training.epoch)) as checkpoint:
+        checkpoint.mkdir(parents=True)
+        torch.save(training.evaluated.state_dict(), checkpoint / WEIGHTS_FILE)
+        (checkpoint / METRICS_FILE).write_text(json.dumps(training.history[-1]))
+
+
+def saved_weights(folder: Path) -> dict[Path, dict]:
+    """Return the path → metrics of all weights in a trial's folder; of damaged metrics, an empty dict."""
+    found = {}
+    for path in sorted(folder.glob("checkpoint_*")):
+        try:
+            metrics = json.loads((path / METRICS_FILE).read_text())
+        except (OSError, ValueError, RecursionError):
+            metrics = {}
+        found[path] = metrics if isinstance(metrics, dict) else {}
+    return found
+
+
+def of_same_epoch(metrics: dict, other: dict) -> bool:
+    """Tell whether two dicts of metrics are of the same epoch, of the same run of it: on a GPU, another run differs."""
+    return all(metrics.get(key) == other.get(key) for key in ("epoch", "loss", "accuracy"))
+
+
+def prune_weights(folder: Path, best: dict) -> None:
+    """Delete the weights that are no better than those with the metrics best, which have been reported."""
+    for path, metrics in saved_weights(folder).items():
+        if path != checkpoint_path(folder, best["epoch"]) and not metrics.get("accuracy", 0) > best["accuracy"]:
+            shutil.rmtree(path)
+
+
+def save_training(training: Training, config: dict, folder: Path) -> None:
+    """Write all that training goes on from after the epoch just done into a trial's folder.
+
+    Of the older ones the newest stays, to fall back on; the others make room.
+
+    Raises:
+        OSError: naming the folder, when it cannot be written.
+    """
+    state = {
+        "config": config,
+        "history": training.history,
+        "model": training.model.state_dict(),
+        "momentum": training.optimizer.state_dict()["state"],
+    }
+    if training.averaged:
+        state["averaged"] = training.averaged.state_dict()
+    target = folder / f"training_{training.epoch:06}.pt"
+    others = sorted(path for path in folder.glob("training_*.pt") if path != target)
+    older = [path for path in others if path.name < target.name]
+    with naming(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in others:
+            if path not in older[-1:]:
+                path.unlink()
+        with replacing(target) as path:
+            torch.save(state, path)
+
+
 def read_state(path: Path) -> dict | None:
-    """Return what torch.save wrote into a file, on the CPU, or None where it is missing or damaged."""
+    """Return the dict that torch.save wrote into a file, on the CPU, or None where it is missing or damaged."""
     try:
         with zipfile.ZipFile(path) as file:
             if file.testzip():  # checks what torch.load does not: the checksums
                 return None
-        return torch.load(path, weights_only=True, map_location="cpu")
-    except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError):
+        state = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception:  # of damaged bytes, the readers raise whatever they stumble over
         return None
+    return state if isinstance(state, dict) else None
 
 
-def restore_checkpoint(training: Training, folder: Path) -> str | None:
-    """Restore a training with the same config, in place, from the newest checkpoint in a trial's folder that is whole.
-
-    Without one, it is left as it is.
+def restore_training(config: dict, num_classes: int, device: torch.device, folder: Path) -> tuple[Training, str | None]:
+    """Return a training as the newest state in a trial's folder that is whole has it, or a new one where there is none.
 
     Returns:
-        None, or a sentence on the checkpoints that are damaged, where there are any.
+        The training, and a sentence on the states that are damaged, or None where there are none.
     """
-    damaged = []
-    for path in sorted(folder.glob("checkpoint_*"), reverse=True):
-        weights, state = read_state(path / WEIGHTS_FILE), read_state(path / TRAINING_FILE)
-        if weights is None or state is None:
+    training, damaged = new_training(config, num_classes, device), []
+    for path in sorted(folder.glob("training_*.pt"), reverse=True):
+        state = read_state(path)
+        if state is None or state.get("config") != config:
             damaged.append(path.name)
             continue
-        training.evaluated.load_state_dict(weights)
+        training.model.load_state_dict(state["model"])
         if training.averaged:
-            training.model.load_state_dict(state["model"])
-            training.averaged.n_averaged.copy_(state["n_averaged"])
+            training.averaged.load_state_dict(state["averaged"])
         # The rate is set at every step, and what else the groups hold is the config's.
         groups = training.optimizer.state_dict()["param_groups"]
         training.optimizer.load_state_dict({"state": state["momentum"], "param_groups": groups})
         training.history = state["history"]
         break
     if not damaged:
-        return None
+        return training, None
     then = f"goes on from epoch {training.epoch}" if training.epoch else "starts again"
-    return f"cannot read {' and '.join(damaged)} in {folder}, and {then}"
+    return training, f"cannot read {' and '.join(damaged)} in {folder}, and {then}"
 
 
-def train_cifar(config: dict, dataset: Dataset, search_folder: str) -> None:
-    """Train one trial under Ray Tune: report every epoch, and save a checkpoint if it is the best so far or the last.
+def train_cifar(config: dict, dataset: Dataset, search_folder: str, checkpoint_period: float) -> None:
+    """Train one trial under Ray Tune, and report every epoch.
 
-    Whatever became of an earlier process of the same trial, it goes on from the newest checkpoint in its folder,
-    search_folder/<trial name>. First it reports again what the epochs up to there had reported, so that scheduler and
-    stopper decide as if the trial had never been interrupted.
+    Before the report the weights are saved, if they are the best so far; and the state of the training, if it has
+    trained for at least checkpoint_period seconds since that was saved last.
+
+    Whatever became of an earlier process of the same trial, it goes on from the newest state in its folder,
+    search_folder/<trial name>. First it reports again what the epochs up to there had reported, so that stopper and log
+    are told as if the trial had never been interrupted.
     """
     torch.set_num_threads(max(1, int(tune.get_context().get_trial_resources().head_cpus)))
     folder = Path(search_folder) / tune.get_context().get_trial_name()
-    for path in folder.glob(".checkpoint_*.tmp"):  # of a process killed while it wrote
-        shutil.rmtree(path, ignore_errors=True)
+    for path in (*folder.glob(".checkpoint_*"), *folder.glob(".training_*")):  # of a process killed while it wrote
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     device = best_device()
-    training = new_training(config, len(dataset.classes), device)
-    damaged = restore_checkpoint(training, folder)
+    training, damaged = restore_training(config, len(dataset.classes), device, folder)
     note = {"note": damaged} if damaged else {}  # goes with the first report, whichever that is
     for metrics in list(training.history):
         tune.report(metrics | note)
         note = {}
-    best = max((metrics["accuracy"] for metrics in training.history), default=-1.0)
+    # Of this training: weights that an earlier process saved at a later epoch are compared where they are read.
+    known = [m for m in saved_weights(folder).values() if any(of_same_epoch(m, other) for other in training.history)]
+    best = max((metrics["accuracy"] for metrics in known), default=-1.0)
+    saved_at = training.seconds
     for metrics in train_epochs(training, config, dataset, device):
         improved = metrics["accuracy"] > best and math.isfinite(metrics["loss"])
-        if improved or training.epoch == config["epochs"]:
-            save_checkpoint(training, folder)
-        best = max(best, metrics["accuracy"])
+        if improved:
+            best = metrics["accuracy"]
+            save_weights(training, folder)
+        if metrics["seconds"] - saved_at >= checkpoint_period:
+            saved_at = metrics["seconds"]
+            save_training(training, config, folder)
         tune.report(metrics | note)
         note = {}
+        if improved:
+            prune_weights(folder, metrics)

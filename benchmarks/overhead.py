@@ -56,7 +56,7 @@ def blank_images() -> Dataset:
     )  # fmt: skip
 
 
-def idle_trial(config: dict, dataset: Dataset, search_folder: str) -> None:
+def idle_trial(config: dict, dataset: Dataset, search_folder: str, checkpoint_period: float = 0) -> None:
     """Report every epoch, with a loss that falls alike in all trials, so that none is stopped."""
     dataset.train_images.max()
     (Path(search_folder) / f"{os.getpid()}.memory").write_text(str(status("RssAnon")))

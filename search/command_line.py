@@ -1,53 +1,60 @@
-"""What was asked: the command line, as settings."""
+"""What was asked: the command line, read into settings. Imports neither torch nor Ray, so that it answers at once."""
 
 import argparse
 import math
 import os
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
 
-import torch
-
-from data import InputError
-
-DEFAULTS = {
-    "dataset": "cifar100",
-    "data_dir": "data",
-    "output_dir": "outputs",
-    "name": None,
-    "num_samples": 3,
-    "max_epochs": None,
-    "seed": 0,
-    "cpus_per_trial": None,
-    "gpus_per_trial": None,
-    "quick": False,
-}
-
-
+PROGRAM = "hparam_search.py"
 QUICK_DEFAULTS = {"dataset": "synthetic", "num_samples": 2}
+GPU_FILES = ("nvidia[0-9]*", "dxg", "kfd")  # in /dev: of NVIDIA's driver, of Windows' below Linux, of AMD's
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was asked for: a search, or with `resume` another's continuation, which has that search's settings."""
+
+    dataset: str = "cifar100"  # or folder, synthetic
+    data_dir: str = "data"
+    output_dir: str = "outputs"
+    name: str | None = None  # None: of the time
+    num_samples: int = 3
+    max_epochs: int | None = None  # None: as param_space says
+    seed: int = 0
+    cpus_per_trial: int | None = None  # None: an equal share
+    gpus_per_trial: float | None = None  # None: one where there are any
+    quick: bool = False
+    resume: str | None = None
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are our errors: one sentence, no usage."""
+    """An argument parser whose errors are a sentence, without the usage."""
 
-    def error(self, message: str) -> None:
-        raise InputError(f"{message}: see --help")
-
-
-def flag(key: str) -> str:
-    """Return a setting's key as one types it: data_dir is --data-dir."""
-    return f"--{key.replace('_', '-')}"
+    def error(self, message: str) -> NoReturn:
+        print_error(f"{message}: see --help")
+        sys.exit(2)
 
 
-def parse_args(argv: Sequence[str] | None) -> dict:
-    """Return the settings: what was given, then what --quick sets, then the defaults; or {"resume": path} alone.
+def print_error(message: object) -> None:
+    """Print what is wrong as a sentence on stderr, with what cannot be printed escaped."""
+    sentence = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(message))
+    print(f"{PROGRAM}: {sentence}.", file=sys.stderr)
+
+
+def parse_args(argv: Sequence[str] | None = None, description: str | None = None) -> Settings:
+    """Return the settings: what was given, then what --quick sets, then the defaults.
 
     Raises:
-        InputError: flags that do not exist or make no sense.
+        SystemExit: with 2 after a sentence on flags that do not exist or make no sense; with 0 after --help.
     """
     # A flag that was not given must be told from one given with its default: --quick and --resume ask.
     parser = Parser(
-        prog="hparam_search.py",
-        description=__doc__,
+        prog=PROGRAM,
+        description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -66,40 +73,81 @@ def parse_args(argv: Sequence[str] | None) -> dict:
     parser.add_argument("--quick", action="store_true", help="a small search, in about a minute on two cores")
     parser.add_argument("--resume", metavar="PATH", help="continue the search in that folder")
     given = vars(parser.parse_args(argv))
+    try:
+        check_flags(given)
+        settings = Settings(**((QUICK_DEFAULTS if given.get("quick") else {}) | given))
+        check_settings(settings)
+        if settings.dataset == "synthetic" and "data_dir" in given:
+            raise ValueError(
+                f"--data-dir {given['data_dir']} has no use with --dataset synthetic: leave one of them away"
+            )
+    except ValueError as error:
+        print_error(error)
+        sys.exit(2)
+    return settings
+
+
+def flag(key: str) -> str:
+    """Return a setting's key as one types it: data_dir is --data-dir."""
+    return f"--{key.replace('_', '-')}"
+
+
+def check_flags(given: dict) -> None:
+    """Refuse flags that make no sense by themselves or together.
+
+    Args:
+        given: the flags that were given.
+
+    Raises:
+        ValueError: with the sentence.
+    """
     for key, value in given.items():
         if isinstance(value, list):  # argparse's reading of --flag=--
-            raise InputError(f"{flag(key)} needs a value: see --help")
+            raise ValueError(f"{flag(key)} needs a value: see --help")
     for key in ("resume", "data_dir", "output_dir"):
         if not given.get(key, "").isprintable():
-            raise InputError(f"{flag(key)} is {given[key]!r}, but must be a path that can be printed")
-    if "resume" in given:
-        if len(given) > 1:
-            other = next(key for key in given if key != "resume")
-            raise InputError(f"--resume takes every setting from the search it continues: leave {flag(other)} away")
-        return given
-    settings = DEFAULTS | (QUICK_DEFAULTS if given.get("quick") else {}) | given
+            raise ValueError(f"{flag(key)} is {given[key]!r}, but must be a path that can be printed")
+    if "resume" in given and len(given) > 1:
+        other = next(key for key in given if key != "resume")
+        raise ValueError(f"--resume takes every setting from the search it continues: leave {flag(other)} away")
+
+
+def check_settings(settings: Settings) -> None:
+    """Refuse values that are out of range.
+
+    Raises:
+        ValueError: with the sentence.
+    """
     for key, lowest in (("num_samples", 1), ("max_epochs", 1), ("seed", 0), ("cpus_per_trial", 1)):
-        if settings[key] is not None and settings[key] < lowest:
-            raise InputError(f"{flag(key)} is {settings[key]}, but must be at least {lowest}")
-    gpus = settings["gpus_per_trial"]
+        value = getattr(settings, key)
+        if value is not None and value < lowest:
+            raise ValueError(f"{flag(key)} is {value}, but must be at least {lowest}")
+    gpus = settings.gpus_per_trial
     if gpus is not None and not (0 <= gpus <= 1 or (1 < gpus < math.inf and gpus == int(gpus))):
-        raise InputError(f"--gpus-per-trial is {gpus}, but must be from 0 to 1, or a whole number")
+        raise ValueError(f"--gpus-per-trial is {gpus}, but must be from 0 to 1, or a whole number")
     if "RAY_ADDRESS" not in os.environ:  # of a cluster, Ray knows the sizes
-        for key, available in (("cpus_per_trial", os.cpu_count()), ("gpus_per_trial", torch.cuda.device_count())):
-            if (settings[key] or 0) > available:
-                raise InputError(f"{flag(key)} is {settings[key]}, but this machine has {available}: ask for fewer")
-    if settings["dataset"] == "synthetic" and "data_dir" in given:
-        raise InputError(f"--data-dir {given['data_dir']} has no use with --dataset synthetic: leave one of them away")
-    if settings["name"] is not None:
-        check_name(settings["name"])
-    return settings
+        for key, count in (("cpus_per_trial", os.cpu_count), ("gpus_per_trial", count_gpus)):
+            value = getattr(settings, key)
+            if value and value > (available := count()):
+                raise ValueError(f"{flag(key)} is {value}, but this machine has {available}: ask for fewer")
+    if settings.name is not None:
+        check_name(settings.name)
 
 
 def check_name(name: str) -> None:
     """Refuse a name of a search that is no plain name of a folder."""
     plain = name.isprintable() and not set(name) & set("/\\") and not name.startswith(".")
     if not plain or not 1 <= len(os.fsencode(name)) <= 200:
-        raise InputError(
+        raise ValueError(
             f"--name is {name!r}, but must be a plain name for a folder, of 1 to 200 bytes, without / or \\ or a "
             "leading dot"
         )
+
+
+def count_gpus() -> int:
+    """Return how many GPUs this machine has."""
+    if not any(path for pattern in GPU_FILES for path in Path("/dev").glob(pattern)):
+        return 0
+    import torch  # here, for it takes two seconds
+
+    return torch.cuda.device_count()

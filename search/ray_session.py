@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import ray
 
 from data import InputError
+from search.command_line import Settings
 
 
 def is_news(record: logging.LogRecord) -> bool:
@@ -46,7 +47,7 @@ def running_ray() -> Iterator[None]:
         ray.shutdown()
 
 
-def share_resources(settings: dict, num_trials: int) -> tuple[dict[str, float], str]:
+def share_resources(settings: Settings, num_trials: int) -> tuple[dict[str, float], str]:
     """Share Ray's CPUs and GPUs among the trials that run at once.
 
     Returns:
@@ -55,10 +56,10 @@ def share_resources(settings: dict, num_trials: int) -> tuple[dict[str, float], 
     """
     total = ray.cluster_resources()
     cpus, gpus = int(total.get("CPU", 1)), int(total.get("GPU", 0))
-    gpu = settings["gpus_per_trial"]
+    gpu = settings.gpus_per_trial
     if gpu is None:
         gpu = 1 if gpus else 0
     at_once = min(num_trials, int(gpus / gpu) if gpu else cpus)
-    cpu = settings["cpus_per_trial"] or max(1, cpus // max(1, at_once))
+    cpu = settings.cpus_per_trial or max(1, cpus // max(1, at_once))
     at_once = min(at_once, cpus // cpu)
     return {"cpu": cpu, "gpu": gpu}, f"{at_once * cpu}/{cpus} CPUs, {at_once * gpu:g}/{gpus} GPUs"

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import hashlib
 import io
 import json
 import shlex
@@ -16,24 +17,36 @@ from ray import tune
 
 from data import Dataset
 from model import SmallResNet
-from search.records import FINISHED, best_first, shown, write_whole
-from train import WEIGHTS_FILE, best_device, evaluate, evaluation_batches, read_state
+from search.records import FINISHED, best_first, sealed, shown, unsealed, write_whole
+from train import WEIGHTS_FILE, best_device, evaluate, evaluation_batches, new_model, read_state, replacing
+
+BEST_MODEL = "best_model"
+# Shown for every trial; other hyperparameters only where trials differ in them.
+RECAP_PARAMETERS = ["p_drop", "lr", "h_1", "h_2"]
 
 
 class ProgressTable(tune.CLIReporter):
-    """Ray's table while the search runs; the recap takes the place of the last one."""
+    """Ray's table while the search runs, at most every so many seconds; the recap takes the place of the last one."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(
+            metric="loss",
+            mode="min",
+            parameter_columns=RECAP_PARAMETERS,
+            metric_columns={"epoch": "iter", "seconds": "total time (s)", "loss": "loss", "accuracy": "accuracy"},
+            max_report_frequency=seconds,
+        )
 
     def report(self, trials: list, done: bool, *sys_info: str) -> None:
         if done:
             return
         with contextlib.redirect_stdout(io.StringIO()) as table:
             super().report(trials, done, *sys_info)
+        text = table.getvalue()
+        for trial in trials:
+            text = text.replace(trial.trial_id, str(trial))
         # Ray's own folder, which is not where the results are.
-        print(*(line for line in table.getvalue().splitlines() if not line.startswith("Result logdir")), sep="\n")
-
-
-# Shown for every trial; other hyperparameters only where trials differ in them.
-RECAP_PARAMETERS = ["p_drop", "lr", "h_1", "h_2"]
+        print(*(line for line in text.splitlines() if not line.startswith("Result logdir")), sep="\n")
 
 
 def write_results(results: list[dict], folder: Path) -> None:
@@ -53,7 +66,7 @@ def write_results(results: list[dict], folder: Path) -> None:
 def save_best_model(results: list[dict], dataset: Dataset, folder: Path) -> dict | None:
     """Test the best trial's model, once, and write best_model/: weights.pt, config.json and metrics.json.
 
-    Where its weights are damaged, which is said on stderr, it is the next best's.
+    Where its weights are damaged or gone, which is said on stderr, it is the next best's.
 
     Args:
         results: of read_results.
@@ -61,55 +74,79 @@ def save_best_model(results: list[dict], dataset: Dataset, folder: Path) -> dict
         folder: the search's; best_model/ is there whole or not at all.
 
     Returns:
-        What metrics.json holds: trial_id, epoch, val_loss, val_accuracy, test_loss, test_accuracy; None where no trial
-        has a model.
+        What metrics.json holds: trial_id, epoch, val_loss, val_accuracy, test_loss, test_accuracy and sha256, of the
+        other two files; None where no trial has a model.
     """
-    for best in best_first(results):
-        path = folder / best["checkpoint"] / WEIGHTS_FILE
-        if weights := read_state(path):
+    if (folder / BEST_MODEL).exists() and not read_metrics(folder / BEST_MODEL):
+        print(f"{shown(folder / BEST_MODEL)} is damaged, and made again.", file=sys.stderr)
+    device, ranking = best_device(), best_first(results)
+    for best in ranking:
+        if model := load_model(best, len(dataset.classes), folder):
             break
-        print(f"{path} is damaged, so {best['name']} cannot be the best trial.", file=sys.stderr)
+        if best["checkpoint"] or best is ranking[0]:
+            print(f"The weights of {best['name']} are damaged or gone, so another is the best model.", file=sys.stderr)
     else:
         return None
-    config, device = best["config"], best_device()
-    model = SmallResNet(config["h_1"], config["h_2"], config["p_drop"], len(dataset.classes))
-    model.load_state_dict(weights)
-    model.to(device, memory_format=torch.channels_last)
     test = evaluation_batches(dataset.test_images, dataset.test_labels, dataset.mean, dataset.std, device)
-    test_loss, test_accuracy = evaluate(model, test)
-    metrics = {
-        "trial_id": best["trial_id"],
-        "epoch": best["best_epoch"],
-        "val_loss": best["best_loss"],
-        "val_accuracy": best["best_accuracy"],
-        "test_loss": test_loss,
-        "test_accuracy": test_accuracy,
-    }
+    test_loss, test_accuracy = evaluate(model.to(device, memory_format=torch.channels_last), test)
     description = {
-        "hyperparameters": config,
+        "hyperparameters": best["config"],
         "classes": dataset.classes,
         "mean": dataset.mean,
         "std": dataset.std,
     }
-    temporary = folder / ".best_model.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    torch.save(weights, temporary / WEIGHTS_FILE)
-    (temporary / "config.json").write_text(json.dumps(description, indent=2))
-    (temporary / "metrics.json").write_text(json.dumps(metrics, indent=2))
-    shutil.rmtree(folder / "best_model", ignore_errors=True)
-    temporary.rename(folder / "best_model")
+    with replacing(folder / BEST_MODEL) as temporary:
+        temporary.mkdir()
+        shutil.copyfile(folder / best["checkpoint"] / WEIGHTS_FILE, temporary / WEIGHTS_FILE)
+        (temporary / "config.json").write_text(json.dumps(description, indent=2))
+        metrics = {
+            "trial_id": best["trial_id"],
+            "epoch": best["best_epoch"],
+            "val_loss": best["best_loss"],
+            "val_accuracy": best["best_accuracy"],
+            "test_loss": test_loss,
+            "test_accuracy": test_accuracy,
+            "sha256": {name: sha256(temporary / name) for name in (WEIGHTS_FILE, "config.json")},
+        }
+        (temporary / "metrics.json").write_text(sealed(metrics, indent=2))
     return metrics
+
+
+def load_model(row: dict, num_classes: int, folder: Path) -> SmallResNet | None:
+    """Return the model of a trial's best epoch, on the CPU, or None where its weights are damaged or gone."""
+    weights = read_state(folder / row["checkpoint"] / WEIGHTS_FILE) if row["checkpoint"] else None
+    if weights is None:
+        return None
+    model = new_model(row["config"], num_classes)
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError):  # of another model
+        return None
+    return model
 
 
 def read_best_model(results: list[dict], folder: Path) -> dict | None:
     """Return the metrics of best_model/ if it is there, whole, and still the best trial's, else None."""
-    try:
-        metrics = json.loads((folder / "best_model" / "metrics.json").read_text())
-        best = best_first(results)[0]
-        return metrics if (metrics["trial_id"], metrics["epoch"]) == (best["trial_id"], best["best_epoch"]) else None
-    except (OSError, ValueError, TypeError, LookupError):
+    metrics, ranking = read_metrics(folder / BEST_MODEL), best_first(results)
+    if not metrics or not ranking:
         return None
+    best = ranking[0]
+    return metrics if (metrics["trial_id"], metrics["epoch"]) == (best["trial_id"], best["best_epoch"]) else None
+
+
+def read_metrics(folder: Path) -> dict | None:
+    """Return what metrics.json of a model's folder holds, or None where one of the files there is damaged or gone."""
+    try:
+        metrics = unsealed((folder / "metrics.json").read_bytes())
+        whole = all(sha256(folder / name) == digest for name, digest in metrics["sha256"].items())
+    except (OSError, ValueError, LookupError):
+        return None
+    return metrics if whole else None
+
+
+def sha256(path: Path) -> str:
+    """Return a file's SHA-256, in hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def recap(results: list[dict], seconds: float, resources: str) -> str:
@@ -166,7 +203,7 @@ def recap_best(results: list[dict], metrics: dict, folder: Path) -> str:
             f"  validation loss: {metrics['val_loss']:.4f}",
             f"  validation accuracy: {metrics['val_accuracy']:.4f}",
             f"  test accuracy: {metrics['test_accuracy']:.4f}",
-            f"Best model: {shown(folder / 'best_model')}",
+            f"Best model: {shown(folder / BEST_MODEL)}",
             f"TensorBoard: {shlex.join(['tensorboard', '--logdir', shown(folder.parent)])}",
             f"Early stopping saved {saved} of {planned} epochs.",
         ]

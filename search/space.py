@@ -90,10 +90,15 @@ def draw_trials(space: dict, num_samples: int, seed: int) -> dict[str, dict]:
     return trials
 
 
-def described(entry: object) -> str:
-    """Return an entry of param_space as text that tells it from any other."""
+def described(space: dict) -> dict[str, str]:
+    """Return a space with its entries as text that tells each from any other."""
+    return {key: described_entry(entry) for key, entry in space.items()}
+
+
+def described_entry(entry: object) -> str:
+    """Return an entry of a space as text that tells it from any other."""
     if isinstance(entry, Domain | Sampler):
-        parts = [f"{name}={described(value)}" for name, value in vars(entry).items() if value is not None]
+        parts = [f"{name}={described_entry(value)}" for name, value in vars(entry).items() if value is not None]
         return f"{type(entry).__name__}({', '.join(parts)})"
     if callable(entry):
         try:

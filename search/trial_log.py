@@ -1,35 +1,50 @@
-"""What is written when a trial reports: its log, its error, TensorBoard's events."""
+"""What is written when a trial reports: its log, its errors, TensorBoard's events; and what makes room then."""
 
-import contextlib
-import json
 import re
 import sys
+import time
 from pathlib import Path
 
 from ray import tune
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from search.records import FINISHED, LOG_FILE, prune_checkpoints, read_log, summarise, whole_lines
+from search.records import (
+    ERROR_FILE,
+    FINISHED,
+    Search,
+    append_line,
+    prune,
+    read_log,
+    read_results,
+    sealed,
+    summarise,
+    write_params,
+)
 from train import METRICS
 
 
 class TrialLog(tune.Callback):
-    """Writes what a trial reports into its folder, as it reports it, and of finished trials keeps the five best models.
+    """Writes what a trial reports into its folder, as it reports it, and of finished trials keeps the best models.
 
     <trial>/result.json has a line of JSON an epoch, in the order in which they were reported; an epoch trained again
-    after a restore has a second one, which counts. The last line of a trial that is finished has "done". A trial that
-    failed has a line with "error", and error.txt. TensorBoard's events lie beside it.
+    after a restore has a second one. The last line of a trial that is finished has "done". A trial that failed has a
+    line with "error", and error.txt until it succeeds. TensorBoard's events lie beside it.
 
     Args:
-        folder: the search's.
-        results: of read_results, as the search begins or is resumed.
+        search: the one whose trials these are.
+        models_kept: how many finished trials keep their weights.
     """
 
-    def __init__(self, folder: Path, results: list[dict]) -> None:
-        self.folder = folder
-        self.lines = {row["name"]: read_log(folder / row["name"]) for row in results if row["status"] not in FINISHED}
-        self.kept = prune_checkpoints(results, folder)
+    def __init__(self, search: Search, models_kept: int) -> None:
+        self.folder, self.models_kept = search.folder, models_kept
+        results = read_results(search)
+        self.configs = search.trials
+        self.lines = {
+            row["name"]: read_log(self.folder / row["name"])[0] for row in results if row["status"] not in FINISHED
+        }
+        self.kept = []  # finished trials with weights
+        self.prune([row for row in results if row["status"] in FINISHED])
         self.writers = {}  # trial name → SummaryWriter, of running trials
         self.unwritten = {}  # trial name → text that found no room on the disk
 
@@ -37,29 +52,30 @@ class TrialLog(tune.Callback):
         name = str(trial)
         if result.get("note"):
             print(f"{name} {result['note']}.", file=sys.stderr)
-        line = {key: result[key] for key in METRICS} | ({"done": True} if result["done"] else {})
-        logged = [other for other in self.lines[name] if other.get("epoch") == line["epoch"]]
-        if line in logged:  # a restored trial reports again what it had
-            return
+        metrics = {key: result[key] for key in METRICS}
+        if not result["done"] and any(metrics.items() <= line.items() for line in self.lines[name]):
+            return  # a restored trial reports again what it had
+        line = metrics | {"time": time.time()} | ({"done": True} if result["done"] else {})
         self.append(name, line)
         try:
             self.write_events(name, line, trial.config)
         except OSError as error:  # the lines of result.json are what counts
             self.warn(name, error)
         if result["done"]:
+            (self.folder / name / ERROR_FILE).unlink(missing_ok=True)
             self.close_writer(name)
-            self.kept = prune_checkpoints(
-                [*self.kept, summarise(name, trial.config, self.lines.pop(name))], self.folder
-            )
+            self.prune([summarise(name, trial.config, self.lines.pop(name), 0, self.folder)])
 
     def on_trial_recover(self, iteration: int, trials: list, trial: object, **info: object) -> None:
         self.close_writer(str(trial))  # so that TensorBoard drops the epochs that are trained again
 
     def on_trial_error(self, iteration: int, trials: list, trial: object, **info: object) -> None:
         name, text = str(trial), Path(trial.error_file).read_text(errors="replace") if trial.error_file else ""
-        self.append(name, {"error": error_sentence(text, trial.config)})
-        with contextlib.suppress(OSError):
-            (self.folder / name / "error.txt").write_text(text)
+        self.append(name, {"error": error_sentence(text, trial.config), "time": time.time()})
+        try:
+            (self.folder / name / ERROR_FILE).write_text(text)
+        except OSError as error:
+            self.warn(name, error)
         self.close_writer(name)
 
     def on_experiment_end(self, trials: list, **info: object) -> None:
@@ -73,13 +89,10 @@ class TrialLog(tune.Callback):
         text = self.unwritten.pop(name, "")
         if line is not None:
             self.lines[name].append(line)
-            text += json.dumps(line) + "\n"
-        path = self.folder / name / LOG_FILE
+            text += sealed(line) + "\n"
         try:
-            path.parent.mkdir(exist_ok=True)
-            with path.open("ab") as file:
-                file.truncate(whole_lines(path.read_bytes()))  # of a process killed while it wrote
-                file.write(text.encode())
+            write_params(self.folder / name, self.configs[name])
+            append_line(self.folder / name, text)
         except OSError as error:
             self.unwritten[name] = text
             self.warn(name, error)
@@ -103,6 +116,12 @@ class TrialLog(tune.Callback):
     def close_writer(self, name: str) -> None:
         if writer := self.writers.pop(name, None):
             writer.close()
+
+    def prune(self, finished: list[dict]) -> None:
+        """Make room where more trials have finished."""
+        rows = [*self.kept, *finished]
+        prune(rows, self.folder, self.models_kept)
+        self.kept = [row for row in rows if row["checkpoint"]]
 
     def warn(self, name: str, error: OSError) -> None:
         print(f"{name}: its log in {self.folder / name} cannot be written ({error}): make room there.", file=sys.stderr)

@@ -10,7 +10,9 @@ from PIL import Image
 
 import hparam_search  # first, for it sets what Ray reads when it is imported
 from data import Dataset, make_synthetic
+from model import SmallResNet
 from search.records import read_log
+from train import METRICS
 
 REPOSITORY = Path(hparam_search.__file__).parent
 SMALL_IMAGES = {"num_train": 250, "num_test": 100, "num_classes": 5}
@@ -46,6 +48,35 @@ def make_small(setattr: Callable) -> None:
     setattr(hparam_search, "QUICK_IMAGES", SMALL_IMAGES)
     setattr(hparam_search, "QUICK_SPACE", hparam_search.QUICK_SPACE | {"h_1": 4, "h_2": 32})
     setattr(hparam_search, "PATIENCE", 8)  # the loss on few images is rough
+    setattr(hparam_search, "CHECKPOINT_PERIOD", 0)  # as where epochs are long
+
+
+CONFIG = {"seed": 0, "epochs": 10, "h_1": 4, "h_2": 8, "p_drop": 0.1, "lr": 0.01, "schedule": "constant"}
+# Accuracies of seven trials; two are alike, and of these the one with the lower loss is better.
+ACCURACIES = [0.3, 0.5, 0.1, 0.5, 0.2, 0.6, 0.4]
+
+
+@pytest.fixture
+def search(tmp_path: Path) -> tuple[Path, list[dict]]:
+    """Return the folder and results of a search of seven trials, each with a best and a last checkpoint."""
+    results = []
+    for i, accuracy in enumerate(ACCURACIES):
+        for epoch in (4, 6):
+            checkpoint = tmp_path / f"trial_{i}" / f"checkpoint_{epoch:06}"
+            checkpoint.mkdir(parents=True)
+            torch.manual_seed(i)
+            torch.save(SmallResNet(4 + i % 2, 8, 0.1, 5).state_dict(), checkpoint / "weights.pt")
+            (checkpoint.parent / f"training_{epoch:06}.pt").write_bytes(b"state")
+        row = {"trial_id": str(i), "name": f"trial_{i}", "status": "TERMINATED", "config": CONFIG | {"h_1": 4 + i % 2}}
+        row |= {"epochs": 6, "loss": 2.0, "accuracy": 0.1, "seconds": 12.5, "error": None}
+        row |= {"best_epoch": 4, "best_accuracy": accuracy, "best_loss": 1.0 - i / 10}
+        results.append(row | {"checkpoint": f"trial_{i}/checkpoint_000004"})
+    return tmp_path, results
+
+
+def log_line(epoch: int, time: float = 0.0, **metrics: object) -> dict:
+    """Return a line of a trial's log."""
+    return dict.fromkeys(METRICS, 0.5) | {"epoch": epoch, "time": time} | metrics
 
 
 def read_csv(folder: Path) -> list[dict[str, str]]:
@@ -56,7 +87,7 @@ def read_csv(folder: Path) -> list[dict[str, str]]:
 
 def reported_epochs(folder: Path) -> dict[str, list[int]]:
     """Return, for each trial that has begun, the epochs in its log, in order."""
-    logs = {file.parent.name: read_log(file.parent) for file in folder.glob("*/result.json")}
+    logs = {file.parent.name: read_log(file.parent)[0] for file in folder.glob("*/result.json")}
     return {name: [line["epoch"] for line in lines if "epoch" in line] for name, lines in logs.items()}
 
 

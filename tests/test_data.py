@@ -35,6 +35,7 @@ from data import (
     reflect,
     stratified_split,
 )
+from hparam_search import param_space
 from train import new_training, train_epochs
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -156,11 +157,15 @@ def test_synthetic_images_are_learnable_but_not_by_a_linear_model() -> None:
 
     def accuracies(h_2: int, lr: float, epochs: int) -> list[float]:
         """Return the validation accuracies after the first epochs of four."""
-        config = {
-            "epochs": 4, "h_1": 16, "h_2": h_2, "p_drop": 0.1, "lr": lr, "batch_size": 32, "momentum": 0.9,
-            "weight_decay": 5e-4, "nesterov": True, "augment": True, "schedule": "cooldown", "ema_decay": 0.998,
+        config = param_space | {
+            "epochs": 4,
+            "h_1": 16,
+            "h_2": h_2,
+            "p_drop": 0.1,
+            "lr": lr,
+            "batch_size": 32,
             "seed": 0,
-        }  # fmt: skip
+        }
         device = torch.device("cpu")
         training = new_training(config, 6, device)
         trained = itertools.islice(train_epochs(training, config, dataset, device), epochs)

@@ -30,7 +30,7 @@ from hparam_search import main
 from search.records import FINISHED, read_log
 from search.space import trial_name
 from tests.conftest import REPOSITORY, make_small, read_csv, reported_epochs
-from train import save_checkpoint, train_cifar
+from train import save_weights, train_cifar
 
 LONG = ["--quick", "--max-epochs", "14", "--num-samples"]
 
@@ -41,13 +41,13 @@ def figures(folder: Path) -> list[dict]:
 
 
 def last_checkpoints(folder: Path) -> dict[str, int]:
-    """Return, for each trial, the epoch of its newest checkpoint."""
-    return {path.parent.name: int(path.name.split("_")[1]) for path in sorted(folder.glob("*/checkpoint_*"))}
+    """Return, for each trial, the epoch of the newest state that its training can go on from."""
+    return {path.parent.name: int(path.stem.split("_")[1]) for path in sorted(folder.glob("*/training_*.pt"))}
 
 
 def finished_logs(folder: Path) -> dict[str, bytes]:
     """Return the logs of the trials that are finished."""
-    files = [file for file in folder.glob("*/result.json") if any("done" in line for line in read_log(file.parent))]
+    files = [file for file in folder.glob("*/result.json") if any("done" in line for line in read_log(file.parent)[0])]
     return {file.parent.name: file.read_bytes() for file in files}
 
 
@@ -61,7 +61,7 @@ def wait_for(condition: Callable, seconds: float = 120) -> None:
 # --- trials that fail -------------------------------------------------------------------------------------------------
 
 
-def faulty(config: dict, dataset: object, search_folder: str) -> None:
+def faulty(config: dict, dataset: object, search_folder: str, checkpoint_period: float) -> None:
     """Train as train_cifar does, with a fault of its own in each of the first trials."""
     trial, folder = tune.get_context().get_trial_name()[-1], Path(search_folder)
     report_to_ray = tune.report
@@ -76,7 +76,7 @@ def faulty(config: dict, dataset: object, search_folder: str) -> None:
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
         try:
-            save_checkpoint(training, folder)
+            save_weights(training, folder)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
@@ -85,29 +85,18 @@ def faulty(config: dict, dataset: object, search_folder: str) -> None:
     if trial == "2":
         tune.report = killed_in_epoch_3
     if trial == "3":
-        train.save_checkpoint = without_room
+        train.save_weights = without_room
     try:
-        train_cifar(config, dataset, search_folder)
+        train_cifar(config, dataset, search_folder, checkpoint_period)
     finally:
-        tune.report, train.save_checkpoint = report_to_ray, save_checkpoint
-
-
-def stand_in(function: Callable) -> Callable:
-    """Return what hparam_search.trainable returns, with function in place of train_cifar."""
-
-    def trainable(dataset: object, folder: Path, resources: dict) -> Callable:
-        return tune.with_resources(
-            tune.with_parameters(function, dataset=dataset, search_folder=str(folder)), resources
-        )
-
-    return trainable
+        tune.report, train.save_weights = report_to_ray, save_weights
 
 
 @pytest.mark.usefixtures("ray_started", "small_search")
 def test_trials_that_fail_leave_the_others_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(hparam_search, "trainable", stand_in(faulty))
+    monkeypatch.setattr(hparam_search, "train_cifar", faulty)
     monkeypatch.setattr(hparam_search, "MAX_FAILURES_PER_TRIAL", 1)
     # Trials that are all alike, so that their figures must be, too.
     space = hparam_search.QUICK_SPACE | {"h_2": 16, "lr": 0.02, "p_drop": 0.1}
@@ -121,7 +110,7 @@ def test_trials_that_fail_leave_the_others_alone(
     assert words in printed.err
 
     # The one that diverged ended there, and is out of the running.
-    lines = read_log(folder / "train_cifar_00001")
+    lines, _ = read_log(folder / "train_cifar_00001")
     assert math.isnan(lines[-1]["loss"])
     assert len(lines) < 4
     assert not list(folder.glob("train_cifar_00001/checkpoint_*"))
@@ -134,18 +123,20 @@ def test_trials_that_fail_leave_the_others_alone(
     assert lines_of(folder, 2) == lines_of(folder, 0)
 
     # --resume tries what failed again, and only that.
-    monkeypatch.setattr(hparam_search, "trainable", stand_in(train_cifar))
+    assert "make room there" in (folder / "train_cifar_00003" / "error.txt").read_text()
+    monkeypatch.setattr(hparam_search, "train_cifar", train_cifar)
     before = finished_logs(folder)
     assert main(["--resume", str(folder)]) == 0
     assert [row["status"] for row in read_csv(folder)] == ["TERMINATED", "DIVERGED", "TERMINATED", "TERMINATED"]
     assert lines_of(folder, 3)[-1] == lines_of(folder, 0)[-1]
+    assert not (folder / "train_cifar_00003" / "error.txt").exists()
     assert {name: log for name, log in finished_logs(folder).items() if name in before} == before
 
 
 def lines_of(folder: Path, trial: int) -> list[dict]:
     """Return a trial's log without what a clock measured, and without errors."""
-    clock = ("seconds", "images_per_second")
-    lines = [line for line in read_log(folder / trial_name(trial)) if "epoch" in line]
+    clock = ("seconds", "images_per_second", "time")
+    lines = [line for line in read_log(folder / trial_name(trial))[0] if "epoch" in line]
     return [{key: value for key, value in line.items() if key not in clock} for line in lines]
 
 
@@ -153,11 +144,11 @@ def lines_of(folder: Path, trial: int) -> list[dict]:
 def test_search_whose_trials_all_fail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    def fails(config: dict, dataset: object, search_folder: str) -> None:
+    def fails(config: dict, dataset: object, search_folder: str, checkpoint_period: float) -> None:
         out_of_memory = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
         raise [out_of_memory, RuntimeError("the reason why")][int(tune.get_context().get_trial_name()[-1])]
 
-    monkeypatch.setattr(hparam_search, "trainable", stand_in(fails))
+    monkeypatch.setattr(hparam_search, "train_cifar", fails)
     monkeypatch.setattr(hparam_search, "MAX_FAILURES_PER_TRIAL", 0)
     assert main(["--quick", "--num-samples", "2", "--output-dir", str(tmp_path), "--name", "failing"]) == 1
     sizes = "batch_size 32, h_1 4, h_2 32"
@@ -288,12 +279,12 @@ def search_killed_at_random_moments(address: str, parent: Path) -> Path:
     while newest != (newest := last_checkpoints(folder)):
         time.sleep(3)  # a trial's process outlives its search by a moment, and may write one more
     before, sentences = state(folder), []
-    for file in folder.glob("*/checkpoint_*/training.pt"):
-        trial, epoch = file.parent.parent.name, int(file.parent.name.split("_")[1])
+    for file in folder.glob("*/training_*.pt"):
+        trial, epoch = file.parent.name, int(file.stem.split("_")[1])
         if trial not in before.logs and epoch == before.checkpoints[trial]:  # a finished trial may not be pruned yet
             file.write_bytes(file.read_bytes()[:-100])
             before.checkpoints[trial] = 0
-            sentences.append(f"{trial} cannot read checkpoint_{epoch:06} in")
+            sentences.append(f"{trial} cannot read training_{epoch:06}.pt in")
     process = start(address, resume, output)
     process.join(120)
     assert process.exitcode == 0, output.read_text()
@@ -343,8 +334,8 @@ def kill_at(moment: int) -> None:
         return call
 
     for owner, name in (
-        (Path, "replace"), (Path, "rename"), (Path, "unlink"), (Path, "write_text"), (Path, "mkdir"),
-        (torch, "save"), (shutil, "rmtree"),
+        (Path, "replace"), (Path, "unlink"), (Path, "write_text"), (Path, "mkdir"), (shutil, "copyfile"),
+        (shutil, "rmtree"),
     ):  # fmt: skip
         setattr(owner, name, deadly(getattr(owner, name)))
 
@@ -355,7 +346,7 @@ def test_killed_in_the_wrap_up(undisturbed: Path, own_address: str, tmp_path: Pa
     shutil.rmtree(folder / "best_model")
     (folder / "results.csv").unlink()
     for checkpoint in folder.glob("*/checkpoint_*"):  # what pruning deletes
-        (checkpoint / "training.pt").touch()
+        (checkpoint.parent / "training_000001.pt").touch()
         shutil.copytree(checkpoint, checkpoint.with_name("checkpoint_000000"))
     whole = {name: (undisturbed / name).read_bytes() for name in ("results.csv", "best_model/config.json")}
     moments = 0
@@ -376,7 +367,8 @@ def test_killed_in_the_wrap_up(undisturbed: Path, own_address: str, tmp_path: Pa
         moments += 1
     assert moments >= 8
     assert {name: (folder / name).read_bytes() for name in whole} == whole
-    assert len(list(folder.glob("*/checkpoint_*/*"))) == 2
+    assert len(list(folder.glob("*/checkpoint_*/weights.pt"))) == 2
+    assert not list(folder.glob("*/training_*"))
     assert "Trial name" in output.read_text()
 
 
@@ -487,9 +479,10 @@ def test_disk_is_bounded_while_a_search_runs(tmp_path: Path) -> None:
 
     def watch() -> None:
         while not ended.wait(0.02):
-            trials = folder.glob("train_cifar_*")
-            counts = [sum(path.name.startswith("checkpoint_") for path in trial.iterdir()) for trial in trials]
-            seen.append((sum(counts), max(counts, default=0)))
+            trials = [[path.name for path in trial.iterdir()] for trial in folder.glob("train_cifar_*")]
+            weights = [sum(name.startswith("checkpoint_") for name in names) for names in trials]
+            states = [sum(name.startswith("training_") for name in names) for names in trials]
+            seen.append((sum(weights), max(weights, default=0), sum(states), max(states, default=0)))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -500,11 +493,14 @@ def test_disk_is_bounded_while_a_search_runs(tmp_path: Path) -> None:
         ended.set()
         watcher.join()
     assert len(read_csv(folder)) == 12
-    in_all, of_one_trial = (max(counts) for counts in zip(*seen, strict=True))
-    assert of_one_trial <= 2  # the newest, and the one before
+    weights, of_one_trial, states, states_of_one = (max(counts) for counts in zip(*seen, strict=True))
+    assert 0 < of_one_trial <= 2  # the best, and the best one before
+    assert 0 < states_of_one <= 2  # the newest, and the one before
     at_once = os.cpu_count()
-    assert 5 < in_all <= 5 + 2 * at_once + 2  # of trials that run, and of one that ends
-    assert len(list(folder.glob("*/checkpoint_*/*"))) == 5
+    assert 5 < weights <= 5 + 2 * at_once + 2  # of trials that run, and of one that ends
+    assert states <= 2 * at_once + 2
+    assert len(list(folder.glob("*/checkpoint_*/weights.pt"))) == 5
+    assert not list(folder.glob("*/training_*"))
 
 
 # --- what went on beside the other tests ------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 import math
 import resource
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from model import SmallResNet
 from train import (
     EAGER_STEPS,
     SCHEDULES,
-    TRAINING_FILE,
     WEIGHTS_FILE,
     Training,
     TrainStep,
@@ -22,8 +20,11 @@ from train import (
     evaluate,
     evaluation_batches,
     new_training,
-    restore_checkpoint,
-    save_checkpoint,
+    prune_weights,
+    restore_training,
+    save_training,
+    save_weights,
+    saved_weights,
     train_epochs,
     update_average,
 )
@@ -34,6 +35,7 @@ RECIPES = {
     "default": CONFIG,
     "baseline": CONFIG | BASELINE_RECIPE,
     "one_cycle, no average": CONFIG | {"schedule": "one_cycle", "ema_decay": 0.0},
+    "smoothed labels": CONFIG | {"label_smoothing": 0.2},
 }
 
 
@@ -55,10 +57,10 @@ def test_restored_training_goes_on_bit_for_bit(recipe: str, small_dataset: Datas
     first = new_training(config, 5, CPU)
     epochs = train_epochs(first, config, small_dataset, CPU)
     observed = [without_speed(next(epochs)), without_speed(next(epochs))]
-    save_checkpoint(first, tmp_path)
+    save_training(first, config, tmp_path)
     torch.rand(3)  # whatever happens to the global generator in between
-    second = new_training(config | {"seed": 6}, 5, CPU)  # other weights, all of which the checkpoint replaces
-    assert restore_checkpoint(second, tmp_path) is None
+    second, note = restore_training(config, 5, CPU, tmp_path)
+    assert note is None
     assert second.epoch == 2
     assert second.history == first.history
     observed += [without_speed(metrics) for metrics in train_epochs(second, config, small_dataset, CPU)]
@@ -78,67 +80,73 @@ def garble(path: Path) -> None:
     path.write_bytes(content)
 
 
-DAMAGES: dict[str, Callable[[Path], None]] = {
-    "weights cut": lambda folder: cut(folder / WEIGHTS_FILE),
-    "training state cut": lambda folder: cut(folder / TRAINING_FILE),
-    "weights empty": lambda folder: (folder / WEIGHTS_FILE).write_bytes(b""),
-    "weights garbled": lambda folder: garble(folder / WEIGHTS_FILE),
-    "training state other": lambda folder: (folder / TRAINING_FILE).write_text("something else"),
-    "one file gone": lambda folder: (folder / TRAINING_FILE).unlink(),
-    "folder empty": lambda folder: [path.unlink() for path in folder.iterdir()],
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "cut": cut,
+    "garbled": garble,
+    "empty": lambda path: path.write_bytes(b""),
+    "other": lambda path: path.write_text("something else"),
+    "of another config": lambda path: torch.save(torch.load(path) | {"config": CONFIG | {"lr": 1.0}}, path),
+    "no dict": lambda path: torch.save([1, 2], path),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_checkpoint_is_passed_over(damage: str, small_dataset: Dataset, tmp_path: Path) -> None:
+def test_damaged_state_is_passed_over(damage: str, small_dataset: Dataset, tmp_path: Path) -> None:
     training = new_training(CONFIG, 5, CPU)
     states = []
     for _ in train_epochs(training, CONFIG, small_dataset, CPU):
-        save_checkpoint(training, tmp_path)
+        save_training(training, CONFIG, tmp_path)
         states.append(weights(training).clone())
-    # Of a running trial two are kept, that one may be damaged.
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_000003", "checkpoint_000004"]
+    # Two are kept, that one may be damaged.
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["training_000003.pt", "training_000004.pt"]
 
-    DAMAGES[damage](checkpoint_path(tmp_path, 4))
-    restored = new_training(CONFIG, 5, CPU)
-    note = restore_checkpoint(restored, tmp_path)
-    assert note == f"cannot read checkpoint_000004 in {tmp_path}, and goes on from epoch 3"
+    DAMAGES[damage](tmp_path / "training_000004.pt")
+    restored, note = restore_training(CONFIG, 5, CPU, tmp_path)
+    assert note == f"cannot read training_000004.pt in {tmp_path}, and goes on from epoch 3"
     assert torch.equal(weights(restored), states[2])
     assert [metrics["epoch"] for metrics in train_epochs(restored, CONFIG, small_dataset, CPU)] == [4]
     assert torch.equal(weights(restored), states[3])
-    save_checkpoint(restored, tmp_path)  # takes the place of the damaged one
-    assert restore_checkpoint(new_training(CONFIG, 5, CPU), tmp_path) is None
+    save_training(restored, CONFIG, tmp_path)  # takes the place of the damaged one
+    assert restore_training(CONFIG, 5, CPU, tmp_path)[1] is None
 
     for path in tmp_path.iterdir():
         DAMAGES[damage](path)
-    restored = new_training(CONFIG, 5, CPU)
-    note = restore_checkpoint(restored, tmp_path)
-    assert note == f"cannot read checkpoint_000004 and checkpoint_000003 in {tmp_path}, and starts again"
+    restored, note = restore_training(CONFIG, 5, CPU, tmp_path)
+    assert note == f"cannot read training_000004.pt and training_000003.pt in {tmp_path}, and starts again"
     assert restored.epoch == 0
     assert torch.equal(weights(restored), weights(new_training(CONFIG, 5, CPU)))
 
 
-def test_checkpoint_that_finds_no_room_leaves_the_one_before(small_dataset: Dataset, tmp_path: Path) -> None:
+def test_state_that_finds_no_room_leaves_the_one_before(small_dataset: Dataset, tmp_path: Path) -> None:
     training = new_training(CONFIG, 5, CPU)
     epochs = train_epochs(training, CONFIG, small_dataset, CPU)
     next(epochs)
-    save_checkpoint(training, tmp_path)
+    save_training(training, CONFIG, tmp_path)
     next(epochs)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
-        with pytest.raises(OSError, match=f"no checkpoint can be written into {tmp_path} .*make room"):
-            save_checkpoint(training, tmp_path)
+        for save in (lambda: save_training(training, CONFIG, tmp_path), lambda: save_weights(training, tmp_path)):
+            with pytest.raises(OSError, match=f"no checkpoint can be written into {tmp_path} .*make room"):
+                save()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_000001"]
-    restored = new_training(CONFIG, 5, CPU)
-    assert restore_checkpoint(restored, tmp_path) is None
-    assert restored.epoch == 1
-    save_checkpoint(training, tmp_path)  # with room again, the same call succeeds
-    shutil.rmtree(checkpoint_path(tmp_path, 1))
-    assert restore_checkpoint(restored, tmp_path) is None
-    assert restored.epoch == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["training_000001.pt"]
+    assert restore_training(CONFIG, 5, CPU, tmp_path)[0].epoch == 1
+    save_training(training, CONFIG, tmp_path)  # with room again, the same call succeeds
+    assert restore_training(CONFIG, 5, CPU, tmp_path)[0].epoch == 2
+
+
+def test_weights_stay_until_better_ones_are_reported(small_dataset: Dataset, tmp_path: Path) -> None:
+    training = new_training(CONFIG, 5, CPU)
+    for _ in train_epochs(training, CONFIG, small_dataset, CPU):
+        save_weights(training, tmp_path)
+    found = {path.name: metrics for path, metrics in saved_weights(tmp_path).items()}
+    assert found == {f"checkpoint_{metrics['epoch']:06}": metrics for metrics in training.history}
+    prune_weights(tmp_path, training.history[1] | {"accuracy": training.history[2]["accuracy"]})
+    left = [metrics["epoch"] for metrics in saved_weights(tmp_path).values()]
+    better = [m["epoch"] for m in training.history if m["accuracy"] > training.history[2]["accuracy"]]
+    assert left == sorted({2, *better})  # the better ones may be of an earlier process, and reported
 
 
 def test_loss_that_is_not_finite_is_nan(small_dataset: Dataset) -> None:
@@ -151,7 +159,7 @@ def test_loss_that_is_not_finite_is_nan(small_dataset: Dataset) -> None:
 def test_weights_file_stands_alone(small_dataset: Dataset, tmp_path: Path) -> None:
     training = new_training(CONFIG, 5, CPU)
     metrics = next(train_epochs(training, CONFIG, small_dataset, CPU))
-    save_checkpoint(training, tmp_path)
+    save_weights(training, tmp_path)
     model = SmallResNet(4, 8, 0.3, 5)
     model.load_state_dict(torch.load(checkpoint_path(tmp_path, 1) / WEIGHTS_FILE, weights_only=True))
     images = (small_dataset.val_images.float() / 255 - torch.tensor(small_dataset.mean)) / torch.tensor(
@@ -164,12 +172,13 @@ def test_weights_file_stands_alone(small_dataset: Dataset, tmp_path: Path) -> No
     )
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
 def test_loop_is_sgd_with_momentum_on_the_cross_entropy(
-    small_dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+    smoothing: float, small_dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The baseline's recipe, against a loop that says in the fewest words what it is."""
     monkeypatch.setattr("train.autocast_dtype", lambda device: None)
-    config = CONFIG | BASELINE_RECIPE | {"p_drop": 0.0, "epochs": 2, "lr": 0.01}
+    config = CONFIG | BASELINE_RECIPE | {"p_drop": 0.0, "epochs": 2, "lr": 0.01, "label_smoothing": smoothing}
     torch.manual_seed(config["seed"])
     model = SmallResNet(4, 8, 0.0, 5)
     velocity = [torch.zeros_like(parameter) for parameter in model.parameters()]
@@ -182,7 +191,9 @@ def test_loop_is_sgd_with_momentum_on_the_cross_entropy(
         model.train()
         for images, labels in batches.epoch(metrics["epoch"]):
             logits = model(images)
-            loss = F.cross_entropy(logits, labels)
+            # Szegedy et al. 2016: a share of the label is spread evenly over all classes.
+            log_p = logits.log_softmax(1)
+            loss = ((smoothing - 1) * log_p.gather(1, labels[:, None])[:, 0] - smoothing * log_p.mean(1)).mean()
             gradients = torch.autograd.grad(loss, list(model.parameters()))
             with torch.no_grad():
                 for parameter, gradient, v in zip(model.parameters(), gradients, velocity, strict=True):
@@ -254,9 +265,10 @@ def test_gpu_trains_validates_and_restores(small_dataset: Dataset, tmp_path: Pat
     training = new_training(config, 5, gpu)
     epochs = train_epochs(training, config, small_dataset, gpu)
     first = next(epochs)
-    save_checkpoint(training, tmp_path)
-    restored = new_training(config, 5, gpu)
-    assert restore_checkpoint(restored, tmp_path) is None
+    save_weights(training, tmp_path)
+    save_training(training, config, tmp_path)
+    restored, note = restore_training(config, 5, gpu, tmp_path)
+    assert note is None
     rest = list(train_epochs(restored, config, small_dataset, gpu))
     assert [metrics["epoch"] for metrics in rest] == [2, 3, 4, 5, 6]
     assert rest[-1]["train_loss"] < first["train_loss"]

@@ -1,0 +1,97 @@
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from ray.tune.schedulers import FIFOScheduler, MedianStoppingRule, TrialScheduler
+
+import hparam_search
+from search.command_line import Settings
+from search.records import Search, append_line, sealed
+from search.resuming import ResumedScheduler
+from tests.conftest import log_line
+
+EPOCHS = 12
+SCHEDULERS = {
+    "asha": lambda: hparam_search.new_scheduler(EPOCHS),
+    "median": lambda: MedianStoppingRule(
+        time_attr="epoch", metric="loss", mode="min", grace_period=2, min_samples_required=2, min_time_slice=EPOCHS**9
+    ),
+    "none": FIFOScheduler,
+}
+
+
+class Trial:
+    """All that schedulers that stop trials ask of one."""
+
+    status = "RUNNING"
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.trial_id = str(random.random())  # Tune's own, another in every process
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Controller:
+    """All that they ask of Tune."""
+
+    def get_live_trials(self) -> list:
+        return []
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_any_scheduler_decides_as_if_the_search_had_not_been_interrupted(scheduler: str, tmp_path: Path) -> None:
+    stopped = 0
+    for seed in range(30):
+        whole = run(SCHEDULERS[scheduler], seed, tmp_path / f"{seed}_whole", interrupted_at=[])
+        moments = random.Random(seed).sample(range(60), 3)
+        assert run(SCHEDULERS[scheduler], seed, tmp_path / f"{seed}_interrupted", sorted(moments)) == whole
+        stopped += sum(epochs < EPOCHS for epochs in whole.values())
+    assert (stopped > 30) == (scheduler != "none")
+
+
+def run(new_scheduler: Callable[[], TrialScheduler], seed: int, folder: Path, interrupted_at: list[int]) -> dict:
+    """Play a search of eight trials, three at a time, and return name → epochs.
+
+    What a trial reports goes into its log. Where it is interrupted, a new scheduler goes on from the logs, and the
+    trials that run report some of their last epochs again.
+    """
+    generator, moment, clock = random.Random(seed), 0, 0.0
+    waiting = [f"trial_{i}" for i in range(8)]
+    search = Search(folder, Settings(), {}, {}, {name: {} for name in waiting})
+    levels = {name: generator.uniform(1, 5) for name in waiting}
+    losses = {
+        name: [levels[name] + 3 / epoch + generator.gauss(0, 0.3) for epoch in range(1, EPOCHS + 1)] for name in waiting
+    }
+    scheduler, running, done = ResumedScheduler(new_scheduler(), search), {}, {}  # running: trial → epochs reported
+    while waiting or running:
+        while waiting and len(running) < 3:
+            trial = Trial(waiting.pop(0))
+            (folder / trial.name).mkdir(parents=True)
+            scheduler.on_trial_add(Controller(), trial)
+            running[trial] = 0
+        trial = generator.choice(list(running))
+        running[trial] += 1
+        clock += 1
+        metrics = log_line(running[trial], clock, loss=losses[trial.name][running[trial] - 1])
+        # As Tune does: its stopper comes first.
+        decision = "STOP" if metrics["epoch"] == EPOCHS else scheduler.on_trial_result(Controller(), trial, metrics)
+        line = metrics | ({"done": True} if decision == "STOP" else {})
+        append_line(folder / trial.name, sealed(line) + "\n")
+        if decision == "STOP":
+            scheduler.on_trial_complete(Controller(), trial, line)
+            done[trial.name] = running.pop(trial)
+        if moment in interrupted_at:
+            scheduler, before, running = ResumedScheduler(new_scheduler(), search), running, {}
+            for other, epochs in before.items():
+                trial = Trial(other.name)
+                running[trial] = epochs
+                scheduler.on_trial_add(Controller(), trial)
+                again = random.Random(moment).randint(0, epochs)
+                for epoch in range(epochs - again + 1, epochs + 1):
+                    metrics = log_line(epoch, clock, loss=losses[trial.name][epoch - 1])
+                    assert scheduler.on_trial_result(Controller(), trial, metrics) == "CONTINUE"
+        moment += 1
+    return done
