@@ -134,7 +134,7 @@ def new_tuner(search: Search, dataset: Dataset, resources: dict[str, float], ray
             search_alg=trials_left,
             scheduler=ResumedScheduler(new_scheduler(max_epochs), search),
             reuse_actors=True,  # a process that has imported torch takes on the next trial
-            trial_name_creator=trials_left.name_of,
+            trial_name_creator=lambda trial: trials_left.names[trial.trial_id],  # a method would be copied whole
             trial_dirname_creator=str,
         ),
         run_config=tune.RunConfig(

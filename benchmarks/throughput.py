@@ -9,8 +9,8 @@ Three loops are timed in turn, round after round, with the same model, batch siz
                 NCHW, and the loss read at every step
     step alone  the search's own step on one batch that lies on the device: no pipeline, no metrics
 
-Validation and checkpoint are timed apart, and given as their share of an epoch of CIFAR-100: 40,000 training and 10,000
-validation images, and one checkpoint.
+Validation and checkpoints are timed apart, and given as their share of an epoch of CIFAR-100: 40,000 training and
+10,000 validation images, weights saved once, and the training state as often as its period asks.
 """
 
 import argparse
@@ -30,9 +30,9 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 from data import Batches, Dataset, make_synthetic
-from hparam_search import param_space
+from hparam_search import CHECKPOINT_PERIOD, param_space
 from model import SmallResNet
-from train import TrainStep, best_device, new_training, save_checkpoint, train_epochs
+from train import TrainStep, best_device, new_training, prune_weights, save_training, save_weights, train_epochs
 
 WIDTHS = ((64, 512), (128, 1024))
 BASELINE_WORKERS = 8
@@ -120,7 +120,7 @@ def measure(h_1: int, h_2: int, dataset: Dataset, rounds: int, batch_size: int, 
     before = next(epochs)["seconds"]  # a first epoch and first steps, untimed: libraries choose their algorithms there
     take(baseline, 2)
     take(alone, 2)
-    rates, validation, checkpoint = {"search": [], "baseline": [], "step alone": []}, [], []
+    rates, validation, weights, state = {"search": [], "baseline": [], "step alone": []}, [], [], []
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(rounds):
             metrics = next(epochs)
@@ -128,15 +128,18 @@ def measure(h_1: int, h_2: int, dataset: Dataset, rounds: int, batch_size: int, 
             training_seconds = count * batch_size / metrics["images_per_second"]
             validation.append((metrics["seconds"] - before - training_seconds) / len(dataset.val_images))
             before = metrics["seconds"]
-            checkpoint.append(seconds_of(lambda: save_checkpoint(training, Path(folder)), device))
+            weights.append(seconds_of(lambda: save_weights(training, Path(folder)), device))
+            state.append(seconds_of(lambda: save_training(training, config, Path(folder)), device))
+            prune_weights(Path(folder), metrics)
             for name, steps in (("baseline", baseline), ("step alone", alone)):
                 seconds = seconds_of(lambda steps=steps: take(steps, count), device)
                 rates[name].append(count * batch_size / seconds)
     parts = {
         "training": CIFAR_TRAINING / statistics.median(rates["search"]),
         "validation": CIFAR_VALIDATION * statistics.median(validation),
-        "checkpoint": statistics.median(checkpoint),
+        "weights": statistics.median(weights),
     }
+    parts["training state"] = statistics.median(state) * min(1, sum(parts.values()) / CHECKPOINT_PERIOD)
     ratios = {  # of the same round, so that what slows the machine for a while slows both
         name: statistics.median(own / other for own, other in zip(rates["search"], rates[name], strict=True))
         for name in ("baseline", "step alone")
@@ -149,7 +152,7 @@ def measure(h_1: int, h_2: int, dataset: Dataset, rounds: int, batch_size: int, 
         "over_step_alone": ratios["step alone"],
         "seconds_an_epoch": parts,
         "validation_share": parts["validation"] / sum(parts.values()),
-        "checkpoint_share": parts["checkpoint"] / sum(parts.values()),
+        "checkpoint_share": (parts["weights"] + parts["training state"]) / sum(parts.values()),
     }
 
 

@@ -84,7 +84,7 @@ def save_best_model(results: list[dict], dataset: Dataset, folder: Path) -> dict
         if model := load_model(best, len(dataset.classes), folder):
             break
         if best["checkpoint"] or best is ranking[0]:
-            print(f"The weights of {best['name']} are damaged or gone, so another is the best model.", file=sys.stderr)
+            print(f"{best['name']} was better, but its weights are damaged or gone.", file=sys.stderr)
     else:
         return None
     test = evaluation_batches(dataset.test_images, dataset.test_labels, dataset.mean, dataset.std, device)

@@ -22,7 +22,7 @@ class TrialsLeft(Searcher):
         self.folder = search.folder
         self.trials = [(row["name"], row["config"]) for row in read_results(search) if row["status"] not in FINISHED]
         self.waiting = iter(self.trials)
-        self.names = {}  # Tune's id of a trial → its name
+        self.names = {}  # Tune's id of a trial → its name, and so its folder
 
     def suggest(self, trial_id: str) -> dict | str:
         """Return the config of the next trial."""
@@ -33,10 +33,6 @@ class TrialsLeft(Searcher):
         with contextlib.suppress(OSError):  # TrialLog tries again, and tells
             write_params(self.folder / name, config)
         return config
-
-    def name_of(self, trial: object) -> str:
-        """Return the name, and so the folder, of a trial of Tune's."""
-        return self.names[trial.trial_id]
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         pass

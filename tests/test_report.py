@@ -67,7 +67,7 @@ def test_damaged_best_model_is_made_again(
     (folder / "trial_5" / "checkpoint_000004" / "weights.pt").write_bytes(b"garbage")
     other = save_best_model(results, small_dataset, folder)
     assert other["trial_id"] == "3"
-    assert "The weights of trial_5 are damaged or gone" in capsys.readouterr().err
+    assert "trial_5 was better, but its weights are damaged or gone." in capsys.readouterr().err
     assert read_best_model(results, folder) is None  # so that each end says so
 
 
