@@ -328,12 +328,12 @@ def summarise(name: str, config: dict | None, lines: list[dict], others: int, fo
     if "done" in lines[-1]:
         row["status"] = "TERMINATED" if math.isfinite(last["loss"]) else "DIVERGED"
     # Of the epochs whose weights lie there: an epoch that is trained again may have other figures than at first.
-    saved = [
-        line
-        for path, metrics in saved_weights(folder / name).items()
-        for line in reported
-        if of_same_epoch(line, metrics) and (path / WEIGHTS_FILE).exists()
-    ]
+    weights = {path: of for path, of in saved_weights(folder / name).items() if (path / WEIGHTS_FILE).exists()}
+    saved = [line for of in weights.values() for line in reported if of_same_epoch(line, of)]
+    if (
+        not saved and row["status"] in FINISHED
+    ):  # a finished trial's weights have their name, should metrics.json be lost
+        saved = [line for line in reported if checkpoint_path(folder / name, line["epoch"]) in weights]
     finite = [line for line in reported if math.isfinite(line["loss"])] or reported
     best = max(saved or sorted(finite, key=lambda line: line["epoch"]), key=lambda line: line["accuracy"])
     row |= {"best_epoch": best["epoch"], "best_accuracy": best["accuracy"], "best_loss": best["loss"]}

@@ -26,11 +26,13 @@ from ray import tune
 
 import hparam_search
 import train
+from data import make_synthetic
 from hparam_search import main
-from search.records import FINISHED, read_log
+from search.records import FINISHED, read_log, read_results, read_search
+from search.report import load_model
 from search.space import trial_name
-from tests.conftest import REPOSITORY, make_small, read_csv, reported_epochs
-from train import save_weights, train_cifar
+from tests.conftest import REPOSITORY, SMALL_IMAGES, make_small, read_csv, reported_epochs
+from train import evaluate, evaluation_batches, save_weights, train_cifar
 
 LONG = ["--quick", "--max-epochs", "14", "--num-samples"]
 
@@ -370,6 +372,87 @@ def test_killed_in_the_wrap_up(undisturbed: Path, own_address: str, tmp_path: Pa
     assert len(list(folder.glob("*/checkpoint_*/weights.pt"))) == 2
     assert not list(folder.glob("*/training_*"))
     assert "Trial name" in output.read_text()
+
+
+def swap(lines: list[bytes], generator: random.Random) -> list[bytes]:
+    i = generator.randrange(len(lines))
+    return [*lines[i:], *lines[:i]]
+
+
+def flip(content: bytes, generator: random.Random) -> bytes:
+    content = bytearray(content)
+    for _ in range(generator.choice([1, 1, 8])):
+        content[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
+    return bytes(content)
+
+
+# What may happen to a file's bytes.
+DAMAGES: dict[str, Callable[[bytes, random.Random], bytes | None]] = {
+    "flipped": flip,
+    "flipped again": flip,
+    "cut": lambda content, generator: content[: generator.randrange(len(content))],
+    "swapped": lambda content, generator: b"".join(swap(content.splitlines(keepends=True), generator)),
+    "doubled": lambda content, generator: b"".join(2 * line for line in content.splitlines(keepends=True)),
+    "of another type": lambda content, generator: generator.choice(
+        [b"[]", b"{}", b"null", b"3", b'{"epoch": "x"}\n', b"[" * 10_000, b"\xff\xfe", b"NaN"]
+    ),
+    "one more line": lambda content, generator: content + b'{"epoch": "x"}\n',
+    "emptied": lambda content, generator: b"",
+    "gone": lambda content, generator: None,
+}
+
+
+@pytest.mark.usefixtures("ray_started", "small_search")
+@pytest.mark.parametrize("finished", [True, False])
+def test_any_damage_ends_in_a_sentence_and_in_no_figure_that_was_not_reported(
+    finished: bool, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    generator, dataset = random.Random(0), make_synthetic(**SMALL_IMAGES)
+    monkeypatch.setattr(hparam_search, "load_dataset", lambda settings: dataset)
+    monkeypatch.setattr(tune.Tuner, "fit", lambda tuner: None)  # all but the training
+    whole = tmp_path / "whole"
+    shutil.copytree(undisturbed, whole, ignore=shutil.ignore_patterns("events.*"))
+    if not finished:
+        log = whole / trial_name(1) / "result.json"
+        log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:6]))
+        (whole / trial_name(1) / "training_000006.pt").write_bytes(b"state")
+    reported, tested = {}, set()
+    for row in read_results(read_search(whole)):
+        lines, _ = read_log(whole / row["name"])
+        reported[row["trial_id"]] = {key: {str(line[key]) for line in lines} for key in ("loss", "accuracy", "seconds")}
+        reported[row["trial_id"]] |= {key: {str(value)} for key, value in row["config"].items() if key != "epochs"}
+        if model := load_model(row, 5, whole):
+            batches = evaluation_batches(
+                dataset.test_images, dataset.test_labels, dataset.mean, dataset.std, torch.device("cpu")
+            )
+            tested.add(f"  test accuracy: {evaluate(model, batches)[1]:.4f}")
+    codes = []
+    for file in sorted(path.relative_to(whole) for path in whole.rglob("*") if path.is_file()):
+        for damage, change in DAMAGES.items():
+            folder = tmp_path / "it"
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(whole, folder)
+            content = change((whole / file).read_bytes(), generator)
+            (folder / file).unlink() if content is None else (folder / file).write_bytes(content)
+            if file.parts[-1] == "weights.pt" and file.parts[0] != "best_model":
+                shutil.rmtree(folder / "best_model")  # which would make up for it
+            code = main(["--resume", str(folder)])
+            printed, what = capsys.readouterr(), f"{file} {damage}"
+            codes.append(code)
+            assert code in (0, 1, 2), what
+            assert code == 0 or printed.err.strip().endswith("."), what
+            if code == 2:
+                assert printed.err.startswith("hparam_search.py: "), what
+                assert printed.err.count("\n") == 1, what
+                continue
+            assert {line for line in printed.out.splitlines() if "test accuracy" in line} <= tested, what
+            for row in read_csv(folder):
+                for key, column in (
+                    ("loss", "loss"), ("loss", "best_loss"), ("accuracy", "accuracy"), ("accuracy", "best_accuracy"),
+                    ("seconds", "seconds"), ("lr", "lr"), ("p_drop", "p_drop"), ("seed", "seed"),
+                ):  # fmt: skip
+                    assert row[column] in reported[row["trial_id"]][key] | {""}, (what, column)
+    assert all(codes.count(code) > 5 for code in (0, 1, 2))
 
 
 SCRIPT = """

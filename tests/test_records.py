@@ -125,6 +125,9 @@ def test_best_epoch_is_the_one_whose_weights_lie_there(tmp_path: Path) -> None:
     assert best((1, 0.1), (2, 0.4), (2, 0.3)) == (2, 0.3, "trial/checkpoint_000002")
     (tmp_path / "trial" / "checkpoint_000002" / "metrics.json").write_text("[")
     assert best((1, 0.1), (2, 0.3)) == (1, 0.1, "trial/checkpoint_000001")
+    (tmp_path / "trial" / "checkpoint_000001" / "metrics.json").unlink()
+    row = summarise("trial", {}, [log_line(1), log_line(2, accuracy=0.6, done=True)], 0, tmp_path)
+    assert (row["best_epoch"], row["checkpoint"]) == (2, "trial/checkpoint_000002")
 
 
 def test_params_of_a_trial_that_has_begun_must_be_there(tmp_path: Path) -> None:
