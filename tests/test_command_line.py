@@ -1,4 +1,7 @@
+import os
 import random
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +11,7 @@ import pytest
 import data
 import hparam_search
 from hparam_search import main
-from tests.conftest import SMALL_IMAGES
+from tests.conftest import REPOSITORY, SMALL_IMAGES
 
 BAD_COMMANDS = [
     (["--no-such-flag"], "--no-such-flag"),
@@ -122,3 +125,14 @@ def test_any_command_line_ends_in_a_start_or_a_sentence(
         assert printed.rstrip("\n").endswith("."), (argv, printed)
         assert sorted(tmp_path.rglob("*")) == before, argv
     assert 20 < started < 580
+
+
+def test_help_and_refusals_wait_for_no_import(tmp_path: Path) -> None:
+    for name in ("torch", "ray", "numpy"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit(3)")
+    for argv, code, words in ((["--help"], 0, "--resume PATH"), (["--seed", "-1"], 2, "--seed is -1, but")):
+        script = [sys.executable, str(REPOSITORY / "hparam_search.py"), *argv]
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        result = subprocess.run(script, env=environment, capture_output=True, text=True, cwd=tmp_path)
+        assert result.returncode == code
+        assert words in result.stdout + result.stderr
