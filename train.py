@@ -5,6 +5,7 @@ below, in MODEL, OPTIMIZER, LOSS and LOOP.
 """
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -89,6 +90,7 @@ class Training:
     averaged: AveragedModel | None  # exponential moving average of the model's weights and batch norm statistics
     optimizer: torch.optim.SGD
     history: list[dict] = field(default_factory=list)  # the metrics of every epoch done
+    notes: list[str] = field(default_factory=list)  # what whoever watches should know, and was not told yet
 
     @property
     def epoch(self) -> int:
@@ -213,8 +215,8 @@ class TrainStep:
     """A step of SGD, and one of the average, on a batch of images (B, 3, 32, 32) and int64 labels (B,).
 
     On a GPU forward, backward and SGD are captured as a CUDA graph, which is launched as one: kernel by kernel, the
-    launches of a small batch take longer than its arithmetic. All batches must then be of one size. On a CPU the same
-    step is taken eagerly.
+    launches of a small batch take longer than its arithmetic. All batches must then be of one size. Where that fails,
+    which training.notes then tells, and on a CPU the same step is taken eagerly.
 
     Attributes:
         sums: float32 (2,), on the device: the losses, in nats, and the number of images classified right, added up over
@@ -230,6 +232,7 @@ class TrainStep:
         self.averaged = averaged_tensors(training.averaged.module) if training.averaged else []
         self.graphed = device.type == "cuda"
         self.graph, self.eager_steps = None, 0
+        self.aside = side_stream(device) if self.graphed else None
 
     def __call__(self, images: Tensor, labels: Tensor, lr: float) -> None:
         for group in self.training.optimizer.param_groups:
@@ -256,25 +259,49 @@ class TrainStep:
 
     def replay(self, images: Tensor, labels: Tensor) -> None:
         """Take a step of SGD by the graph. The first few are taken eagerly; then it is captured."""
-        here = torch.cuda.current_stream()
         if self.eager_steps < EAGER_STEPS:
             # Libraries choose their algorithms in these, and capturing asks for a stream of their own.
             self.eager_steps += 1
-            aside = torch.cuda.Stream()
-            aside.wait_stream(here)
-            with torch.cuda.stream(aside):
+            here = torch.cuda.current_stream()
+            self.aside.wait_stream(here)
+            with torch.cuda.stream(self.aside):
                 self.descend(images, labels)
-            here.wait_stream(aside)
+            here.wait_stream(self.aside)
             return
         if self.graph is None:
-            self.images, self.labels = torch.empty_like(images), torch.empty_like(labels)
-            self.graph = torch.cuda.CUDAGraph()
-            self.training.optimizer.zero_grad()  # so that the gradients are the graph's own
-            with torch.cuda.graph(self.graph):  # nothing is computed here
-                self.descend(self.images, self.labels)
+            self.capture(images, labels)
+            if not self.graphed:
+                self.descend(images, labels)
+                return
         self.images.copy_(images)
         self.labels.copy_(labels)
         self.graph.replay()
+
+    def capture(self, images: Tensor, labels: Tensor) -> None:
+        """Capture the step for batches like this one, or note why that cannot be, and leave the graph out."""
+        # Of the type that autocast would make of them, which copying them there does on the way.
+        self.images = torch.empty_like(images, dtype=self.dtype)
+        self.labels = torch.empty_like(labels)
+        self.graph = torch.cuda.CUDAGraph()
+        self.training.optimizer.zero_grad()  # so that the gradients are the graph's own
+        here, generator = torch.cuda.current_stream(), torch.cuda.default_generators[images.device.index]
+        before = generator.clone_state()
+        try:
+            with torch.cuda.graph(self.graph, stream=self.aside):  # nothing is computed here
+                self.descend(self.images, self.labels)
+        except RuntimeError as error:
+            self.graph, self.graphed = None, False
+            # A capture that was broken off leaves its stream in place, and a generator that waits for its end.
+            torch.cuda.set_stream(here)
+            generator.graphsafe_set_state(before)
+            reason = str(error).splitlines()[0]
+            self.training.notes.append(f"trains slowly, for its step cannot be captured as a CUDA graph ({reason})")
+
+
+@functools.cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream on which steps are captured: one a process, for libraries keep a workspace for each stream."""
+    return torch.cuda.Stream(device)
 
 
 def evaluation_batches(
@@ -363,7 +390,9 @@ def save_weights(training: Training, folder: Path) -> None:
     """
     with naming(folder), replacing(checkpoint_path(folder, training.epoch)) as checkpoint:
         checkpoint.mkdir(parents=True)
-        torch.save(training.evaluated.state_dict(), checkpoint / WEIGHTS_FILE)
+        # From the CPU, so that they load where there is no GPU.
+        weights = {name: tensor.cpu() for name, tensor in training.evaluated.state_dict().items()}
+        torch.save(weights, checkpoint / WEIGHTS_FILE)
         (checkpoint / METRICS_FILE).write_text(json.dumps(training.history[-1]))
 
 
@@ -431,11 +460,10 @@ def read_state(path: Path) -> dict | None:
     return state if isinstance(state, dict) else None
 
 
-def restore_training(config: dict, num_classes: int, device: torch.device, folder: Path) -> tuple[Training, str | None]:
+def restore_training(config: dict, num_classes: int, device: torch.device, folder: Path) -> Training:
     """Return a training as the newest state in a trial's folder that is whole has it, or a new one where there is none.
 
-    Returns:
-        The training, and a sentence on the states that are damaged, or None where there are none.
+    Of states that are damaged, its notes tell.
     """
     training, damaged = new_training(config, num_classes, device), []
     for path in sorted(folder.glob("training_*.pt"), reverse=True):
@@ -451,10 +479,10 @@ def restore_training(config: dict, num_classes: int, device: torch.device, folde
         training.optimizer.load_state_dict({"state": state["momentum"], "param_groups": groups})
         training.history = state["history"]
         break
-    if not damaged:
-        return training, None
-    then = f"goes on from epoch {training.epoch}" if training.epoch else "starts again"
-    return training, f"cannot read {' and '.join(damaged)} in {folder}, and {then}"
+    if damaged:
+        then = f"goes on from epoch {training.epoch}" if training.epoch else "starts again"
+        training.notes.append(f"cannot read {' and '.join(damaged)} in {folder}, and {then}")
+    return training
 
 
 def train_cifar(config: dict, dataset: Dataset, search_folder: str, checkpoint_period: float) -> None:
@@ -472,11 +500,9 @@ def train_cifar(config: dict, dataset: Dataset, search_folder: str, checkpoint_p
     for path in (*folder.glob(".checkpoint_*"), *folder.glob(".training_*")):  # of a process killed while it wrote
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     device = best_device()
-    training, damaged = restore_training(config, len(dataset.classes), device, folder)
-    note = {"note": damaged} if damaged else {}  # goes with the first report, whichever that is
+    training = restore_training(config, len(dataset.classes), device, folder)
     for metrics in list(training.history):
-        tune.report(metrics | note)
-        note = {}
+        report(metrics, training.notes)
     # Of this training: weights that an earlier process saved at a later epoch are compared where they are read.
     known = [m for m in saved_weights(folder).values() if any(of_same_epoch(m, other) for other in training.history)]
     best = max((metrics["accuracy"] for metrics in known), default=-1.0)
@@ -489,7 +515,13 @@ def train_cifar(config: dict, dataset: Dataset, search_folder: str, checkpoint_p
         if metrics["seconds"] - saved_at >= checkpoint_period:
             saved_at = metrics["seconds"]
             save_training(training, config, folder)
-        tune.report(metrics | note)
-        note = {}
+        report(metrics, training.notes)
         if improved:
             prune_weights(folder, metrics)
+
+
+def report(metrics: dict, notes: list[str]) -> None:
+    """Report an epoch to Tune, and with it the notes, which are then told."""
+    told = "; ".join(notes)
+    notes.clear()  # first, for a trial that is stopped does not return
+    tune.report(metrics | ({"note": told} if told else {}))

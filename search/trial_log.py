@@ -133,6 +133,9 @@ def error_sentence(text: str, config: dict) -> str:
     lines = [line.strip() for line in last if line.strip()] or ["no reason is known"]
     if "OutOfMemoryError" in text or "MemoryError" in text or "can't allocate memory" in text:
         sizes = ", ".join(f"{key} {config[key]}" for key in ("batch_size", "h_1", "h_2"))
-        return f"out of memory with {sizes}: make these smaller, or let fewer trials run at once"
+        return (
+            f"out of memory with {sizes}: make these smaller, or let fewer trials run at once, by "
+            "--gpus-per-trial 1 where they share a GPU, else by --cpus-per-trial"
+        )
     # Of an exception the last line tells; of a process that died, the first.
     return lines[-1] if re.match(r"[\w.]+(Error|Exception)\b", lines[-1]) else lines[0]

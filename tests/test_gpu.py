@@ -1,0 +1,218 @@
+"""What can only break on a GPU."""
+
+import gc
+import itertools
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from data import Batches, Dataset, make_synthetic
+from hparam_search import BASELINE_RECIPE, main, param_space
+from search.records import read_log
+from search.trial_log import error_sentence
+from tests.conftest import read_csv
+from train import (
+    EAGER_STEPS,
+    TrainStep,
+    checkpoint_path,
+    evaluate,
+    evaluation_batches,
+    new_model,
+    new_training,
+    restore_training,
+    save_training,
+    save_weights,
+    train_epochs,
+)
+
+pytestmark = pytest.mark.gpu
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+CONFIG = param_space | {"epochs": 3, "h_1": 8, "h_2": 32, "p_drop": 0.3, "lr": 0.02, "batch_size": 24, "seed": 5}
+RECIPES = {
+    "default": CONFIG,
+    "baseline": CONFIG | BASELINE_RECIPE,
+    "one_cycle": CONFIG | {"schedule": "one_cycle"},
+    "no momentum": CONFIG | {"momentum": 0.0, "nesterov": False},
+    "no average": CONFIG | {"ema_decay": 0.0},
+    "no dropout": CONFIG | {"p_drop": 0.0},
+    "fewer images than a batch": CONFIG | {"batch_size": 1000, "epochs": 8},
+}
+
+
+@pytest.fixture
+def replays(monkeypatch: pytest.MonkeyPatch) -> list:
+    """A list that has an entry for every launch of a graph."""
+    launched, replay = [], torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: launched.append(replay(graph)))
+    return launched
+
+
+@pytest.fixture
+def little_memory() -> Iterator[None]:
+    """Leave this process a hundredth of the GPU's memory."""
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(0.01)
+    yield
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def run(config: dict, dataset: Dataset) -> tuple[list[dict], torch.Tensor, list[str]]:
+    """Return the metrics, the evaluated weights and the notes of a training from its start to its end."""
+    training = new_training(config, len(dataset.classes), GPU)
+    metrics = list(train_epochs(training, config, dataset, GPU))
+    return metrics, torch.cat([w.flatten().float() for w in training.evaluated.state_dict().values()]), training.notes
+
+
+def assert_alike(one: tuple[list[dict], torch.Tensor, list], other: tuple[list[dict], torch.Tensor, list]) -> None:
+    for metrics, others in zip(one[0], other[0], strict=True):
+        for key in ("loss", "train_loss"):
+            assert metrics[key] == pytest.approx(others[key], rel=0.03)
+    assert (one[1] - other[1]).norm() < 0.03 * other[1].norm()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_captured_steps_are_the_eager_ones(
+    recipe: str, small_dataset: Dataset, replays: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = RECIPES[recipe]
+    captured = run(config, small_dataset)
+    steps = config["epochs"] * max(1, len(small_dataset.train_images) // config["batch_size"])
+    assert len(replays) == steps - EAGER_STEPS >= 5
+    assert captured[2] == []
+    monkeypatch.setattr(TrainStep, "replay", TrainStep.descend)
+    assert_alike(captured, run(config, small_dataset))
+    assert len(replays) == steps - EAGER_STEPS
+
+
+def test_failed_capture_is_told_and_trains_eagerly(
+    small_dataset: Dataset, replays: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = run(CONFIG, small_dataset)
+    replays.clear()
+    descend = TrainStep.descend
+
+    def waiting(step: TrainStep, images: torch.Tensor, labels: torch.Tensor) -> None:
+        descend(step, images, labels)
+        step.sums.tolist()  # which no graph can hold
+
+    monkeypatch.setattr(TrainStep, "descend", waiting)
+    eager = run(CONFIG, small_dataset)
+    assert replays == []
+    assert len(eager[2]) == 1
+    assert eager[2][0].startswith("trains slowly, for its step cannot be captured as a CUDA graph (")
+    assert_alike(eager, expected)
+    monkeypatch.setattr(TrainStep, "descend", descend)
+    assert_alike(run(CONFIG, small_dataset), expected)  # and the next one in this process is captured again
+    assert replays
+
+
+def test_no_wait_for_the_gpu_within_an_epoch(small_dataset: Dataset) -> None:
+    data = small_dataset
+    training = new_training(CONFIG, 5, GPU)
+    step = TrainStep(training, CONFIG, GPU)
+    images, labels = data.train_images.to(GPU), data.train_labels.to(GPU)
+    batches = Batches(images, labels, 24, data.mean, data.std, shuffle=True, augment=True, drop_last=True)
+    training.model.train()
+    for epoch in (1, 2):  # in the first one the step is captured
+        torch.cuda.set_sync_debug_mode("error" if epoch == 2 else "default")
+        try:
+            for batch in batches.epoch(epoch):
+                step(*batch, 0.01)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert step.graph
+
+
+def test_restored_in_mid_run_and_loads_on_a_cpu(small_dataset: Dataset, tmp_path: Path) -> None:
+    data = small_dataset
+    expected = run(CONFIG, data)
+    training = new_training(CONFIG, 5, GPU)
+    epochs = train_epochs(training, CONFIG, data, GPU)
+    first = next(epochs)
+    save_weights(training, tmp_path)
+    save_training(training, CONFIG, tmp_path)
+    restored = restore_training(CONFIG, 5, GPU, tmp_path)
+    assert restored.notes == []
+    metrics = [first, *train_epochs(restored, CONFIG, data, GPU)]
+    assert [each["epoch"] for each in metrics] == [1, 2, 3]
+    weights = torch.cat([w.flatten().float() for w in restored.evaluated.state_dict().values()])
+    assert_alike((metrics, weights, []), expected)
+
+    path = checkpoint_path(tmp_path, 1) / "weights.pt"
+    load = f"import torch; print(torch.load({str(path)!r}, weights_only=True)['classifier.bias'].device)"
+    blind = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    assert subprocess.check_output([sys.executable, "-c", load], text=True, env=blind).strip() == "cpu"
+    model = new_model(CONFIG, 5)
+    model.load_state_dict(torch.load(path, weights_only=True))
+    loss, _ = evaluate(model, evaluation_batches(data.val_images, data.val_labels, data.mean, data.std, CPU))
+    assert loss == pytest.approx(first["loss"], rel=0.05)
+
+
+def test_gpu_without_bfloat16(small_dataset: Dataset, replays: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = run(CONFIG, small_dataset)
+    replays.clear()
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
+    metrics, weights, notes = run(CONFIG, small_dataset)
+    assert replays
+    assert notes == []
+    assert metrics[0]["train_loss"] == pytest.approx(expected[0][0]["train_loss"], rel=0.05)
+    assert torch.isfinite(weights).all()
+
+
+def test_trials_in_a_row_leave_no_memory_taken(small_dataset: Dataset) -> None:
+    gc.disable()  # nothing may have to wait for it
+    taken = []
+    try:
+        for _ in range(10):
+            training = new_training(CONFIG, 5, GPU)
+            epochs = train_epochs(training, CONFIG, small_dataset, GPU)
+            next(epochs)  # stopped after the first epoch
+            del training, epochs
+            torch.cuda.synchronize()
+            taken.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
+    finally:
+        gc.enable()
+    assert taken[-1][0] <= taken[1][0]
+    assert taken[-1][1] <= 1.1 * taken[1][1]
+
+
+@pytest.mark.usefixtures("little_memory")
+def test_out_of_memory_is_a_sentence_and_the_next_trial_trains(small_dataset: Dataset) -> None:
+    large = CONFIG | {"h_1": 256, "h_2": 2048, "batch_size": 3000}
+    many = make_synthetic(num_train=5000, num_test=10, num_classes=5)
+    with pytest.raises(torch.OutOfMemoryError) as error:
+        run(large, many)
+    text = "Failure # 1 (occurred at)\n" + "".join(traceback.format_exception(error.value))
+    assert error_sentence(text, large).startswith("out of memory with batch_size 3000, h_1 256, h_2 2048: make these")
+    del error
+    metrics, _, notes = run(CONFIG, small_dataset)
+    assert len(metrics) == 3
+    assert notes == []
+
+
+def test_two_trials_share_the_gpu_through_a_search(tmp_path: Path) -> None:
+    command = [
+        "--quick",
+        "--gpus-per-trial",
+        "0.5",
+        "--max-epochs",
+        "12",
+        "--output-dir",
+        str(tmp_path),
+        "--name",
+        "it",
+    ]
+    assert main(command) == 0
+    rows = read_csv(tmp_path / "it")
+    assert {row["status"] for row in rows} == {"TERMINATED"}
+    times = [[line["time"] for line in read_log(path.parent)[0]] for path in (tmp_path / "it").glob("*/result.json")]
+    spans = sorted((min(of), max(of)) for of in times)
+    assert any(start < end for (_, end), (start, _) in itertools.pairwise(spans))  # two at once
+    assert torch.load(tmp_path / "it" / "best_model" / "weights.pt", weights_only=True)["classifier.bias"].is_cpu
