@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 if TYPE_CHECKING:
     from torchvision.datasets import CIFAR100
@@ -29,10 +30,12 @@ VALIDATION_FRACTION = 0.2
 # A constant, not the search's seed, so that figures of searches with different seeds stay comparable.
 SPLIT_SEED = 0
 CROP_PADDING = 4  # pixels
-IMAGES_AT_ONCE = 1024  # that are cropped, flipped and normalised; 13 MB
+IMAGES_AT_ONCE = 1024  # that are read from a folder, or cropped, flipped and normalised; 13 MB
 # The smallest class of which 20 % is a whole image.
 MIN_IMAGES_PER_CLASS = 5
 DOWNLOAD_TIMEOUT = 10  # seconds without an answer
+MAX_READERS = 16  # processes that read a folder's images
+IMAGES_FOR_READERS = 5_000  # of fewer, starting these would take longer than reading
 MAX_PIXELS = 50_000_000  # of an image, which takes 150 MB when it is decoded
 # What desktops leave in folders, besides hidden files.
 IGNORED_FILES = {"Thumbs.db", "desktop.ini"}
@@ -211,14 +214,19 @@ def _read_image_folder(folder: Path) -> tuple[Tensor, Tensor, list[str]]:
     if counts.min() == 0:
         empty = folder_dataset.classes[int(counts.argmin())]
         raise InputError(f"{folder / empty} has no images: add some, or remove the folder")
-    images = torch.empty(len(labels), IMAGE_SIZE, IMAGE_SIZE, 3, dtype=torch.uint8)
-    resized = 0
-    for i in range(len(labels)):
-        image, _ = folder_dataset[i]
-        if image.size != (IMAGE_SIZE, IMAGE_SIZE):
-            image = image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR)
-            resized += 1
-        images[i] = torch.from_numpy(np.array(image))
+    workers = min(os.cpu_count(), MAX_READERS) if len(labels) > IMAGES_FOR_READERS else 0
+    parts, done, resized = [], 0, 0
+    for part in DataLoader(folder_dataset, IMAGES_AT_ONCE, num_workers=workers, collate_fn=_stacked):
+        if isinstance(part, InputError):
+            raise part
+        parts.append(part[0])
+        resized += part[1]
+        done += len(part[0])
+        if sys.stdout.isatty():
+            print(f"\r{folder}: {done:,} of {len(labels):,} images read.", end="", flush=True)
+    if sys.stdout.isatty():
+        print()
+    images = torch.cat(parts)
     if resized:
         print(f"{folder}: {resized:,} of {len(labels):,} images resized to 32×32.", file=sys.stderr)
     return images, labels, folder_dataset.classes
@@ -249,9 +257,21 @@ def _is_ignored(path: str) -> bool:
     return name.startswith(".") or name in IGNORED_FILES
 
 
-def _load_image(path: str) -> Image.Image:
+def _stacked(samples: list[tuple[Image.Image | InputError, int]]) -> tuple[Tensor, int] | InputError:
+    """Return images as uint8 (N, 32, 32, 3) and how many were resized, or the first that could not be loaded."""
+    images = [image for image, _ in samples]
+    if errors := [image for image in images if isinstance(image, InputError)]:
+        return errors[0]
+    size = (IMAGE_SIZE, IMAGE_SIZE)
+    resized = sum(image.size != size for image in images)
+    images = [image if image.size == size else image.resize(size, Image.Resampling.BILINEAR) for image in images]
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images])), resized
+
+
+def _load_image(path: str) -> Image.Image | InputError:
+    """Return an image, or why it cannot be loaded: what a reading process raises would come with its traceback."""
     if not Path(path).is_file():
-        raise InputError(f"{path} is no file: remove it")  # a pipe would be waited for
+        return InputError(f"{path} is no file: remove it")  # a pipe would be waited for
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused below
@@ -260,9 +280,9 @@ def _load_image(path: str) -> Image.Image:
                     return image.convert("RGB")
     except Image.DecompressionBombError:
         pass
-    except Exception as error:  # Pillow's readers raise whatever they stumble over
-        raise InputError(f"{path} cannot be read as an image: remove or replace it") from error
-    raise InputError(f"{path} has more than {MAX_PIXELS:,} pixels: make it smaller")
+    except Exception:  # Pillow's readers raise whatever they stumble over
+        return InputError(f"{path} cannot be read as an image: remove or replace it")
+    return InputError(f"{path} has more than {MAX_PIXELS:,} pixels: make it smaller")
 
 
 def make_synthetic(num_train: int = 50_000, num_test: int = 10_000, num_classes: int = 100, seed: int = 0) -> Dataset:

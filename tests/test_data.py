@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from torchvision.datasets import CIFAR100
 from torchvision.transforms.functional import normalize, to_tensor
 
+import data
 from data import (
     Batches,
     InputError,
@@ -256,6 +257,18 @@ def test_bad_folders_are_refused(
         spoil(tmp_path)
     with pytest.raises(InputError, match=words):
         load_folder(tmp_path)
+
+
+def test_many_images_are_read_by_several_processes(make_folder: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_folder({"train": {"a": 1500, "b": 5}, "test": {"a": 1, "b": 1}})
+    alone = load_folder(folder)
+    monkeypatch.setattr(data, "IMAGES_FOR_READERS", 100)
+    monkeypatch.setattr(data.os, "cpu_count", lambda: 2)
+    assert fingerprint(load_folder(folder)) == fingerprint(alone)
+    truncated(folder)
+    unreadable(folder)
+    with pytest.raises(InputError, match=r"note.txt cannot be read as an image: remove or replace it$"):
+        load_folder(folder)
 
 
 # --- CIFAR-100 --------------------------------------------------------------------------------------------------------
