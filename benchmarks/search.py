@@ -17,6 +17,7 @@ import os
 import statistics
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from pathlib import Path
 import torch
 
 import hparam_search
+from benchmarks.overhead import status
 from benchmarks.throughput import baseline_steps, new_model, seconds_of, take
 from data import Dataset
 from train import best_device
@@ -32,25 +34,36 @@ BASELINE_STEPS = 100
 
 
 @contextlib.contextmanager
-def gpu_utilisation() -> Iterator[list[float]]:
-    """Yield a list that has, in the end, the GPU's utilisation of every second, in percent; of a CPU, none."""
-    samples = []
-    if not torch.cuda.is_available():
+def watching() -> Iterator[list[dict]]:
+    """Yield a list that gets, every second, worker_mb (of the largest trial) and of a GPU busy (0 to 1) and gpu_mb."""
+    samples, over = [], threading.Event()
+    command = ["nvidia-smi", "--query-gpu=utilization.gpu,memory.used", "--format=csv,noheader,nounits", "--id=0"]
+
+    def watch() -> None:
+        while not over.wait(1):
+            names = {path.parent.name: path for path in Path("/proc").glob("[0-9]*/comm")}
+            workers = [pid for pid, path in names.items() if path.exists() and path.read_text().startswith("ray::")]
+            sample = {"worker_mb": max((status("RssAnon", pid) for pid in workers), default=0.0)}
+            if torch.cuda.is_available():
+                line = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+                with contextlib.suppress(ValueError):
+                    busy, used = map(float, line.split(","))
+                    sample |= {"busy": busy / 100, "gpu_mb": used}
+            samples.append(sample)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
         yield samples
-        return
-    command = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--loop=1", "--id=0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            yield samples
-        finally:
-            process.terminate()
-            samples += [float(line) for line in process.stdout if line.strip().isdigit()]
+    finally:
+        over.set()
+        thread.join()
 
 
 def run_search(arguments: list[str], dataset: Dataset) -> dict:
     """Run a search to its end and return its figures."""
     hparam_search.load_dataset = lambda settings: dataset
-    with tempfile.TemporaryDirectory() as folder, gpu_utilisation() as utilisation:
+    with tempfile.TemporaryDirectory() as folder, watching() as samples:
         start = time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()):
             code = hparam_search.main([*arguments, "--output-dir", folder, "--name", "it"])
@@ -71,7 +84,12 @@ def run_search(arguments: list[str], dataset: Dataset) -> dict:
         "epochs_spent": spent,
         "epochs_saved": sum(int(row["max_epochs"]) for row in rows) - spent,
         "images_per_second": spent * len(dataset.train_images) / seconds,
-        "gpu_utilisation": statistics.mean(utilisation) / 100 if utilisation else None,
+        "gpu_busy": statistics.mean(busy)
+        if (busy := [sample["busy"] for sample in samples if "busy" in sample])
+        else None,
+        "gpu_mb": max((sample["gpu_mb"] for sample in samples if "gpu_mb" in sample), default=None),
+        "worker_mb": max((sample["worker_mb"] for sample in samples), default=None),
+        "driver_mb": status("VmHWM"),
         "val_accuracy": metrics["val_accuracy"],
         "test_accuracy": metrics["test_accuracy"],
         "epochs": [[*widths, count] for widths, count in epochs.items()],
@@ -94,15 +112,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the searches, and print a table, or a line of JSON each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     on_gpu = torch.cuda.is_available()
-    at_once = [1, 2, 4] if on_gpu else [1, os.cpu_count()]
+    at_once = [1, 2, 3, 4] if on_gpu else [1, os.cpu_count()]
     parser.add_argument("--at-once", type=int, nargs="+", default=at_once, help="trials; default %(default)s")
     parser.add_argument("--widths", type=int, nargs=2, metavar=("H_1", "H_2"), help="of every trial; default: searched")
+    parser.add_argument("--baseline-recipe", action="store_true", help="train as the baseline did")
     parser.add_argument("--json", action="store_true")
     args, rest = parser.parse_known_args(argv)
     rest = rest if on_gpu else ["--quick", *rest]
     if args.widths:
         for space in (hparam_search.param_space, hparam_search.QUICK_SPACE):
             space["h_1"], space["h_2"] = args.widths
+    if args.baseline_recipe:
+        hparam_search.param_space |= hparam_search.BASELINE_RECIPE
     settings = hparam_search.parse_args(rest)
     dataset = hparam_search.load_dataset(settings)
     if not args.json:
@@ -115,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.json:
             print(json.dumps(result), flush=True)
             continue
-        busy = "" if result["gpu_utilisation"] is None else f"{result['gpu_utilisation']:.2f}"
+        busy = "" if result["gpu_busy"] is None else f"{result['gpu_busy']:.2f}"
         print(
             f"{count:7} {result['seconds']:9.1f} {result['epochs_spent']:14} {result['epochs_saved']:7} "
             f"{result['images_per_second']:10.0f} {busy:>10} "

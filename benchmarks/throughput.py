@@ -32,7 +32,8 @@ from torchvision import transforms
 from data import Batches, Dataset, make_synthetic
 from hparam_search import CHECKPOINT_PERIOD, param_space
 from model import SmallResNet
-from train import TrainStep, best_device, new_training, prune_weights, save_training, save_weights, train_epochs
+from search.trial import prune_weights, save_training, save_weights
+from train import TrainStep, best_device, new_training, train_epochs
 
 WIDTHS = ((64, 512), (128, 1024))
 BASELINE_WORKERS = 8
