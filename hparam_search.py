@@ -51,8 +51,8 @@ from search.report import ProgressTable, read_best_model, recap, recap_best, sav
 from search.resuming import ResumedScheduler, TrialsLeft
 from search.signals import stopping_on_signals
 from search.space import check_param_space, described, draw_trials
+from search.trial import train_cifar
 from search.trial_log import TrialLog
-from train import train_cifar
 
 param_space = {
     "epochs": 20,

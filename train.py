@@ -1,23 +1,16 @@
-"""Train one SmallResNet with one config: plain PyTorch, and at the end the thin function that Ray Tune runs.
+"""Train one SmallResNet with one config: plain PyTorch.
 
 A config is a dict of plain values with the keys of `param_space` in hparam_search.py. What each of them may be stands
 below, in MODEL, OPTIMIZER, LOSS and LOOP.
 """
 
-import contextlib
 import functools
-import json
 import math
-import os
-import shutil
 import time
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
-from ray import tune
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -29,7 +22,6 @@ EVALUATION_BATCH_SIZE = 500
 EAGER_STEPS = 3  # of a trial, before its step is captured as a CUDA graph
 COOLDOWN = 0.3  # share of the epochs
 WARMUP = 0.3  # of one_cycle, share of the epochs
-WEIGHTS_FILE, METRICS_FILE = "weights.pt", "metrics.json"
 # What an epoch reports: see train_epochs.
 METRICS = ("epoch", "loss", "accuracy", "train_loss", "train_accuracy", "lr", "images_per_second", "seconds")
 
@@ -325,203 +317,3 @@ def evaluate(model: nn.Module, batches: Batches) -> tuple[float, float]:
         sums += torch.stack([loss, (logits.argmax(1) == labels).sum()])
     loss, correct = sums.tolist()
     return loss / len(batches.images), correct / len(batches.images)
-
-
-def checkpoint_path(folder: Path, epoch: int) -> Path:
-    """Return where, in a trial's folder, the weights of an epoch are."""
-    return folder / f"checkpoint_{epoch:06}"
-
-
-@contextlib.contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """Yield the path to write a file or folder to that, once it is flushed to disk, takes its place at target.
-
-    So target is there whole or, whatever happens, as it was (a folder: or not at all).
-    """
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        for path in [*temporary.glob("*"), temporary]:
-            flush(path)
-        if temporary.is_dir():
-            shutil.rmtree(target, ignore_errors=True)  # a folder takes no other folder's place
-        temporary.replace(target)
-        flush(target.parent)
-    except BaseException:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
-        raise
-
-
-def flush(path: Path) -> None:
-    """Have a file, or what a folder lists, on the disk, for a power cut to find it there."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def naming(folder: Path) -> Iterator[None]:
-    """Say, of what cannot be written into a trial's folder, where that is and what to do.
-
-    Raises:
-        OSError: in place of whatever was raised within.
-    """
-    try:
-        yield
-    except (OSError, RuntimeError) as error:  # torch raises RuntimeError where a file cannot be written
-        reason = str(error).splitlines()[0]
-        raise OSError(
-            f"no checkpoint can be written into {folder} ({reason}): make room there, then --resume"
-        ) from error
-
-
-def save_weights(training: Training, folder: Path) -> None:
-    """Write the evaluated weights of the epoch just done, and its metrics, into a trial's folder.
-
-    They stand alone: weights.pt is a state_dict.
-
-    Raises:
-        OSError: naming the folder, when it cannot be written.
-    """
-    with naming(folder), replacing(checkpoint_path(folder, training.epoch)) as checkpoint:
-        checkpoint.mkdir(parents=True)
-        # From the CPU, so that they load where there is no GPU.
-        weights = {name: tensor.cpu() for name, tensor in training.evaluated.state_dict().items()}
-        torch.save(weights, checkpoint / WEIGHTS_FILE)
-        (checkpoint / METRICS_FILE).write_text(json.dumps(training.history[-1]))
-
-
-def saved_weights(folder: Path) -> dict[Path, dict]:
-    """Return the path → metrics of all weights in a trial's folder; of damaged metrics, an empty dict."""
-    found = {}
-    for path in sorted(folder.glob("checkpoint_*")):
-        try:
-            metrics = json.loads((path / METRICS_FILE).read_text())
-        except (OSError, ValueError, RecursionError):
-            metrics = {}
-        found[path] = metrics if isinstance(metrics, dict) else {}
-    return found
-
-
-def of_same_epoch(metrics: dict, other: dict) -> bool:
-    """Tell whether two dicts of metrics are of the same epoch, of the same run of it: on a GPU, another run differs."""
-    return all(metrics.get(key) == other.get(key) for key in ("epoch", "loss", "accuracy"))
-
-
-def prune_weights(folder: Path, best: dict) -> None:
-    """Delete the weights that are no better than those with the metrics best, which have been reported."""
-    for path, metrics in saved_weights(folder).items():
-        if path != checkpoint_path(folder, best["epoch"]) and not metrics.get("accuracy", 0) > best["accuracy"]:
-            shutil.rmtree(path)
-
-
-def save_training(training: Training, config: dict, folder: Path) -> None:
-    """Write all that training goes on from after the epoch just done into a trial's folder.
-
-    Of the older ones the newest stays, to fall back on; the others make room.
-
-    Raises:
-        OSError: naming the folder, when it cannot be written.
-    """
-    state = {
-        "config": config,
-        "history": training.history,
-        "model": training.model.state_dict(),
-        "momentum": training.optimizer.state_dict()["state"],
-    }
-    if training.averaged:
-        state["averaged"] = training.averaged.state_dict()
-    target = folder / f"training_{training.epoch:06}.pt"
-    others = sorted(path for path in folder.glob("training_*.pt") if path != target)
-    older = [path for path in others if path.name < target.name]
-    with naming(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in others:
-            if path not in older[-1:]:
-                path.unlink()
-        with replacing(target) as path:
-            torch.save(state, path)
-
-
-def read_state(path: Path) -> dict | None:
-    """Return the dict that torch.save wrote into a file, on the CPU, or None where it is missing or damaged."""
-    try:
-        with zipfile.ZipFile(path) as file:
-            if file.testzip():  # checks what torch.load does not: the checksums
-                return None
-        state = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception:  # of damaged bytes, the readers raise whatever they stumble over
-        return None
-    return state if isinstance(state, dict) else None
-
-
-def restore_training(config: dict, num_classes: int, device: torch.device, folder: Path) -> Training:
-    """Return a training as the newest state in a trial's folder that is whole has it, or a new one where there is none.
-
-    Of states that are damaged, its notes tell.
-    """
-    training, damaged = new_training(config, num_classes, device), []
-    for path in sorted(folder.glob("training_*.pt"), reverse=True):
-        state = read_state(path)
-        if state is None or state.get("config") != config:
-            damaged.append(path.name)
-            continue
-        training.model.load_state_dict(state["model"])
-        if training.averaged:
-            training.averaged.load_state_dict(state["averaged"])
-        # The rate is set at every step, and what else the groups hold is the config's.
-        groups = training.optimizer.state_dict()["param_groups"]
-        training.optimizer.load_state_dict({"state": state["momentum"], "param_groups": groups})
-        training.history = state["history"]
-        break
-    if damaged:
-        then = f"goes on from epoch {training.epoch}" if training.epoch else "starts again"
-        training.notes.append(f"cannot read {' and '.join(damaged)} in {folder}, and {then}")
-    return training
-
-
-def train_cifar(config: dict, dataset: Dataset, search_folder: str, checkpoint_period: float) -> None:
-    """Train one trial under Ray Tune, and report every epoch.
-
-    Before the report the weights are saved, if they are the best so far; and the state of the training, if it has
-    trained for at least checkpoint_period seconds since that was saved last.
-
-    Whatever became of an earlier process of the same trial, it goes on from the newest state in its folder,
-    search_folder/<trial name>. First it reports again what the epochs up to there had reported, so that stopper and log
-    are told as if the trial had never been interrupted.
-    """
-    torch.set_num_threads(max(1, int(tune.get_context().get_trial_resources().head_cpus)))
-    folder = Path(search_folder) / tune.get_context().get_trial_name()
-    for path in (*folder.glob(".checkpoint_*"), *folder.glob(".training_*")):  # of a process killed while it wrote
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    device = best_device()
-    training = restore_training(config, len(dataset.classes), device, folder)
-    for metrics in list(training.history):
-        report(metrics, training.notes)
-    # Of this training: weights that an earlier process saved at a later epoch are compared where they are read.
-    known = [m for m in saved_weights(folder).values() if any(of_same_epoch(m, other) for other in training.history)]
-    best = max((metrics["accuracy"] for metrics in known), default=-1.0)
-    saved_at = training.seconds
-    for metrics in train_epochs(training, config, dataset, device):
-        improved = metrics["accuracy"] > best and math.isfinite(metrics["loss"])
-        if improved:
-            best = metrics["accuracy"]
-            save_weights(training, folder)
-        if metrics["seconds"] - saved_at >= checkpoint_period:
-            saved_at = metrics["seconds"]
-            save_training(training, config, folder)
-        report(metrics, training.notes)
-        if improved:
-            prune_weights(folder, metrics)
-
-
-def report(metrics: dict, notes: list[str]) -> None:
-    """Report an epoch to Tune, and with it the notes, which are then told."""
-    told = "; ".join(notes)
-    notes.clear()  # first, for a trial that is stopped does not return
-    tune.report(metrics | ({"note": told} if told else {}))

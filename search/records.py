@@ -24,7 +24,8 @@ from pathlib import Path
 from data import Dataset, InputError, fingerprint
 from search.command_line import Settings
 from search.space import check_param_space, described, trial_name
-from train import METRICS, WEIGHTS_FILE, checkpoint_path, of_same_epoch, replacing, saved_weights
+from search.trial import WEIGHTS_FILE, checkpoint_path, of_same_epoch, replacing, saved_weights
+from train import METRICS
 
 SEARCH_FILE, PARAMS_FILE, LOG_FILE, ERROR_FILE = "search.json", "params.json", "result.json", "error.txt"
 FORMAT = 2  # of all these files; another one is refused

@@ -18,7 +18,8 @@ from ray import tune
 from data import Dataset
 from model import SmallResNet
 from search.records import FINISHED, best_first, sealed, shown, unsealed, write_whole
-from train import WEIGHTS_FILE, best_device, evaluate, evaluation_batches, new_model, read_state, replacing
+from search.trial import WEIGHTS_FILE, read_state, replacing
+from train import best_device, evaluate, evaluation_batches, new_model
 
 BEST_MODEL = "best_model"
 # Shown for every trial; other hyperparameters only where trials differ in them.

@@ -31,8 +31,9 @@ from hparam_search import main
 from search.records import FINISHED, read_log, read_results, read_search
 from search.report import load_model
 from search.space import trial_name
+from search.trial import save_weights, train_cifar
 from tests.conftest import REPOSITORY, SMALL_IMAGES, make_small, read_csv, reported_epochs
-from train import evaluate, evaluation_batches, save_weights, train_cifar
+from train import evaluate, evaluation_batches
 
 LONG = ["--quick", "--max-epochs", "14", "--num-samples"]
 

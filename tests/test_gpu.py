@@ -15,21 +15,10 @@ import torch
 from data import Batches, Dataset, make_synthetic
 from hparam_search import BASELINE_RECIPE, main, param_space
 from search.records import read_log
+from search.trial import checkpoint_path, restore_training, save_training, save_weights
 from search.trial_log import error_sentence
 from tests.conftest import read_csv
-from train import (
-    EAGER_STEPS,
-    TrainStep,
-    checkpoint_path,
-    evaluate,
-    evaluation_batches,
-    new_model,
-    new_training,
-    restore_training,
-    save_training,
-    save_weights,
-    train_epochs,
-)
+from train import EAGER_STEPS, TrainStep, evaluate, evaluation_batches, new_model, new_training, train_epochs
 
 pytestmark = pytest.mark.gpu
 

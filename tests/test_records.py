@@ -19,8 +19,8 @@ from search.records import (
     write_params,
     write_whole,
 )
+from search.trial import replacing
 from tests.conftest import log_line
-from train import replacing
 
 
 def test_five_best_models_are_kept(search: tuple[Path, list[dict]]) -> None:

@@ -12,22 +12,16 @@ from torch.nn import functional as F
 from data import Batches, Dataset
 from hparam_search import BASELINE_RECIPE, param_space
 from model import SmallResNet
-from train import (
-    SCHEDULES,
+from search.trial import (
     WEIGHTS_FILE,
-    Training,
     checkpoint_path,
-    evaluate,
-    evaluation_batches,
-    new_training,
     prune_weights,
     restore_training,
     save_training,
     save_weights,
     saved_weights,
-    train_epochs,
-    update_average,
 )
+from train import SCHEDULES, Training, evaluate, evaluation_batches, new_training, train_epochs, update_average
 
 CPU = torch.device("cpu")
 CONFIG = param_space | {"epochs": 4, "h_1": 4, "h_2": 8, "p_drop": 0.3, "lr": 0.05, "batch_size": 32, "seed": 5}
