@@ -30,6 +30,7 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
 from data import Dataset, InputError, fingerprint, read_images
 from search.early_stopping import EarlyStopping
+from search.progress import Progress
 from search.ray_session import running_ray, share_resources
 from search.records import (
     FINISHED,
@@ -47,10 +48,10 @@ from search.records import (
     resume_command,
     write_search,
 )
-from search.report import ProgressTable, read_best_model, recap, recap_best, save_best_model, write_results
+from search.report import read_best_model, recap, recap_best, save_best_model, write_results
 from search.resuming import ResumedScheduler, TrialsLeft
 from search.signals import stopping_on_signals
-from search.space import check_param_space, described, draw_trials
+from search.space import check_param_space, described, draw_trials, searched
 from search.trial import train_cifar
 from search.trial_log import TrialLog
 
@@ -100,7 +101,7 @@ MAX_SECONDS_PER_TRIAL = 3600
 MAX_FAILURES_PER_TRIAL = 2
 CHECKPOINT_PERIOD = 30  # seconds of training that a kill may cost
 MODELS_KEPT = 5  # of the best trials
-TABLE_PERIOD = 30  # seconds
+PROGRESS_PERIOD = 30  # seconds, between two blocks in a log file
 
 
 def new_scheduler(max_epochs: int) -> TrialScheduler:
@@ -126,7 +127,9 @@ def new_tuner(search: Search, dataset: Dataset, resources: dict[str, float], ray
         train_cifar, dataset=dataset, search_folder=str(search.folder), checkpoint_period=CHECKPOINT_PERIOD
     )
     trials_left = TrialsLeft(search)
+    progress = Progress(PROGRESS_PERIOD, search.seconds)
     max_epochs = trials_left.trials[0][1]["epochs"]  # as many for all
+    stopper = new_stopper(max_epochs)
     return tune.Tuner(
         tune.with_resources(trainable, resources),
         tune_config=tune.TuneConfig(
@@ -140,11 +143,10 @@ def new_tuner(search: Search, dataset: Dataset, resources: dict[str, float], ray
         run_config=tune.RunConfig(
             name=ray_folder.name,
             storage_path=str(ray_folder.parent),
-            stop=new_stopper(max_epochs),
+            stop=stopper,
             failure_config=tune.FailureConfig(max_failures=MAX_FAILURES_PER_TRIAL),
-            callbacks=[TrialLog(search, MODELS_KEPT)],
-            progress_reporter=ProgressTable(TABLE_PERIOD),
-            verbose=1,
+            callbacks=[TrialLog(search, MODELS_KEPT, progress, getattr(stopper, "reasons", {}))],
+            verbose=0,  # Ray's own table
         ),
     )
 
@@ -155,9 +157,15 @@ def search_space(settings: Settings) -> dict:
     return space | ({"epochs": settings.max_epochs} if settings.max_epochs else {})
 
 
+def image_source(settings: Settings) -> dict:
+    """Return the images that the settings name, as the arguments of read_images."""
+    synthetic = QUICK_IMAGES if settings.quick else {}
+    return {"source": settings.dataset, "data_dir": settings.data_dir, "synthetic": synthetic}
+
+
 def load_dataset(settings: Settings) -> Dataset:
     """Return the images that the settings name."""
-    return read_images(settings.dataset, settings.data_dir, QUICK_IMAGES if settings.quick else {})
+    return read_images(**image_source(settings))
 
 
 def new_search(settings: Settings) -> int:
@@ -180,7 +188,7 @@ def new_search(settings: Settings) -> int:
         except OSError as error:
             raise InputError(f"{folder} cannot be made ({error.strerror}): choose another --name") from error
         with holding(folder):
-            search = Search(folder, settings, described(space), fingerprint(dataset), trials)
+            search = Search(folder, settings, described(space), searched(space), fingerprint(dataset), trials)
             write_search(search)
             return run_trials(search, dataset, signals)
 
@@ -240,7 +248,9 @@ def wrap_up(search: Search, dataset: Dataset | None) -> int:
     results = read_results(search)
     prune(results, search.folder, MODELS_KEPT)
     write_results(results, search.folder)
-    metrics = read_best_model(results, search.folder) or save_best_model(results, dataset, search.folder)
+    metrics = read_best_model(results, search.folder)
+    if not metrics:
+        metrics = save_best_model(results, dataset, image_source(search.settings), search.folder)
     print(recap(results, search.seconds, search.resource_usage))
     for row in results:
         if row["error"]:

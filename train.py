@@ -305,7 +305,12 @@ def evaluation_batches(
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, batches: Batches) -> tuple[float, float]:
-    """Return the mean cross-entropy, in nats, and the accuracy, from 0 to 1, over an epoch of batches."""
+    """Return the mean cross-entropy, in nats, and the accuracy, from 0 to 1, over an epoch of batches.
+
+    Both are NaN where there are no images.
+    """
+    if not len(batches):
+        return math.nan, math.nan
     model.eval()
     device = batches.images.device
     dtype = autocast_dtype(device)
@@ -317,3 +322,16 @@ def evaluate(model: nn.Module, batches: Batches) -> tuple[float, float]:
         sums += torch.stack([loss, (logits.argmax(1) == labels).sum()])
     loss, correct = sums.tolist()
     return loss / len(batches.images), correct / len(batches.images)
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, batches: Batches) -> Tensor:
+    """Return the probabilities of each image and class over an epoch of batches, float32 (N, C), on the CPU."""
+    model.eval()
+    device = batches.images.device
+    dtype = autocast_dtype(device)
+    logits = []
+    for images, _ in batches.epoch():
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            logits.append(model(images).float())
+    return torch.cat(logits).softmax(1).cpu()

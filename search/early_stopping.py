@@ -14,21 +14,31 @@ class EarlyStopping(tune.Stopper):
         min_delta: in nats.
         max_seconds: of training and validation.
         max_epochs: after which the trial has ended as it should.
+
+    Attributes:
+        reasons: trial id → why it was stopped.
     """
 
     def __init__(self, patience: int, min_delta: float, max_seconds: float, max_epochs: int) -> None:
         self.patience, self.min_delta = patience, min_delta
         self.max_seconds, self.max_epochs = max_seconds, max_epochs
+        self.reasons = {}
         self.losses = defaultdict(dict)  # trial id → epoch → loss: an epoch repeated after a restore counts once
 
     def __call__(self, trial_id: str, result: dict) -> bool:
         epoch, losses = result["epoch"], self.losses[trial_id]
         losses[epoch] = result["loss"]
-        if not math.isfinite(result["loss"]) or result["seconds"] >= self.max_seconds or epoch >= self.max_epochs:
-            return True
         before = [loss for e, loss in losses.items() if e <= epoch - self.patience]
         since = [loss for e, loss in losses.items() if epoch - self.patience < e <= epoch]
-        return bool(before) and min(since) > min(before) - self.min_delta
+        if not math.isfinite(result["loss"]):
+            self.reasons[trial_id] = "its loss is no number any more"
+        elif epoch >= self.max_epochs:
+            self.reasons[trial_id] = "all epochs done"
+        elif result["seconds"] >= self.max_seconds:
+            self.reasons[trial_id] = f"its {self.max_seconds:,} seconds are over"
+        elif before and min(since) > min(before) - self.min_delta:
+            self.reasons[trial_id] = f"no progress for {self.patience} epochs"
+        return trial_id in self.reasons
 
     def stop_all(self) -> bool:
         return False

@@ -28,7 +28,8 @@ from search.trial import WEIGHTS_FILE, checkpoint_path, of_same_epoch, replacing
 from train import METRICS
 
 SEARCH_FILE, PARAMS_FILE, LOG_FILE, ERROR_FILE = "search.json", "params.json", "result.json", "error.txt"
-FORMAT = 2  # of all these files; another one is refused
+FORMAT = 3  # of all these files; another one is refused
+PARTS = ("param_space", "searched", "images", "seconds", "resource_usage")  # of search.json, besides the settings
 FINISHED = ("TERMINATED", "DIVERGED")
 
 
@@ -40,6 +41,7 @@ class Search:
         folder: where it is.
         settings: what was asked for.
         param_space: the space's entries, in words: see described.
+        searched: what is tried of those that are searched: see space.searched.
         images: what they were: see fingerprint.
         trials: name → config, in the order in which they were drawn; None of those that are not begun.
         seconds: how long it ran, in all its processes.
@@ -49,6 +51,7 @@ class Search:
     folder: Path
     settings: Settings
     param_space: dict[str, str]
+    searched: dict[str, dict]
     images: dict[str, str]
     trials: dict[str, dict | None]
     seconds: float = 0.0
@@ -157,7 +160,7 @@ def write_search(search: Search) -> None:
     settings = asdict(search.settings)
     del settings["resume"]
     content = {"format": FORMAT, "settings": settings, "num_trials": len(search.trials)}
-    content |= {key: getattr(search, key) for key in ("param_space", "images", "seconds", "resource_usage")}
+    content |= {key: getattr(search, key) for key in PARTS}
     write_whole(search.folder / SEARCH_FILE, sealed(content, indent=2))
 
 
@@ -178,7 +181,7 @@ def read_search(folder: Path) -> Search:
         content = unsealed(text)
         settings = Settings(**content["settings"])
         trials = {trial_name(i): None for i in range(content["num_trials"])}
-        parts = {key: content[key] for key in ("param_space", "images", "seconds", "resource_usage")}
+        parts = {key: content[key] for key in PARTS}
     except OSError as error:
         raise InputError(
             f"{folder} holds no search ({error.strerror}): --resume takes a folder that a search made, outputs/<name>"

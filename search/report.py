@@ -1,53 +1,25 @@
 """What a person reads of a search: the table, the recap, results.csv, best_model/."""
 
-import contextlib
 import csv
-import hashlib
 import io
-import json
 import shlex
-import shutil
 import sys
 from collections import Counter
 from datetime import datetime
 from pathlib import Path
 
 import torch
-from ray import tune
 
 from data import Dataset
-from model import SmallResNet
-from search.records import FINISHED, best_first, sealed, shown, unsealed, write_whole
-from search.trial import WEIGHTS_FILE, read_state, replacing
-from train import best_device, evaluate, evaluation_batches, new_model
+from search.model_folder import load_model, read_metrics, write_model_folder
+from search.records import FINISHED, best_first, shown, write_whole
+from search.tensorboard import show_best_model
+from search.trial import WEIGHTS_FILE
+from train import best_device, evaluate, evaluation_batches, predict
 
 BEST_MODEL = "best_model"
 # Shown for every trial; other hyperparameters only where trials differ in them.
 RECAP_PARAMETERS = ["p_drop", "lr", "h_1", "h_2"]
-
-
-class ProgressTable(tune.CLIReporter):
-    """Ray's table while the search runs, at most every so many seconds; the recap takes the place of the last one."""
-
-    def __init__(self, seconds: float) -> None:
-        super().__init__(
-            metric="loss",
-            mode="min",
-            parameter_columns=RECAP_PARAMETERS,
-            metric_columns={"epoch": "iter", "seconds": "total time (s)", "loss": "loss", "accuracy": "accuracy"},
-            max_report_frequency=seconds,
-        )
-
-    def report(self, trials: list, done: bool, *sys_info: str) -> None:
-        if done:
-            return
-        with contextlib.redirect_stdout(io.StringIO()) as table:
-            super().report(trials, done, *sys_info)
-        text = table.getvalue()
-        for trial in trials:
-            text = text.replace(trial.trial_id, str(trial))
-        # Ray's own folder, which is not where the results are.
-        print(*(line for line in text.splitlines() if not line.startswith("Result logdir")), sep="\n")
 
 
 def write_results(results: list[dict], folder: Path) -> None:
@@ -64,14 +36,15 @@ def write_results(results: list[dict], folder: Path) -> None:
     write_whole(folder / "results.csv", text.getvalue())
 
 
-def save_best_model(results: list[dict], dataset: Dataset, folder: Path) -> dict | None:
-    """Test the best trial's model, once, and write best_model/: weights.pt, config.json and metrics.json.
+def save_best_model(results: list[dict], dataset: Dataset, source: dict, folder: Path) -> dict | None:
+    """Test the best trial's model, once, write best_model/, and show TensorBoard what it does on the test images.
 
     Where its weights are damaged or gone, which is said on stderr, it is the next best's.
 
     Args:
         results: of read_results.
         dataset: what the search ran on; its test images are used here and nowhere else.
+        source: the arguments of data.read_images that it was read with.
         folder: the search's; best_model/ is there whole or not at all.
 
     Returns:
@@ -82,48 +55,27 @@ def save_best_model(results: list[dict], dataset: Dataset, folder: Path) -> dict
         print(f"{shown(folder / BEST_MODEL)} is damaged, and made again.", file=sys.stderr)
     device, ranking = best_device(), best_first(results)
     for best in ranking:
-        if model := load_model(best, len(dataset.classes), folder):
+        weights = folder / (best["checkpoint"] or "") / WEIGHTS_FILE
+        if model := load_model(weights, best["config"], len(dataset.classes)):
             break
         if best["checkpoint"] or best is ranking[0]:
             print(f"{best['name']} was better, but its weights are damaged or gone.", file=sys.stderr)
     else:
         return None
+    model = model.to(device, memory_format=torch.channels_last)
     test = evaluation_batches(dataset.test_images, dataset.test_labels, dataset.mean, dataset.std, device)
-    test_loss, test_accuracy = evaluate(model.to(device, memory_format=torch.channels_last), test)
-    description = {
-        "hyperparameters": best["config"],
-        "classes": dataset.classes,
-        "mean": dataset.mean,
-        "std": dataset.std,
+    test_loss, test_accuracy = evaluate(model, test)
+    metrics = {
+        "trial_id": best["trial_id"],
+        "epoch": best["best_epoch"],
+        "val_loss": best["best_loss"],
+        "val_accuracy": best["best_accuracy"],
+        "test_loss": test_loss,
+        "test_accuracy": test_accuracy,
     }
-    with replacing(folder / BEST_MODEL) as temporary:
-        temporary.mkdir()
-        shutil.copyfile(folder / best["checkpoint"] / WEIGHTS_FILE, temporary / WEIGHTS_FILE)
-        (temporary / "config.json").write_text(json.dumps(description, indent=2))
-        metrics = {
-            "trial_id": best["trial_id"],
-            "epoch": best["best_epoch"],
-            "val_loss": best["best_loss"],
-            "val_accuracy": best["best_accuracy"],
-            "test_loss": test_loss,
-            "test_accuracy": test_accuracy,
-            "sha256": {name: sha256(temporary / name) for name in (WEIGHTS_FILE, "config.json")},
-        }
-        (temporary / "metrics.json").write_text(sealed(metrics, indent=2))
+    metrics = write_model_folder(folder / BEST_MODEL, weights, best["config"], dataset, source, metrics)
+    show_best_model(folder, predict(model, test), dataset.test_labels, dataset.test_images, dataset.classes)
     return metrics
-
-
-def load_model(row: dict, num_classes: int, folder: Path) -> SmallResNet | None:
-    """Return the model of a trial's best epoch, on the CPU, or None where its weights are damaged or gone."""
-    weights = read_state(folder / row["checkpoint"] / WEIGHTS_FILE) if row["checkpoint"] else None
-    if weights is None:
-        return None
-    model = new_model(row["config"], num_classes)
-    try:
-        model.load_state_dict(weights)
-    except (RuntimeError, TypeError, AttributeError):  # of another model
-        return None
-    return model
 
 
 def read_best_model(results: list[dict], folder: Path) -> dict | None:
@@ -133,21 +85,6 @@ def read_best_model(results: list[dict], folder: Path) -> dict | None:
         return None
     best = ranking[0]
     return metrics if (metrics["trial_id"], metrics["epoch"]) == (best["trial_id"], best["best_epoch"]) else None
-
-
-def read_metrics(folder: Path) -> dict | None:
-    """Return what metrics.json of a model's folder holds, or None where one of the files there is damaged or gone."""
-    try:
-        metrics = unsealed((folder / "metrics.json").read_bytes())
-        whole = all(sha256(folder / name) == digest for name, digest in metrics["sha256"].items())
-    except (OSError, ValueError, LookupError):
-        return None
-    return metrics if whole else None
-
-
-def sha256(path: Path) -> str:
-    """Return a file's SHA-256, in hexadecimal."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def recap(results: list[dict], seconds: float, resources: str) -> str:

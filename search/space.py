@@ -4,7 +4,7 @@ import inspect
 import math
 
 import numpy as np
-from ray.tune.search.sample import Categorical, Domain, Float, Integer, Sampler
+from ray.tune.search.sample import Categorical, Domain, Float, Integer, LogUniform, Sampler
 from ray.tune.search.variant_generator import generate_variants
 
 from data import InputError
@@ -106,6 +106,24 @@ def described_entry(entry: object) -> str:
         except (OSError, TypeError):  # of one that was typed in, or is built in
             return getattr(entry, "__qualname__", repr(entry))
     return repr(entry)
+
+
+def searched(space: dict) -> dict[str, dict]:
+    """Return the hyperparameters that a space searches → what is tried, as JSON can hold it.
+
+    That is {"values": […]} of a grid or a choice, {"lower": …, "upper": …, "log": …} of a range (both ends can occur),
+    and {} of a function.
+    """
+    found = {}
+    for key, entry in space.items():
+        values = possible_values(entry)
+        if isinstance(entry, Float | Integer):
+            sampler = entry.get_sampler()
+            sampler = getattr(sampler, "sampler", sampler)  # of a quantized range
+            found[key] = {"lower": values[0], "upper": values[1], "log": isinstance(sampler, LogUniform)}
+        elif isinstance(entry, dict | Domain) and (len(values) > 1 or not values):
+            found[key] = {"values": values} if values else {}
+    return found
 
 
 def trial_name(i: int) -> str:

@@ -1,14 +1,12 @@
-"""What is written when a trial reports: its log, its errors, TensorBoard's events; and what makes room then."""
+"""What happens when a trial reports: its log, its errors and TensorBoard's events are written, and room is made."""
 
 import re
-import sys
 import time
 from pathlib import Path
 
 from ray import tune
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 
+from search.progress import Progress
 from search.records import (
     ERROR_FILE,
     FINISHED,
@@ -21,6 +19,7 @@ from search.records import (
     summarise,
     write_params,
 )
+from search.tensorboard import Board
 from train import METRICS
 
 
@@ -34,55 +33,72 @@ class TrialLog(tune.Callback):
     Args:
         search: the one whose trials these are.
         models_kept: how many finished trials keep their weights.
+        progress: what shows how far they are.
+        reasons: trial id → why the stopper ended it.
     """
 
-    def __init__(self, search: Search, models_kept: int) -> None:
-        self.folder, self.models_kept = search.folder, models_kept
+    def __init__(self, search: Search, models_kept: int, progress: Progress, reasons: dict[str, str]) -> None:
+        self.folder, self.models_kept, self.progress, self.reasons = search.folder, models_kept, progress, reasons
         results = read_results(search)
         self.configs = search.trials
+        self.rows = {row["name"]: row for row in results}
         self.lines = {
             row["name"]: read_log(self.folder / row["name"])[0] for row in results if row["status"] not in FINISHED
         }
         self.kept = []  # finished trials with weights
         self.prune([row for row in results if row["status"] in FINISHED])
-        self.writers = {}  # trial name → SummaryWriter, of running trials
+        self.board = Board(search, results)
         self.unwritten = {}  # trial name → text that found no room on the disk
+
+    def on_trial_start(self, iteration: int, trials: list, trial: object, **info: object) -> None:
+        self.show(trials)
 
     def on_trial_result(self, iteration: int, trials: list, trial: object, result: dict, **info: object) -> None:
         name = str(trial)
         if result.get("note"):
-            print(f"{name} {result['note']}.", file=sys.stderr)
+            self.progress.say(f"{name} {result['note']}.")
         metrics = {key: result[key] for key in METRICS}
         if not result["done"] and any(metrics.items() <= line.items() for line in self.lines[name]):
             return  # a restored trial reports again what it had
         line = metrics | {"time": time.time()} | ({"done": True} if result["done"] else {})
         self.append(name, line)
+        row = self.rows[name] = summarise(name, trial.config, self.lines[name], 0, self.folder)
         try:
-            self.write_events(name, line, trial.config)
+            self.board.write_epoch(row, line, len(running(trials)))
         except OSError as error:  # the lines of result.json are what counts
             self.warn(name, error)
         if result["done"]:
             (self.folder / name / ERROR_FILE).unlink(missing_ok=True)
-            self.close_writer(name)
-            self.prune([summarise(name, trial.config, self.lines.pop(name), 0, self.folder)])
+            del self.lines[name]
+            self.prune([row])
+            reason = self.reasons.get(trial.trial_id, "stopped by the scheduler")
+            self.progress.say(f"{name}: {reason}, at epoch {row['epochs']}; best accuracy {row['best_accuracy']:.4f}.")
+        self.show(trials, without=name if result["done"] else None)
 
     def on_trial_recover(self, iteration: int, trials: list, trial: object, **info: object) -> None:
-        self.close_writer(str(trial))  # so that TensorBoard drops the epochs that are trained again
+        self.board.close(str(trial))
 
     def on_trial_error(self, iteration: int, trials: list, trial: object, **info: object) -> None:
         name, text = str(trial), Path(trial.error_file).read_text(errors="replace") if trial.error_file else ""
         self.append(name, {"error": error_sentence(text, trial.config), "time": time.time()})
+        self.rows[name] = summarise(name, trial.config, self.lines[name], 0, self.folder)
         try:
             (self.folder / name / ERROR_FILE).write_text(text)
         except OSError as error:
             self.warn(name, error)
-        self.close_writer(name)
+        self.board.close(name)
+        self.progress.say(f"{name} failed: {self.rows[name]['error']}.")
+        self.show(trials, without=name)
 
     def on_experiment_end(self, trials: list, **info: object) -> None:
-        for name in list(self.writers):
-            self.close_writer(name)
+        self.board.close_all()
         for name in list(self.unwritten):
             self.append(name, None)
+        self.progress.erase()
+
+    def show(self, trials: list, without: str | None = None) -> None:
+        """Show how far the trials are; one that has just ended is no longer running."""
+        self.progress.update(list(self.rows.values()), [name for name in running(trials) if name != without])
 
     def append(self, name: str, line: dict | None) -> None:
         """Append a line, and what could not be written before, to a trial's log."""
@@ -97,26 +113,6 @@ class TrialLog(tune.Callback):
             self.unwritten[name] = text
             self.warn(name, error)
 
-    def write_events(self, name: str, line: dict, config: dict) -> None:
-        """Write TensorBoard's events of an epoch, and with the first one the hyperparameters."""
-        if name not in self.writers:
-            # Of an epoch trained again, TensorBoard shows the later.
-            writer = SummaryWriter(str(self.folder / name), purge_step=line["epoch"])
-            self.writers[name] = writer
-            experiment, session_start, _ = hparams(config, dict.fromkeys(("accuracy", "loss"), 0.0))
-            writer.file_writer.add_summary(experiment)
-            writer.file_writer.add_summary(session_start)
-        for key in METRICS:
-            if key != "epoch":
-                self.writers[name].add_scalar(key, line[key], line["epoch"])
-        if "done" in line:
-            self.writers[name].file_writer.add_summary(hparams({}, {})[2])
-        self.writers[name].flush()
-
-    def close_writer(self, name: str) -> None:
-        if writer := self.writers.pop(name, None):
-            writer.close()
-
     def prune(self, finished: list[dict]) -> None:
         """Make room where more trials have finished."""
         rows = [*self.kept, *finished]
@@ -124,7 +120,12 @@ class TrialLog(tune.Callback):
         self.kept = [row for row in rows if row["checkpoint"]]
 
     def warn(self, name: str, error: OSError) -> None:
-        print(f"{name}: its log in {self.folder / name} cannot be written ({error}): make room there.", file=sys.stderr)
+        self.progress.say(f"{name}: its log in {self.folder / name} cannot be written ({error}): make room there.")
+
+
+def running(trials: list) -> list[str]:
+    """Return the names of Tune's trials that run."""
+    return [str(trial) for trial in trials if trial.status == trial.RUNNING]
 
 
 def error_sentence(text: str, config: dict) -> str:

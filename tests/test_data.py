@@ -30,6 +30,7 @@ from data import (
     Batches,
     InputError,
     channel_statistics,
+    fingerprint,
     load_cifar100,
     load_folder,
     make_synthetic,

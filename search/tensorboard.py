@@ -1,0 +1,219 @@
+"""What TensorBoard shows: every trial's curves and hyperparameters, the search as a whole, and its best model.
+
+A trial's events lie in its own folder, the search's in the search's. TensorBoard groups curves by what stands before
+the slash, and sorts these groups by the alphabet.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from tensorboard.plugins.hparams import summary_v2 as hp  # plugins.hparams.api would import TensorFlow
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from search.records import FINISHED, Search, best_first
+
+# Of each epoch: what it reports → its curve. Training and validation of one quantity stand side by side.
+CURVES = {
+    "accuracy": "accuracy/validation",
+    "train_accuracy": "accuracy/train",
+    "loss": "loss/validation",
+    "train_loss": "loss/train",
+    "lr": "training/lr",
+    "images_per_second": "training/images_per_second",
+    "seconds": "training/seconds",
+}
+# Of each trial so far: HPARAMS shows the last value of each.
+TRIAL_CURVES = {"best_accuracy": "trial/best_accuracy", "best_loss": "trial/best_loss", "epochs": "trial/epochs"}
+MISTAKES_SHOWN = (5, 8)  # rows, columns
+IMAGE_SCALE = 3
+INK, PAPER, ACCENT = (30, 30, 30), (255, 255, 255), (31, 119, 180)
+
+
+class Board:
+    """Writes the events of a search and its trials as these report.
+
+    Args:
+        search: the one whose events these are.
+        results: of read_results, as the search begins or goes on.
+    """
+
+    def __init__(self, search: Search, results: list[dict]) -> None:
+        self.search, self.rows = search, {row["name"]: row for row in results}
+        self.writers = {}  # folder → SummaryWriter, while one is written to
+
+    def write_epoch(self, row: dict, line: dict, running: int) -> None:
+        """Write what a trial reported, and what came of it and of the search so far.
+
+        Args:
+            row: of summarise, the trial's.
+            line: of its log, the last one.
+            running: how many trials run.
+        """
+        writer = self.trial_writer(row, line["epoch"])
+        for key, tag in CURVES.items():
+            writer.add_scalar(tag, line[key], line["epoch"])
+        for key, tag in TRIAL_CURVES.items():
+            writer.add_scalar(tag, row[key], line["epoch"])
+        if row["status"] in FINISHED:
+            writer.file_writer.add_summary(hparams({}, {})[2])  # the trial has ended well
+        writer.flush()
+
+        self.rows[row["name"]] = row
+        rows = list(self.rows.values())
+        spent = sum(other["epochs"] or 0 for other in rows)
+        whole = self.search_writer()
+        if ranking := best_first(rows):
+            whole.add_scalar("search/best_accuracy", ranking[0]["best_accuracy"], spent)
+        whole.add_scalar("search/trials_running", running, spent)
+        whole.add_scalar("search/trials_finished", sum(other["status"] in FINISHED for other in rows), spent)
+        whole.flush()
+        if row["status"] in FINISHED:
+            self.close(row["name"])
+
+    def trial_writer(self, row: dict, epoch: int) -> SummaryWriter:
+        """Return the writer of a trial's events, which begin with its hyperparameters."""
+        if row["name"] not in self.writers:
+            # Of an epoch trained again, TensorBoard shows the later.
+            writer = SummaryWriter(str(self.search.folder / row["name"]), purge_step=epoch)
+            self.writers[row["name"]] = writer
+            values = {key: shown_value(row["config"][key], tried) for key, tried in self.search.searched.items()}
+            writer.file_writer.add_summary(hp.hparams_pb(values, trial_id=row["name"]))
+        return self.writers[row["name"]]
+
+    def search_writer(self) -> SummaryWriter:
+        """Return the writer of the search's events, which begin with what is searched and by what it is judged."""
+        if "" not in self.writers:
+            self.writers[""] = SummaryWriter(str(self.search.folder))
+            domains = [hp.HParam(key, domain(tried)) for key, tried in self.search.searched.items()]
+            metrics = [hp.Metric(tag, display_name=key) for key, tag in TRIAL_CURVES.items()]
+            self.writers[""].file_writer.add_summary(hp.hparams_config_pb(domains, metrics))
+        return self.writers[""]
+
+    def close(self, name: str) -> None:
+        """Close a trial's events, so that of the epochs that are trained again TensorBoard shows the later."""
+        if writer := self.writers.pop(name, None):
+            writer.close()
+
+    def close_all(self) -> None:
+        for name in list(self.writers):
+            self.close(name)
+
+
+def domain(tried: dict) -> hp.Domain | None:
+    """Return the values of a hyperparameter as HPARAMS is told them: see space.searched."""
+    if "values" in tried:
+        return hp.Discrete(sorted({shown_value(value, tried) for value in tried["values"]}))
+    if not tried:
+        return None
+    interval = hp.IntInterval if type(tried["lower"]) is int and type(tried["upper"]) is int else hp.RealInterval
+    return interval(tried["lower"], tried["upper"])
+
+
+def shown_value(value: object, tried: dict) -> object:
+    """Return a value as HPARAMS takes it: those of one hyperparameter must be of one type."""
+    types = {type(other) for other in tried.get("values", [value])}
+    if types == {int, float}:
+        return float(value)
+    return value if len(types) == 1 else str(value)
+
+
+# --- the best model on the test images --------------------------------------------------------------------------------
+
+
+def show_best_model(folder: Path, probabilities: Tensor, labels: Tensor, images: Tensor, classes: tuple) -> None:
+    """Write pictures of what the best model does on the test images into the search's events.
+
+    Args:
+        folder: the search's.
+        probabilities: float (N, C), on the CPU, of each image and class.
+        labels: int64 (N,).
+        images: uint8 (N, 32, 32, 3).
+        classes: the C names.
+    """
+    predicted = probabilities.argmax(1)
+    confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64)
+    confusion.index_put_((labels, predicted), torch.ones(len(labels), dtype=torch.int64), accumulate=True)
+    with SummaryWriter(str(folder)) as writer:
+        for name, picture in (
+            ("confusion_matrix", confusion_picture(confusion, classes)),
+            ("accuracy_by_class", accuracy_picture(confusion, classes)),
+            ("most_confident_mistakes", mistakes_picture(probabilities, labels, images, classes)),
+        ):
+            tensor = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+            writer.add_image(f"best_model/{name}", tensor.view(picture.height, picture.width, 3), dataformats="HWC")
+
+
+def blank(width: float, height: float, size: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    """Return a white picture, and what draws on it, in letters of that size in pixels."""
+    picture = Image.new("RGB", (math.ceil(width), math.ceil(height)), PAPER)
+    draw = ImageDraw.Draw(picture)
+    draw.font = ImageFont.load_default(size)
+    return picture, draw
+
+
+def widest(classes: tuple, size: int) -> float:
+    """Return the width in pixels of the longest name."""
+    font = ImageFont.load_default(size)
+    return max(font.getlength(name) for name in classes)
+
+
+def confusion_picture(confusion: Tensor, classes: tuple) -> Image.Image:
+    """Draw a confusion matrix, int64 (C, C), a row a true class and a column a predicted one."""
+    cell = max(10, min(44, 900 // len(classes)))
+    size = min(14, cell - 1)
+    margin = widest(classes, size) + 10
+    top = margin + 2 * size
+    picture, draw = blank(margin + cell * len(classes) + 10, top + cell * len(classes) + 10, size)
+    shares = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
+    draw.text((4, 4), "a row: the true class; a column: the predicted one", INK)
+    for i, name in enumerate(classes):
+        draw.text((margin - 5, top + (i + 0.5) * cell), name, INK, anchor="rm")
+        upright, pen = blank(margin - 5, size + 2, size)
+        pen.text((0, size / 2), name, INK, anchor="lm")
+        picture.paste(upright.rotate(90, expand=True), (int(margin + (i + 0.5) * cell - size / 2), 2 * size))
+        for j in range(len(classes)):
+            share = shares[i, j].item()
+            shade = tuple(round(p + (a - p) * share**0.5) for p, a in zip(PAPER, ACCENT, strict=True))
+            x, y = margin + j * cell, top + i * cell
+            draw.rectangle((x, y, x + cell - 2, y + cell - 2), fill=shade)
+            if cell >= 30 and confusion[i, j]:
+                draw.text((x + cell / 2, y + cell / 2), str(confusion[i, j].item()), INK, anchor="mm")
+    return picture
+
+
+def accuracy_picture(confusion: Tensor, classes: tuple) -> Image.Image:
+    """Draw a bar for each class that has test images, the most accurate first."""
+    counts = confusion.sum(1)
+    accuracy = {classes[i]: confusion[i, i].item() / counts[i].item() for i in range(len(classes)) if counts[i]}
+    margin, height, full = widest(classes, 13) + 10, 18, 400
+    picture, draw = blank(margin + full + 60, height * len(accuracy) + 8, 13)
+    for i, (name, value) in enumerate(sorted(accuracy.items(), key=lambda entry: -entry[1])):
+        y = 4 + i * height
+        draw.text((margin - 5, y + height / 2), name, INK, anchor="rm")
+        draw.rectangle((margin, y + 2, margin + full * value, y + height - 2), fill=ACCENT)
+        draw.text((margin + full * value + 5, y + height / 2), f"{value:.3f}", INK, anchor="lm")
+    return picture
+
+
+def mistakes_picture(probabilities: Tensor, labels: Tensor, images: Tensor, classes: tuple) -> Image.Image:
+    """Draw the images that were taken for another class with the highest probabilities, and both names."""
+    rows, columns = MISTAKES_SHOWN
+    confidence, predicted = probabilities.max(1)
+    wrong = (predicted != labels).nonzero().flatten()
+    wrong = wrong[confidence[wrong].argsort(descending=True)][: rows * columns]
+    side = images.shape[1] * IMAGE_SCALE
+    width, height = max(side + 12, widest(classes, 11) + 60), side + 36
+    picture, draw = blank(width * columns, height * max(1, math.ceil(len(wrong) / columns)), 11)
+    if not len(wrong):
+        draw.text((4, 4), "no mistakes", INK)
+    for k, i in enumerate(wrong.tolist()):
+        x, y = (k % columns) * width + 6, (k // columns) * height + 4
+        image = Image.fromarray(images[i].numpy()).resize((side, side), Image.Resampling.NEAREST)
+        picture.paste(image, (int(x), int(y)))
+        draw.text((x, y + side + 1), f"is {classes[labels[i]]}", INK)
+        draw.text((x, y + side + 14), f"not {classes[predicted[i]]} ({confidence[i]:.2f})", (180, 30, 30))
+    return picture
