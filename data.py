@@ -108,7 +108,7 @@ def read_images(source: str, data_dir: str | Path, synthetic: dict) -> Dataset:
         raise InputError(f"--data-dir {data_dir} cannot be read ({error}): choose another") from error
     counts = [len(labels) for labels in (dataset.train_labels, dataset.val_labels, dataset.test_labels)]
     print(
-        "Images of {} classes: {:,} for training, {:,} for validation, {:,} for the test.".format(
+        "Images of {} classes: {:,} for training, {:,} for validation, {:,} for testing.".format(
             len(dataset.classes), *counts
         )
     )

@@ -30,6 +30,7 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
 from data import Dataset, InputError, fingerprint, read_images
 from search.early_stopping import EarlyStopping
+from search.importance import conclusions
 from search.progress import Progress
 from search.ray_session import running_ray, share_resources
 from search.records import (
@@ -48,7 +49,7 @@ from search.records import (
     resume_command,
     write_search,
 )
-from search.report import read_best_model, recap, recap_best, save_best_model, write_results
+from search.report import best_so_far, read_best_model, recap, recap_best, save_best_model, write_results
 from search.resuming import ResumedScheduler, TrialsLeft
 from search.signals import stopping_on_signals
 from search.space import check_param_space, described, draw_trials, searched
@@ -235,7 +236,8 @@ def run_trials(search: Search, dataset: Dataset, signals: list[int]) -> int:
         return wrap_up(search, dataset)
     results = read_results(search)
     write_results(results, search.folder)
-    print(recap(results, search.seconds, search.resource_usage))
+    print(recap(results, search.seconds, search.resource_usage, list(search.searched)))
+    print(best_so_far(results))
     print(f"Interrupted. To go on: {resume_command(search.folder)}")
     return 128 + signals[0]
 
@@ -251,14 +253,15 @@ def wrap_up(search: Search, dataset: Dataset | None) -> int:
     metrics = read_best_model(results, search.folder)
     if not metrics:
         metrics = save_best_model(results, dataset, image_source(search.settings), search.folder)
-    print(recap(results, search.seconds, search.resource_usage))
+    print(recap(results, search.seconds, search.resource_usage, list(search.searched)))
     for row in results:
         if row["error"]:
             print(f"{row['name']} failed: {row['error']}", file=sys.stderr)
     if not metrics:
         print("No trial has a model, so there is no best model.", file=sys.stderr)
         return 1
-    print(recap_best(results, metrics, search.folder))
+    print(recap_best(results, metrics, search.folder, list(search.searched)))
+    print(*conclusions(search, results), sep="\n")
     return 0 if metrics["trial_id"] == best_first(results)[0]["trial_id"] else 1
 
 

@@ -74,7 +74,7 @@ def block(rows: list[dict], running: list[str], seconds: float, left: float | No
     ended = sum(row["status"] in (*FINISHED, "ERROR") for row in rows if row["name"] not in running)
     waiting = len(rows) - ended - len(running)
     spent, planned = (sum(row["epochs"] or 0 for row in rows), sum(row["config"]["epochs"] for row in rows))
-    then = f", about {duration(left)} left" if left is not None else ""
+    then = f", about {duration(left) if left < 90 else f'{left / 60:.0f}min'} left" if left is not None else ""
     lines = [
         f"Trials: {ended} done, {len(running)} running, {waiting} waiting. Epochs: {spent} of at most {planned}.",
         f"Time: {duration(seconds)}{then}.",

@@ -4,6 +4,7 @@ import csv
 import io
 import shlex
 import sys
+import textwrap
 from collections import Counter
 from datetime import datetime
 from pathlib import Path
@@ -18,8 +19,8 @@ from search.trial import WEIGHTS_FILE
 from train import best_device, evaluate, evaluation_batches, predict
 
 BEST_MODEL = "best_model"
-# Shown for every trial; other hyperparameters only where trials differ in them.
-RECAP_PARAMETERS = ["p_drop", "lr", "h_1", "h_2"]
+COLUMNS = 80
+RECAP_ORDER = ["p_drop", "lr", "h_1", "h_2"]  # then the others
 
 
 def write_results(results: list[dict], folder: Path) -> None:
@@ -87,48 +88,56 @@ def read_best_model(results: list[dict], folder: Path) -> dict | None:
     return metrics if (metrics["trial_id"], metrics["epoch"]) == (best["trial_id"], best["best_epoch"]) else None
 
 
-def recap(results: list[dict], seconds: float, resources: str) -> str:
-    """Return the state of a search as text: counts, times, resources, the best trial so far and a table of all trials.
+def recap(results: list[dict], seconds: float, resources: str, searched: list[str]) -> str:
+    """Return the state of a search as text of 80 columns: counts, times, resources, and a table of all trials.
 
     Args:
         results: of read_results.
         seconds: how long the search ran.
         resources: what it ran on, as one line.
+        searched: the hyperparameters in which trials differ.
     """
     counts = Counter(row["status"] for row in results)
     now = datetime.now().strftime("%Y-%m-%d %H:%M:%S")
+    names = sorted(searched, key=lambda name: [*RECAP_ORDER, name].index(name))
+    columns = {
+        "trial": [row["trial_id"] for row in results],
+        "status": [row["status"] for row in results],
+        **{name: [shown_value(row["config"].get(name)) for row in results] for name in names},
+        "iter": [shown_value(row["epochs"]) for row in results],
+        "time (s)": [decimals(row["seconds"], 0) for row in results],
+        "loss": [decimals(row["loss"], 4) for row in results],
+        "accuracy": [decimals(row["accuracy"], 4) for row in results],
+    }
     lines = [
         "Trial status: " + " | ".join(f"{count} {status}" for status, count in counts.items()),
         f"Current time: {now}. Total running time: {duration(seconds)}",
         f"Logical resource usage: {resources}",
+        *tables(columns, names),
     ]
-    if ranking := best_first(results):
-        best = ranking[0]
-        lines.append(
-            f"Current best trial: {best['trial_id']} with loss={best['best_loss']} and params={best['config']}"
-        )
-    names = RECAP_PARAMETERS + [
-        name
-        for name in dict.fromkeys(name for row in results for name in row["config"])
-        if name not in RECAP_PARAMETERS and len({str(row["config"].get(name)) for row in results}) > 1
-    ]
-    header = ["Trial name", "status", *names, "iter", "total time (s)", "loss", "accuracy"]
-    table = [
-        [row["name"], row["status"]]
-        + [row["config"].get(name) for name in names]
-        + [row["epochs"], row["seconds"], row["loss"], row["accuracy"]]
-        for row in results
-    ]
-    return "\n".join([*lines, boxed_table(header, table)])
+    shared = {name: value for name, value in results[0]["config"].items() if name not in searched}
+    if shared:
+        text = ", ".join(f"{name} {value}" for name, value in shared.items())
+        lines += textwrap.wrap(f"All trials: {text}.", COLUMNS, break_on_hyphens=False)
+    return "\n".join(lines)
 
 
-def recap_best(results: list[dict], metrics: dict, folder: Path) -> str:
+def best_so_far(results: list[dict]) -> str:
+    """Return a line on the best trial of a search that goes on, or on that there is none yet."""
+    if not (ranking := best_first(results)):
+        return "No trial has reported yet."
+    best = ranking[0]
+    return f"Best so far: {best['name']}, accuracy {best['best_accuracy']:.4f} after epoch {best['best_epoch']}."
+
+
+def recap_best(results: list[dict], metrics: dict, folder: Path, searched: list[str]) -> str:
     """Return the closing lines of a search as text: its best trial by its best epoch, and where things are.
 
     Args:
         results: of read_results.
         metrics: of save_best_model.
         folder: the search's.
+        searched: the hyperparameters in which trials differ, which are shown as lines of param_space.
     """
     best = next(row for row in results if row["trial_id"] == metrics["trial_id"])
     finished = [row for row in results if row["status"] in FINISHED]
@@ -137,7 +146,7 @@ def recap_best(results: list[dict], metrics: dict, folder: Path) -> str:
     return "\n".join(
         [
             f"Best trial: {best['name']}, epoch {metrics['epoch']} of {best['config']['epochs']}",
-            f"  config: {best['config']}",
+            *(f'    "{name}": {best["config"][name]!r},' for name in searched),
             f"  validation loss: {metrics['val_loss']:.4f}",
             f"  validation accuracy: {metrics['val_accuracy']:.4f}",
             f"  test accuracy: {metrics['test_accuracy']:.4f}",
@@ -148,19 +157,37 @@ def recap_best(results: list[dict], metrics: dict, folder: Path) -> str:
     )
 
 
-def boxed_table(header: list[str], rows: list[list]) -> str:
-    """Return a table with a box around it; floats have 6 significant digits, and numbers stand to the right."""
-    cells = [[f"{v:.6g}" if isinstance(v, float) else "" if v is None else str(v) for v in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
-    numeric = [all(isinstance(v, int | float | None) for v in column) for column in zip(*rows, strict=True)]
+def shown_value(value: object) -> str:
+    """Return a value as a table shows it: floats with three significant digits, nothing for None."""
+    return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
-    def line(values: list[str], numeric: list[bool]) -> str:
-        parts = [v.rjust(w) if n else v.ljust(w) for v, w, n in zip(values, widths, numeric, strict=True)]
-        return "│ " + "   ".join(parts) + " │"
 
-    rule = "─" * (sum(widths) + 3 * (len(widths) - 1) + 2)
-    body = [line(row, numeric) for row in cells]
-    return "\n".join([f"╭{rule}╮", line(header, [False] * len(header)), f"├{rule}┤", *body, f"╰{rule}╯"])
+def decimals(value: float | None, digits: int) -> str:
+    """Return a number with so many decimals, or nothing for None."""
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def tables(columns: dict[str, list[str]], optional: list[str]) -> list[str]:
+    """Return columns of text as the lines of one table of 80 columns or, where that is too narrow, of several.
+
+    Args:
+        columns: header → cells; the first one names a row, and stands in every table.
+        optional: the headers that may stand in another table than the first.
+    """
+    widths = {name: max(map(len, [name, *cells])) for name, cells in columns.items()}
+    first, later = list(columns), []
+    while sum(widths[name] + 2 for name in first) - 2 > COLUMNS and (moved := [n for n in first if n in optional]):
+        first.remove(moved[-1])
+        later.insert(0, moved[-1])
+    lines = ["─" * (sum(widths[name] + 2 for name in first) - 2)]
+    for row in range(-1, len(columns[first[0]])):
+        cells = [(columns[name][row] if row >= 0 else name).rjust(widths[name]) for name in first]
+        lines.append("  ".join(cells))
+    lines.append(lines[0])
+    if not later:
+        return lines
+    name = first[0]
+    return lines + tables({name: columns[name]} | {other: columns[other] for other in later}, later[1:])
 
 
 def duration(seconds: float) -> str:

@@ -206,7 +206,7 @@ def mistakes_picture(probabilities: Tensor, labels: Tensor, images: Tensor, clas
     wrong = (predicted != labels).nonzero().flatten()
     wrong = wrong[confidence[wrong].argsort(descending=True)][: rows * columns]
     side = images.shape[1] * IMAGE_SCALE
-    width, height = max(side + 12, widest(classes, 11) + 60), side + 36
+    width, height = max(side + 12, widest(classes, 11) + 96), side + 36
     picture, draw = blank(width * columns, height * max(1, math.ceil(len(wrong) / columns)), 11)
     if not len(wrong):
         draw.text((4, 4), "no mistakes", INK)
@@ -215,5 +215,5 @@ def mistakes_picture(probabilities: Tensor, labels: Tensor, images: Tensor, clas
         image = Image.fromarray(images[i].numpy()).resize((side, side), Image.Resampling.NEAREST)
         picture.paste(image, (int(x), int(y)))
         draw.text((x, y + side + 1), f"is {classes[labels[i]]}", INK)
-        draw.text((x, y + side + 14), f"not {classes[predicted[i]]} ({confidence[i]:.2f})", (180, 30, 30))
+        draw.text((x, y + side + 14), f"taken for {classes[predicted[i]]} ({confidence[i]:.2f})", (180, 30, 30))
     return picture

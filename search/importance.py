@@ -1,0 +1,111 @@
+"""Which hyperparameters mattered, and whether the best trial lies at the edge of what was tried."""
+
+import math
+import textwrap
+
+import numpy as np
+
+from search.records import FINISHED, Search, best_first, read_log
+
+# Of 7 trials, only a rank correlation above 0.9 would stand out from chance among four hyperparameters.
+MIN_TRIALS = 8
+SIGNIFICANCE = 0.05  # that chance alone makes one of all hyperparameters stand out
+PERMUTATIONS = 5000
+EDGE = 0.05  # share of a range, at either end
+COLUMNS = 80
+
+
+def conclusions(search: Search, results: list[dict]) -> list[str]:
+    """Return at most three lines of at most 80 columns on what a finished search tells of its hyperparameters.
+
+    Trials end at different epochs, so they are compared at the last epoch that all have reached; one that diverged
+    comes last. For ranges it is Spearman's rank correlation of the hyperparameter and the accuracy, for grids and
+    choices the correlation ratio of the ranks (the square root of the share of their variance that lies between the
+    levels): both from 0 to 1 in size. Each is held against the same figure of shuffled accuracies (a permutation test,
+    Fisher 1935, "The Design of Experiments", with Bonferroni's correction).
+
+    Args:
+        search: the one that is judged.
+        results: of read_results.
+    """
+    tried = {key: what for key, what in search.searched.items() if what}
+    if not tried:
+        return []
+    finished = [row for row in results if row["status"] in FINISHED]
+    lines = []
+    if len(finished) < MIN_TRIALS:
+        lines.append(f"What mattered: too few trials to tell ({len(finished)}, of at least {MIN_TRIALS}).")
+    else:
+        epoch, accuracies = accuracies_at_equal_epochs(search, finished)
+        shown, others = [], []
+        for key, what in tried.items():
+            values = [row["config"][key] for row in finished]
+            size, text = effect(values, accuracies, "values" in what)
+            p = chance(values, accuracies, "values" in what)
+            (shown if p < SIGNIFICANCE / len(tried) else others).append((-abs(size), f"{key} {text}", key))
+        about = f"accuracy at epoch {epoch} of {len(finished)} trials"
+        if shown:
+            lines.append(f"What mattered ({about}): {', '.join(text for _, text, _ in sorted(shown))}.")
+        if others:
+            names = ", ".join(key for _, _, key in sorted(others))
+            lines.append(f"Not told from chance{'' if shown else f' ({about})'}: {names}.")
+    if (ranking := best_first(results)) and (edges := at_the_edge(ranking[0]["config"], tried)):
+        lines.append(f"Best at the edge of the space (widen it): {', '.join(edges)}.")
+    return [textwrap.shorten(line, COLUMNS, placeholder=" …") for line in lines]
+
+
+def accuracies_at_equal_epochs(search: Search, finished: list[dict]) -> tuple[int, np.ndarray]:
+    """Return the last epoch that all finished trials have reached, and their accuracies then; -1 of diverged ones."""
+    epoch = min((row["epochs"] for row in finished if row["status"] != "DIVERGED"), default=1)
+    accuracies = []
+    for row in finished:
+        log = read_log(search.folder / row["name"])[0]
+        reported = {line["epoch"]: line["accuracy"] for line in log if "epoch" in line}
+        accuracies.append(-1.0 if row["status"] == "DIVERGED" else reported[epoch])
+    return epoch, np.array(accuracies)
+
+
+def ranks(values: np.ndarray) -> np.ndarray:
+    """Return ranks from 0 on; equal values share the mean of theirs."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (counts.cumsum() - (counts + 1) / 2)[inverse]
+
+
+def effect(values: list, accuracies: np.ndarray, levels: bool) -> tuple[float, str]:
+    """Return how much a hyperparameter mattered, from -1 to 1, and in words: see conclusions."""
+    order = ranks(accuracies)
+    if not levels:
+        own = ranks(np.array(values))
+        rho = float(np.corrcoef(own, order)[0, 1]) if own.std() and order.std() else 0.0
+        return rho, f"{rho:+.2f}"
+    groups = {value: order[[other == value for other in values]] for value in values}
+    between = sum(len(group) * (group.mean() - order.mean()) ** 2 for group in groups.values())
+    eta = math.sqrt(between / (len(order) * order.var())) if order.std() else 0.0
+    return eta, f"{eta:.2f} (best {max(groups, key=lambda value: groups[value].mean())})"
+
+
+def chance(values: list, accuracies: np.ndarray, levels: bool) -> float:
+    """Return the share of shuffled accuracies on which a hyperparameter would seem to matter at least as much."""
+    observed = abs(effect(values, accuracies, levels)[0])
+    rng = np.random.default_rng(0)
+    shuffled = [abs(effect(values, rng.permutation(accuracies), levels)[0]) for _ in range(PERMUTATIONS)]
+    return (1 + sum(size >= observed - 1e-9 for size in shuffled)) / (1 + PERMUTATIONS)
+
+
+def at_the_edge(config: dict, tried: dict[str, dict]) -> list[str]:
+    """Return, in words, the values of a config that are among the smallest or largest that were tried."""
+    found = []
+    for key, what in tried.items():
+        value, ends = config[key], what.get("values") or [what["lower"], what["upper"]]
+        if not all(type(end) in (int, float) for end in ends):
+            continue
+        low, high = min(ends), max(ends)
+        if "values" in what:
+            place = {low: 0.0, high: 1.0}.get(value, 0.5)
+        elif what["log"]:
+            place = math.log(value / low) / math.log(high / low)
+        else:
+            place = (value - low) / (high - low)
+        if min(place, 1 - place) <= EDGE:
+            found.append(f"{key} {value:.3g}" + (" ↓" if place < 0.5 else " ↑"))
+    return found
