@@ -107,11 +107,7 @@ def read_images(source: str, data_dir: str | Path, synthetic: dict) -> Dataset:
     except OSError as error:
         raise InputError(f"--data-dir {data_dir} cannot be read ({error}): choose another") from error
     counts = [len(labels) for labels in (dataset.train_labels, dataset.val_labels, dataset.test_labels)]
-    print(
-        "Images of {} classes: {:,} for training, {:,} for validation, {:,} for testing.".format(
-            len(dataset.classes), *counts
-        )
-    )
+    print("{} classes: {:,} training, {:,} validation and {:,} test images.".format(len(dataset.classes), *counts))
     return dataset
 
 
@@ -268,10 +264,22 @@ def _stacked(samples: list[tuple[Image.Image | InputError, int]]) -> tuple[Tenso
     return torch.from_numpy(np.stack([np.asarray(image) for image in images])), resized
 
 
+def read_picture(path: str | Path) -> Tensor:
+    """Return a picture in any format that Pillow opens as uint8 (32, 32, 3), resized where need be.
+
+    Raises:
+        InputError: it is none, or one of over 50 million pixels.
+    """
+    part = _stacked([(_load_image(str(path)), 0)])
+    if isinstance(part, InputError):
+        raise part
+    return part[0][0]
+
+
 def _load_image(path: str) -> Image.Image | InputError:
     """Return an image, or why it cannot be loaded: what a reading process raises would come with its traceback."""
     if not Path(path).is_file():
-        return InputError(f"{path} is no file: remove it")  # a pipe would be waited for
+        return InputError(f"{path} is no file: remove or replace it")  # a pipe would be waited for
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused below

@@ -1,8 +1,9 @@
 """Search the hyperparameters of a small ResNet on CIFAR-100 with Ray Tune, for the highest validation accuracy.
 
-    python hparam_search.py                  # 12 trials on CIFAR-100, downloaded into data/
-    python hparam_search.py --quick          # about a minute on two cores, on made-up images
-    tensorboard --logdir outputs             # watch it
+    python hparam_search.py                          # 12 trials on CIFAR-100, downloaded into data/
+    python hparam_search.py --quick                  # about a minute on two cores, on made-up images
+    python hparam_search.py --resume outputs/NAME    # go on with a search
+    tensorboard --logdir outputs                     # watch it
 
 Edit `param_space` to search something else: Ray Tune's `tune.grid_search`, `tune.choice`, `tune.uniform` and
 `tune.loguniform` search a hyperparameter, a plain value fixes it.
@@ -49,7 +50,7 @@ from search.records import (
     resume_command,
     write_search,
 )
-from search.report import best_so_far, read_best_model, recap, recap_best, save_best_model, write_results
+from search.report import best_so_far, list_searches, read_best_model, recap, recap_best, save_best_model, write_results
 from search.resuming import ResumedScheduler, TrialsLeft
 from search.signals import stopping_on_signals
 from search.space import check_param_space, described, draw_trials, searched
@@ -274,6 +275,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         settings = parse_args(argv, __doc__)
+        if settings.list:
+            print(list_searches(resolved(settings.output_dir)))
+            return 0
         return new_search(settings) if settings.resume is None else resume_search(settings.resume)
     except SystemExit as end:  # of parse_args, which has said why
         return end.code

@@ -1,11 +1,16 @@
 """Train one SmallResNet with one config: plain PyTorch.
 
+    python train.py --from outputs/NAME/best_model           # that config again, without Ray
+    python train.py --from outputs/NAME/best_model --full    # on training and validation images together
+    python train.py --predict PICTURE.png --model outputs/NAME/best_model
+
 A config is a dict of plain values with the keys of `param_space` in hparam_search.py. What each of them may be stands
 below, in MODEL, OPTIMIZER, LOSS and LOOP.
 """
 
 import functools
 import math
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -114,7 +119,8 @@ def new_training(config: dict, num_classes: int, device: torch.device) -> Traini
         averaged = AveragedModel(model)
     optimizer = torch.optim.SGD(model.parameters(), **arguments(config, OPTIMIZER), fused=True)
     for group in optimizer.param_groups:
-        group["lr"] = torch.tensor(config["lr"], device=device)  # a tensor, for a CUDA graph to read it at every step
+        # A tensor, for a CUDA graph to read it at every step.
+        group["lr"] = torch.tensor(float(config["lr"]), device=device)
     return Training(model, averaged, optimizer)
 
 
@@ -335,3 +341,9 @@ def predict(model: nn.Module, batches: Batches) -> Tensor:
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             logits.append(model(images).float())
     return torch.cat(logits).softmax(1).cpu()
+
+
+if __name__ == "__main__":
+    from search.single import main  # which builds on this module
+
+    sys.exit(main())

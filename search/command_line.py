@@ -29,20 +29,21 @@ class Settings:
     gpus_per_trial: float | None = None  # None: one where there are any
     quick: bool = False
     resume: str | None = None
+    list: bool = False  # show the searches in output_dir
 
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are a sentence, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        print_error(f"{message}: see --help")
+        print_error(f"{message}: see --help", self.prog)
         sys.exit(2)
 
 
-def print_error(message: object) -> None:
+def print_error(message: object, program: str = PROGRAM) -> None:
     """Print what is wrong as a sentence on stderr, with what cannot be printed escaped."""
     sentence = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(message))
-    print(f"{PROGRAM}: {sentence}.", file=sys.stderr)
+    print(f"{program}: {sentence}.", file=sys.stderr)
 
 
 def parse_args(argv: Sequence[str] | None = None, description: str | None = None) -> Settings:
@@ -54,24 +55,30 @@ def parse_args(argv: Sequence[str] | None = None, description: str | None = None
     # A flag that was not given must be told from one given with its default: --quick and --resume ask.
     parser = Parser(
         prog=PROGRAM,
+        usage="%(prog)s [FLAG ...]",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
+        add_help=False,
     )
-    parser.add_argument("--dataset", choices=("cifar100", "folder", "synthetic"), help="default cifar100")
-    parser.add_argument(
-        "--data-dir", metavar="PATH", help="where CIFAR-100 is or is put, or the folder with train/ and test/; data"
-    )
-    parser.add_argument("--output-dir", metavar="PATH", help="default outputs")
-    parser.add_argument("--name", help="of the search's folder there; default search_<date>_<time>")
-    parser.add_argument("--num-samples", metavar="N", type=int, help="random draws for each point of the grid; 3")
-    parser.add_argument("--max-epochs", metavar="N", type=int, help='default param_space["epochs"]')
-    parser.add_argument("--seed", metavar="N", type=int, help="of draws, weights and batches; 0")
-    parser.add_argument("--cpus-per-trial", metavar="N", type=int, help="default: all are shared out")
-    parser.add_argument("--gpus-per-trial", metavar="F", type=float, help="default 1 where there are GPUs; 0.5 shares")
-    parser.add_argument("--quick", action="store_true", help="a small search, in about a minute on two cores")
-    parser.add_argument("--resume", metavar="PATH", help="continue the search in that folder")
+    add = parser.add_argument_group("what is searched").add_argument
+    add("--num-samples", metavar="N", type=int, help="random draws for each point of the grid; 3")
+    add("--max-epochs", metavar="N", type=int, help='default param_space["epochs"]')
+    add("--seed", metavar="N", type=int, help="of draws, weights and batches; 0")
+    add("--quick", action="store_true", help="a small search, in about a minute on two cores")
+    add = parser.add_argument_group("on which images").add_argument
+    add("--dataset", choices=("cifar100", "folder", "synthetic"), help="default cifar100")
+    add("--data-dir", metavar="PATH", help="where CIFAR-100 is or is put, or the folder with train/ and test/; data")
+    add = parser.add_argument_group("where").add_argument
+    add("--output-dir", metavar="PATH", help="default outputs")
+    add("--name", help="of the search's folder there; default search_<date>_<time>")
+    add("--cpus-per-trial", metavar="N", type=int, help="default: all are shared out")
+    add("--gpus-per-trial", metavar="F", type=float, help="default 1 where there are GPUs; 0.5 shares")
+    add = parser.add_argument_group("searches that are there").add_argument
+    add("--resume", metavar="PATH", help="continue the search in that folder")
+    add("--list", action="store_true", help="show the searches in --output-dir, and their best")
+    add("--help", "-h", action="help", help="show this")
     given = vars(parser.parse_args(argv))
     try:
         check_flags(given)
@@ -107,6 +114,8 @@ def check_flags(given: dict) -> None:
     for key in ("resume", "data_dir", "output_dir"):
         if not given.get(key, "").isprintable():
             raise ValueError(f"{flag(key)} is {given[key]!r}, but must be a path that can be printed")
+    if "list" in given and (others := set(given) - {"list", "output_dir"}):
+        raise ValueError(f"--list takes no other flag than --output-dir: leave {flag(min(others))} away")
     if "resume" in given and len(given) > 1:
         other = next(key for key in given if key != "resume")
         raise ValueError(f"--resume takes every setting from the search it continues: leave {flag(other)} away")

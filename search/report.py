@@ -11,9 +11,18 @@ from pathlib import Path
 
 import torch
 
-from data import Dataset
+from data import Dataset, InputError
 from search.model_folder import load_model, read_metrics, write_model_folder
-from search.records import FINISHED, best_first, shown, write_whole
+from search.records import (
+    FINISHED,
+    SEARCH_FILE,
+    best_first,
+    is_held,
+    read_results,
+    read_search,
+    shown,
+    write_whole,
+)
 from search.tensorboard import show_best_model
 from search.trial import WEIGHTS_FILE
 from train import best_device, evaluate, evaluation_batches, predict
@@ -155,6 +164,28 @@ def recap_best(results: list[dict], metrics: dict, folder: Path, searched: list[
             f"Early stopping saved {saved} of {planned} epochs.",
         ]
     )
+
+
+def list_searches(output_dir: Path) -> str:
+    """Return the searches in a folder as text of 80 columns: their state, and the accuracies of their best model."""
+    rows = []
+    for path in sorted(output_dir.glob(f"*/{SEARCH_FILE}"), key=lambda path: path.stat().st_mtime):
+        folder = path.parent
+        try:
+            results = read_results(read_search(folder))
+        except InputError:
+            rows.append([folder.name, "damaged, or of another version", "", "", ""])
+            continue
+        done = sum(row["status"] in FINISHED for row in results)
+        metrics, ranking = read_best_model(results, folder) or {}, best_first(results)
+        state = "running" if is_held(folder) else "finished" if metrics and done == len(results) else "interrupted"
+        validation = ranking[0]["best_accuracy"] if ranking else None
+        accuracies = [decimals(validation, 4), decimals(metrics.get("test_accuracy"), 4)]
+        rows.append([folder.name, state, f"{done}/{len(results)}", *accuracies])
+    if not rows:
+        return f"There are no searches in {shown(output_dir)}."
+    header = ["search", "state", "trials", "validation", "test"]
+    return "\n".join(tables(dict(zip(header, map(list, zip(*rows, strict=True)), strict=True)), []))
 
 
 def shown_value(value: object) -> str:

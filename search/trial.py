@@ -1,4 +1,4 @@
-"""A trial: what Ray Tune runs, and the checkpoints that it leaves, to be tested or to go on from.
+"""A trial: what runs it, under Ray Tune or without, and the checkpoints that it leaves, to be tested or to go on from.
 
 <trial>/checkpoint_<epoch>/   weights.pt, the weights of an epoch, and metrics.json, what it reported
 <trial>/training_<epoch>.pt   all that training goes on from after an epoch
@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -180,24 +180,36 @@ def restore_training(config: dict, num_classes: int, device: torch.device, folde
     return training
 
 
-def train_cifar(config: dict, dataset: Dataset, search_folder: str, checkpoint_period: float) -> None:
-    """Train one trial under Ray Tune, and report every epoch.
+def run_trial(
+    config: dict, dataset: Dataset, folder: Path, checkpoint_period: float, report: Callable[[dict], None]
+) -> Training:
+    """Train one trial, and report every epoch.
 
     Before the report the weights are saved, if they are the best so far; and the state of the training, if it has
     trained for at least checkpoint_period seconds since that was saved last.
 
-    Whatever became of an earlier process of the same trial, it goes on from the newest state in its folder,
-    search_folder/<trial name>. First it reports again what the epochs up to there had reported, so that stopper and log
-    are told as if the trial had never been interrupted.
+    Whatever became of an earlier process of the same trial, it goes on from the newest state in its folder. First it
+    reports again what the epochs up to there had reported, as if the trial had never been interrupted.
+
+    Args:
+        config: the trial's.
+        dataset: what to train on.
+        folder: the trial's.
+        checkpoint_period: seconds.
+        report: gets the metrics of an epoch (see train_epochs), with a "note" where there is something to tell.
     """
-    torch.set_num_threads(max(1, int(tune.get_context().get_trial_resources().head_cpus)))
-    folder = Path(search_folder) / tune.get_context().get_trial_name()
     for path in (*folder.glob(".checkpoint_*"), *folder.glob(".training_*")):  # of a process killed while it wrote
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     device = best_device()
     training = restore_training(config, len(dataset.classes), device, folder)
+
+    def tell(metrics: dict) -> None:
+        note = "; ".join(training.notes)
+        training.notes.clear()  # first, for where a trial is stopped, report does not return
+        report(metrics | ({"note": note} if note else {}))
+
     for metrics in list(training.history):
-        report(metrics, training.notes)
+        tell(metrics)
     # Of this training: weights that an earlier process saved at a later epoch are compared where they are read.
     known = [m for m in saved_weights(folder).values() if any(of_same_epoch(m, other) for other in training.history)]
     best = max((metrics["accuracy"] for metrics in known), default=-1.0)
@@ -210,13 +222,14 @@ def train_cifar(config: dict, dataset: Dataset, search_folder: str, checkpoint_p
         if metrics["seconds"] - saved_at >= checkpoint_period:
             saved_at = metrics["seconds"]
             save_training(training, config, folder)
-        report(metrics, training.notes)
+        tell(metrics)
         if improved:
             prune_weights(folder, metrics)
+    return training
 
 
-def report(metrics: dict, notes: list[str]) -> None:
-    """Report an epoch to Tune, and with it the notes, which are then told."""
-    told = "; ".join(notes)
-    notes.clear()  # first, for a trial that is stopped does not return
-    tune.report(metrics | ({"note": told} if told else {}))
+def train_cifar(config: dict, dataset: Dataset, search_folder: str, checkpoint_period: float) -> None:
+    """Run one trial under Ray Tune, in search_folder/<trial name>: see run_trial."""
+    torch.set_num_threads(max(1, int(tune.get_context().get_trial_resources().head_cpus)))
+    folder = Path(search_folder) / tune.get_context().get_trial_name()
+    run_trial(config, dataset, folder, checkpoint_period, tune.report)
