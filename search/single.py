@@ -152,9 +152,8 @@ def train_again(given: dict) -> int:
     try:
         training = run_trial(config, dataset, work, CHECKPOINT_PERIOD, lambda m: print_epoch(m, config["epochs"]))
     except KeyboardInterrupt:
-        again = [
-            "--full" if key == "full" else f"{flag(key)}={value}" for key, value in (given | {"name": name}).items()
-        ]
+        given |= {"name": name}
+        again = ["--full" if key == "full" else f"{flag(key)}={value}" for key, value in given.items()]
         print(f"Interrupted. To go on: {shlex.join(['python', PROGRAM, *again])}")
         raise
     best = max(saved_weights(work).items(), key=lambda entry: entry[1].get("accuracy", -1), default=None)

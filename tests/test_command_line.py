@@ -34,6 +34,8 @@ BAD_COMMANDS = [
     (["--quick", "--name", "taken"], "--name taken is taken"),
     (["--quick", "--output-dir", "file"], "choose another --output-dir"),
     (["--dataset", "folder", "--data-dir", "nowhere"], "train is no folder"),
+    (["--list", "--seed", "1"], "--list takes no other flag than --output-dir: leave --seed away"),
+    (["--list", "--resume", "it"], "leave --resume away"),
     (["--data-dir", "broken"], "fails its MD5 checksum"),
 ]
 

@@ -18,3 +18,19 @@ def test_early_stopping() -> None:
     stopper = EarlyStopping(patience=2, min_delta=0.0, max_seconds=100, max_epochs=20)
     for epoch in (1, 2, 2, 2, 2):  # an epoch repeated after a restore counts once
         assert not stopper("trial", {"epoch": epoch, "loss": 1.0, "seconds": 1})
+
+
+def test_early_stopping_tells_why() -> None:
+    stopper = EarlyStopping(patience=2, min_delta=0.1, max_seconds=1000, max_epochs=20)
+    for name, result, reason in (
+        ("a", {"epoch": 20, "loss": 1.0, "seconds": 1}, "all epochs done"),
+        ("b", {"epoch": 2, "loss": 1.0, "seconds": 1000}, "its 1,000 seconds are over"),
+        ("c", {"epoch": 2, "loss": float("nan"), "seconds": 1}, "its loss is no number any more"),
+    ):
+        assert stopper(name, result)
+        assert stopper.reasons[name] == reason
+    for epoch in (1, 2, 3):
+        stopper("d", {"epoch": epoch, "loss": 1.0, "seconds": 1})
+    assert stopper.reasons["d"] == "no progress for 2 epochs"
+    assert not stopper("e", {"epoch": 1, "loss": 1.0, "seconds": 1})
+    assert "e" not in stopper.reasons

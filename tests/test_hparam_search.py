@@ -1,3 +1,4 @@
+import io
 import json
 import re
 from pathlib import Path
@@ -7,6 +8,8 @@ import torch
 from PIL import Image
 from ray import tune
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.api_pb2 import Status
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import hparam_search
 from data import make_synthetic
@@ -80,22 +83,27 @@ def test_whole_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert not list(folder.glob("*/training_*"))
     assert {row["checkpoint"] for row in rows} == {path.relative_to(folder).as_posix() for path in checkpoints}
 
-    # TensorBoard: the curves of every trial, and its hyperparameters.
-    for trial, epochs in done.items():
-        events = EventAccumulator(str(folder / trial)).Reload()
-        assert [event.step for event in events.Scalars("accuracy")] == epochs
-        assert {"loss", "train_loss", "train_accuracy", "lr", "seconds"} <= set(events.Tags()["scalars"])
-        assert {"_hparams_/session_start_info", "_hparams_/session_end_info"} <= set(events.summary_metadata)
+    check_events(folder, rows, done)
 
-    # The terminal: the recap, the best trial, and nothing for each epoch.
+    # The terminal: the recap, the best trial, why each trial ended, and nothing for each epoch, in 80 columns.
     out = printed.out
     assert "Trial status: 4 TERMINATED" in out
     assert re.search(r"Current time: .*Total running time: \d+", out)
     assert re.search(r"Logical resource usage: \d+/\d+ CPUs, \d+/\d+ GPUs", out)
-    assert re.search(r"Current best trial: \w+ with loss=[\d.]+ and params=\{", out)
-    header = next(line for line in out.splitlines() if line.startswith("│ Trial name"))
-    columns = ["Trial name", "status", "p_drop", "lr", "h_1", "h_2", "iter", "total time (s)", "loss", "accuracy"]
-    assert re.split(r"\s{2,}", header.strip("│ ")) == columns
+    header = next(line for line in out.splitlines() if line.lstrip().startswith("trial "))
+    columns = ["trial", "status", "p_drop", "lr", "h_2", "iter", "time (s)", "loss", "accuracy"]
+    assert re.split(r"\s{2,}", header.strip()) == columns
+    assert "All trials: seed 0, epochs 4, h_1 4, batch_size 32," in out
+    assert f'    "h_2": {config["h_2"]},\n    "p_drop": {config["p_drop"]!r},\n    "lr": {config["lr"]!r},\n' in out
+    assert max(len(line) for line in out.splitlines() if str(tmp_path) not in line) <= 80
+    assert "\x1b" not in out
+    pattern = r"^(train_cifar_\d+): (all epochs done|stopped by the scheduler), at epoch (\d+);"
+    ends = re.findall(pattern, printed.err, re.M)
+    assert {(name, int(epoch)) for name, _, epoch in ends} == {
+        (f"train_cifar_{row['trial_id']}", int(row["epochs"])) for row in rows
+    }
+    assert all((reason == "all epochs done") == (epoch == "4") for _, reason, epoch in ends)
+    assert "What mattered: too few trials to tell (4, of at least 8)." in out
     assert f"test accuracy: {metrics['test_accuracy']:.4f}" in out
     saved = 16 - sum(int(row["epochs"]) for row in rows)
     assert f"Early stopping saved {saved} of 16 epochs." in out
@@ -108,6 +116,46 @@ def test_whole_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     monkeypatch.setattr(hparam_search, "load_dataset", lambda _: pytest.fail("images were read"))
     assert main(["--resume", str(folder)]) == 0
     again = capsys.readouterr().out
-    assert again.splitlines()[-8:] == out.splitlines()[-8:]
+    assert again.splitlines()[-12:] == out.splitlines()[-12:]
     assert "Trial status: 4 TERMINATED" in again
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+    assert main(["--list", "--output-dir", str(tmp_path)]) == 0
+    validation, test = metrics["val_accuracy"], metrics["test_accuracy"]
+    assert re.search(rf"it +finished +4/4 +{validation:.4f} +{test:.4f}\n", capsys.readouterr().out)
+
+
+def check_events(folder: Path, rows: list[dict], done: dict[str, list[int]]) -> None:
+    """TensorBoard: the curves of every trial, what was searched and what came of it; the search and its best model."""
+    for row in rows:
+        name = f"train_cifar_{row['trial_id']}"
+        events = EventAccumulator(str(folder / name)).Reload()
+        curves = {"accuracy/validation", "accuracy/train", "loss/validation", "loss/train", "training/lr"}
+        assert curves <= set(events.Tags()["scalars"])
+        assert [event.step for event in events.Scalars("accuracy/validation")] == done[name]
+        for tag, column in (("best_accuracy", "best_accuracy"), ("best_loss", "best_loss"), ("epochs", "epochs")):
+            assert events.Scalars(f"trial/{tag}")[-1].value == pytest.approx(float(row[column]))
+        start = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+        values = HParamsPluginData.FromString(start).session_start_info.hparams
+        assert {key: value.number_value for key, value in values.items()} == {
+            key: float(row[key]) for key in ("h_2", "p_drop", "lr")
+        }
+        end = events.summary_metadata["_hparams_/session_end_info"].plugin_data.content
+        assert HParamsPluginData.FromString(end).session_end_info.status == Status.Value("STATUS_SUCCESS")
+    events = EventAccumulator(str(folder)).Reload()
+    best = [event.value for event in events.Scalars("search/best_accuracy")]
+    assert best == sorted(best)
+    assert best[-1] == pytest.approx(max(float(row["best_accuracy"]) for row in rows))
+    assert events.Scalars("search/best_accuracy")[-1].step == sum(len(epochs) for epochs in done.values())
+    assert events.Scalars("search/trials_finished")[-1].value == len(rows)
+    config = events.summary_metadata["_hparams_/experiment"].plugin_data.content
+    experiment = HParamsPluginData.FromString(config).experiment
+    domains = {info.name: info for info in experiment.hparam_infos}
+    assert [value.number_value for value in domains["h_2"].domain_discrete.values] == [32, 64]
+    assert domains["lr"].domain_interval.max_value == 0.1
+    assert set(domains) == {"h_2", "p_drop", "lr"}
+    metrics = [info.name.tag for info in experiment.metric_infos]
+    assert metrics == ["trial/best_accuracy", "trial/best_loss", "trial/epochs"]
+    for name in ("confusion_matrix", "accuracy_by_class", "most_confident_mistakes"):
+        image = Image.open(io.BytesIO(events.Images(f"best_model/{name}")[-1].encoded_image_string))
+        assert image.width > 100

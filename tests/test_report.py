@@ -7,19 +7,22 @@ import torch
 
 from data import Dataset
 from model import SmallResNet
+from search.model_folder import read_metrics
 from search.records import best_first
 from search.report import (
-    boxed_table,
+    best_so_far,
     duration,
     read_best_model,
-    read_metrics,
     recap,
     recap_best,
     save_best_model,
+    tables,
     write_results,
 )
 from tests.conftest import CONFIG
 from train import evaluate, evaluation_batches
+
+SOURCE = {"source": "synthetic", "data_dir": "data", "synthetic": {}}
 
 
 def test_best_model_is_the_best_trials(search: tuple[Path, list[dict]], small_dataset: Dataset) -> None:
@@ -27,7 +30,7 @@ def test_best_model_is_the_best_trials(search: tuple[Path, list[dict]], small_da
     (folder / "best_model").mkdir()
     (folder / "best_model" / "metrics.json").write_text("of an earlier end")
     best = best_first(results)[0]
-    metrics = save_best_model([best, *results[:5]], small_dataset, folder)
+    metrics = save_best_model([best, *results[:5]], small_dataset, SOURCE, folder)
     model_folder = folder / "best_model"
     assert sorted(path.name for path in model_folder.iterdir()) == ["config.json", "metrics.json", "weights.pt"]
     assert read_metrics(model_folder) == metrics
@@ -41,8 +44,9 @@ def test_best_model_is_the_best_trials(search: tuple[Path, list[dict]], small_da
     test = evaluation_batches(data.test_images, data.test_labels, data.mean, data.std, torch.device("cpu"))
     assert evaluate(model, test) == (metrics["test_loss"], metrics["test_accuracy"])
 
-    text = recap_best([best, *results[:2]], metrics, folder)
+    text = recap_best([best, *results[:2]], metrics, folder, ["h_1", "p_drop"])
     assert "epoch 4 of 10" in text
+    assert '    "h_1": 5,\n    "p_drop": 0.1,\n' in text
     assert f"test accuracy: {metrics['test_accuracy']:.4f}" in text
     assert "Early stopping saved 12 of 30 epochs." in text
 
@@ -51,7 +55,7 @@ def test_damaged_best_model_is_made_again(
     search: tuple[Path, list[dict]], small_dataset: Dataset, capsys: pytest.CaptureFixture
 ) -> None:
     folder, results = search
-    metrics = save_best_model(results, small_dataset, folder)
+    metrics = save_best_model(results, small_dataset, SOURCE, folder)
     assert read_best_model(results, folder) == metrics
     for name in ("weights.pt", "config.json", "metrics.json"):
         path = folder / "best_model" / name
@@ -59,13 +63,13 @@ def test_damaged_best_model_is_made_again(
         for damaged in (b"garbage", content.replace(b"0", b"1", 1), None):
             path.unlink() if damaged is None else path.write_bytes(damaged)
             assert read_best_model(results, folder) is None
-            assert save_best_model(results, small_dataset, folder) == metrics
+            assert save_best_model(results, small_dataset, SOURCE, folder) == metrics
             assert f"{folder / 'best_model'} is damaged, and made again." in capsys.readouterr().err
             assert path.read_bytes() == content
 
     # Where the weights of the best trial are gone, too, the next best's are taken, and that is said.
     (folder / "trial_5" / "checkpoint_000004" / "weights.pt").write_bytes(b"garbage")
-    other = save_best_model(results, small_dataset, folder)
+    other = save_best_model(results, small_dataset, SOURCE, folder)
     assert other["trial_id"] == "3"
     assert "trial_5 was better, but its weights are damaged or gone." in capsys.readouterr().err
     assert read_best_model(results, folder) is None  # so that each end says so
@@ -88,33 +92,37 @@ def test_results_table_has_a_row_a_trial(search: tuple[Path, list[dict]]) -> Non
 def test_recap_shows_the_state_of_the_search(search: tuple[Path, list[dict]]) -> None:
     _, results = search
     results[6]["status"] = "RUNNING"
-    text = recap(results, 2566, "6/6 CPUs, 1/1 GPUs")
+    text = recap(results, 2566, "6/6 CPUs, 1/1 GPUs", ["h_1"])
     assert "Trial status: 6 TERMINATED | 1 RUNNING" in text
     assert "Total running time: 42min 46s" in text
     assert "Logical resource usage: 6/6 CPUs, 1/1 GPUs" in text
-    assert "Current best trial: 5 with loss=0.5 and params={'seed': 0," in text
-    table = text[text.index("╭") :].splitlines()
-    assert len(table) == 7 + 4
-    assert len({len(line) for line in table}) == 1
+    assert best_so_far(results) == "Best so far: trial_5, accuracy 0.6000 after epoch 4."
+    lines = text.splitlines()
+    assert lines[4].split() == ["trial", "status", "h_1", "iter", "time", "(s)", "loss", "accuracy"]
+    assert lines[10].split() == ["5", "TERMINATED", "5", "6", "12", "2.0000", "0.1000"]
+    assert "All trials: seed 0, epochs 10, h_2 8, p_drop 0.1, lr 0.01, schedule constant." in text
 
 
 def test_recap_without_results() -> None:
     empty = dict.fromkeys(("epochs", "seconds", "loss", "accuracy", "best_accuracy", "checkpoint"))
-    text = recap([{"trial_id": "0", "name": "trial_0", "status": "PENDING", "config": CONFIG} | empty], 3, "1/1 CPUs")
-    assert "Current best trial" not in text
-    assert "trial_0" in text
+    results = [{"trial_id": "0", "name": "trial_0", "status": "PENDING", "config": CONFIG} | empty]
+    assert "0  PENDING  0.01" in recap(results, 3, "1/1 CPUs", ["lr"])
+    assert best_so_far(results) == "No trial has reported yet."
 
 
-def test_boxed_table() -> None:
-    table = boxed_table(["name", "value"], [["a", 0.123456789], ["bcd", None]])
-    assert table.splitlines() == [
-        "╭─────────────────╮",
-        "│ name   value    │",
-        "├─────────────────┤",
-        "│ a      0.123457 │",
-        "│ bcd             │",
-        "╰─────────────────╯",
-    ]
+def test_tables_of_80_columns_hold_every_column() -> None:
+    columns = {"trial": ["0", "1"], "status": ["TERMINATED", "ERROR"]}
+    columns |= {f"hyperparameter_{i}": [str(i), str(-i)] for i in range(12)} | {"loss": ["1.5", ""]}
+    lines = tables(columns, [name for name in columns if name.startswith("h")])
+    assert max(map(len, lines)) <= 80
+    cells = "\n".join(lines).split()
+    for name, (one, other) in columns.items():
+        assert name in cells
+        assert one in cells
+        assert not other or other in cells
+    first = lines[1:4]
+    assert [line.split()[-1] for line in first] == ["loss", "1.5", first[2].split()[-1]]
+    assert lines.count("─" * len(lines[0])) >= 2
 
 
 def test_duration() -> None:

@@ -60,7 +60,7 @@ def run(new_scheduler: Callable[[], TrialScheduler], seed: int, folder: Path, in
     """
     generator, moment, clock = random.Random(seed), 0, 0.0
     waiting = [f"trial_{i}" for i in range(8)]
-    search = Search(folder, Settings(), {}, {}, {name: {} for name in waiting})
+    search = Search(folder, Settings(), {}, {}, {}, {name: {} for name in waiting})
     levels = {name: generator.uniform(1, 5) for name in waiting}
     losses = {
         name: [levels[name] + 3 / epoch + generator.gauss(0, 0.3) for epoch in range(1, EPOCHS + 1)] for name in waiting

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from search.command_line import Settings
+from search.progress import Progress
 from search.records import Search, append_line, read_log, sealed, write_params
 from search.trial_log import TrialLog, error_sentence
 from tests.conftest import CONFIG, log_line
@@ -34,6 +35,6 @@ def test_log_cut_short_is_written_on(tmp_path: Path) -> None:
     folder = tmp_path / "train_cifar_00000"
     write_params(folder, CONFIG)
     append_line(folder, sealed(log_line(1)) + "\nnoise\n" + sealed(log_line(2))[:-30])
-    log = TrialLog(Search(tmp_path, Settings(), {}, {}, {folder.name: CONFIG}), models_kept=5)
+    log = TrialLog(Search(tmp_path, Settings(), {}, {}, {}, {folder.name: CONFIG}), 5, Progress(30), {})
     log.append(folder.name, log_line(2))
     assert read_log(folder) == ([log_line(1), log_line(2)], 1)

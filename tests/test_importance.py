@@ -1,0 +1,93 @@
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from search.command_line import Settings
+from search.importance import at_the_edge, conclusions, ranks
+from search.records import Search, append_line, read_results, sealed, write_params
+from tests.conftest import CONFIG, log_line
+
+SEARCHED = {
+    "lr": {"lower": 1e-5, "upper": 0.1, "log": True},
+    "h_1": {"values": [4, 8]},
+    "p_drop": {"lower": 0.1, "upper": 0.5, "log": False},
+}
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> callable:
+    """Return a function that makes a finished search of (config, accuracies epoch by epoch) of each trial."""
+
+    def make(trials: list[tuple[dict, list[float]]]) -> tuple[Search, list[dict]]:
+        configs = {f"train_cifar_{i:05}": CONFIG | change for i, (change, _) in enumerate(trials)}
+        for (name, config), (_, accuracies) in zip(configs.items(), trials, strict=True):
+            write_params(tmp_path / name, config)
+            for epoch, accuracy in enumerate(accuracies, 1):
+                loss = float("nan") if accuracy < 0.05 else 1.0
+                done = {"done": True} if epoch == len(accuracies) else {}
+                append_line(tmp_path / name, sealed(log_line(epoch, accuracy=accuracy, loss=loss, **done)) + "\n")
+        search = Search(tmp_path, Settings(), {}, SEARCHED, {}, configs)
+        return search, read_results(search)
+
+    return make
+
+
+def test_what_orders_the_trials_is_found_and_what_does_not_is_not(finished: callable) -> None:
+    rng = np.random.default_rng(1)
+    trials = []
+    for i in range(16):
+        lr = 10 ** (-4 + i / 8)
+        # At epoch 3 the accuracy follows lr; later epochs, which few reach, turn it round.
+        curve = [0.1, 0.1, 0.2 + i / 50, *([0.9 - i / 50] * (i % 3))]
+        trials.append(({"lr": lr, "h_1": int(rng.choice([4, 8])), "p_drop": rng.uniform(0.2, 0.4)}, curve))
+    search, results = finished(trials)
+    lines = conclusions(search, results)
+    assert lines[0] == "What mattered (accuracy at epoch 3 of 16 trials): lr +1.00."
+    assert set(lines[1].removeprefix("Not told from chance: ").rstrip(".").split(", ")) == {"h_1", "p_drop"}
+    assert max(map(len, lines)) <= 80
+    assert len(lines) <= 3
+
+
+def test_levels_of_a_grid_are_compared_and_the_edge_is_told(finished: callable) -> None:
+    rng = np.random.default_rng(0)
+    trials = [
+        ({"lr": 10 ** rng.uniform(-4, -2), "h_1": h_1, "p_drop": 0.3}, [0.2 + 0.3 * (h_1 == 8) + rng.uniform(0, 0.1)])
+        for h_1, _ in itertools.product([4, 8], range(7))
+    ]
+    trials.append(({"lr": 0.099, "h_1": 4, "p_drop": 0.3}, [0.01]))  # diverged: the last
+    trials[-2][0]["p_drop"] = 0.11
+    trials[-2][1][0] = 0.7
+    lines = conclusions(*finished(trials))
+    assert lines[0].startswith("What mattered (accuracy at epoch 1 of 15 trials): h_1 0.8")
+    assert lines[0].endswith("(best 8).")
+    assert lines[-1] == "Best at the edge of the space (widen it): h_1 8 ↑, p_drop 0.11 ↓."
+
+
+def test_few_trials_tell_nothing(finished: callable) -> None:
+    trials = [({"lr": 10.0**-i, "h_1": 4, "p_drop": 0.3}, [0.5 - i / 20]) for i in range(1, 8)]
+    assert conclusions(*finished(trials))[0] == "What mattered: too few trials to tell (7, of at least 8)."
+
+
+def test_chance_alone_stands_out_in_few_searches() -> None:
+    from search.importance import SIGNIFICANCE, chance
+
+    rng = np.random.default_rng(0)
+    found = 0
+    for _ in range(60):
+        accuracies = rng.normal(size=10)
+        found += chance(list(rng.normal(size=10)), accuracies, levels=False) < SIGNIFICANCE
+        found += chance(list(rng.integers(0, 2, 10)), accuracies, levels=True) < SIGNIFICANCE
+    assert found <= 14  # of 120: 6 are expected
+
+
+def test_ranks_share_ties() -> None:
+    assert ranks(np.array([3.0, 1.0, 3.0, 2.0])).tolist() == [2.5, 0.0, 2.5, 1.0]
+
+
+def test_edges_of_ranges_grids_and_words() -> None:
+    tried = SEARCHED | {"schedule": {"values": ["cosine", "constant"]}, "h_2": {"values": [1, 2, 3]}}
+    middle = {"lr": 1e-3, "h_1": 4, "p_drop": 0.3, "schedule": "cosine", "h_2": 2}
+    assert at_the_edge(middle, tried) == ["h_1 4 ↓"]
+    assert at_the_edge(middle | {"h_1": 8, "lr": 1.2e-5, "h_2": 3}, tried) == ["lr 1.2e-05 ↓", "h_1 8 ↑", "h_2 3 ↑"]
