@@ -255,9 +255,6 @@ def wrap_up(search: Search, dataset: Dataset | None) -> int:
     if not metrics:
         metrics = save_best_model(results, dataset, image_source(search.settings), search.folder)
     print(recap(results, search.seconds, search.resource_usage, list(search.searched)))
-    for row in results:
-        if row["error"]:
-            print(f"{row['name']} failed: {row['error']}", file=sys.stderr)
     if not metrics:
         print("No trial has a model, so there is no best model.", file=sys.stderr)
         return 1

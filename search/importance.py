@@ -6,13 +6,13 @@ import textwrap
 import numpy as np
 
 from search.records import FINISHED, Search, best_first, read_log
+from search.report import COLUMNS
 
 # Of 7 trials, only a rank correlation above 0.9 would stand out from chance among four hyperparameters.
 MIN_TRIALS = 8
 SIGNIFICANCE = 0.05  # that chance alone makes one of all hyperparameters stand out
 PERMUTATIONS = 5000
 EDGE = 0.05  # share of a range, at either end
-COLUMNS = 80
 
 
 def conclusions(search: Search, results: list[dict]) -> list[str]:
@@ -40,9 +40,8 @@ def conclusions(search: Search, results: list[dict]) -> list[str]:
         shown, others = [], []
         for key, what in tried.items():
             values = [row["config"][key] for row in finished]
-            size, text = effect(values, accuracies, "values" in what)
-            p = chance(values, accuracies, "values" in what)
-            (shown if p < SIGNIFICANCE / len(tried) else others).append((-abs(size), f"{key} {text}", key))
+            size, chance, text = effect(values, accuracies, "values" in what)
+            (shown if chance < SIGNIFICANCE / len(tried) else others).append((-size, f"{key} {text}", key))
         about = f"accuracy at epoch {epoch} of {len(finished)} trials"
         if shown:
             lines.append(f"What mattered ({about}): {', '.join(text for _, text, _ in sorted(shown))}.")
@@ -71,25 +70,41 @@ def ranks(values: np.ndarray) -> np.ndarray:
     return (counts.cumsum() - (counts + 1) / 2)[inverse]
 
 
-def effect(values: list, accuracies: np.ndarray, levels: bool) -> tuple[float, str]:
-    """Return how much a hyperparameter mattered, from -1 to 1, and in words: see conclusions."""
-    order = ranks(accuracies)
+def axes(values: list, levels: bool) -> np.ndarray:
+    """Return orthonormal columns [trials, axes] on which unit ranks are projected: see effect."""
+    if levels:
+        of_level = np.array([[value == level for level in dict.fromkeys(values)] for value in values], dtype=float)
+        return of_level / np.linalg.norm(of_level, axis=0)
+    return unit(ranks(np.array(values)))[:, None]
+
+
+def unit(numbers: np.ndarray) -> np.ndarray:
+    """Return numbers shifted to a mean of 0 and scaled to a norm of 1, or zeros where all are equal."""
+    centred = numbers - numbers.mean()
+    return centred / (np.linalg.norm(centred) or 1.0)
+
+
+def effect(values: list, accuracies: np.ndarray, levels: bool) -> tuple[float, float, str]:
+    """Return how much a hyperparameter mattered.
+
+    Args:
+        values: the hyperparameter's, of each trial.
+        accuracies: of each trial.
+        levels: compare the levels of a grid, rather than correlate ranks.
+
+    Returns:
+        Its size, from 0 to 1; the probability that shuffled accuracies give as much; and the size in words.
+    """
+    columns, order = axes(values, levels), unit(ranks(accuracies))
+    # On the one axis of a range this is Spearman's rho; on a grid's, Pythagoras sums the variance between levels.
+    size = float(np.linalg.norm(order @ columns))
+    shuffled = np.random.default_rng(0).permuted(np.tile(order, (PERMUTATIONS, 1)), axis=1)
+    as_large = np.linalg.norm(shuffled @ columns, axis=1) >= size - 1e-9
+    chance = (1 + as_large.sum()) / (1 + PERMUTATIONS)
     if not levels:
-        own = ranks(np.array(values))
-        rho = float(np.corrcoef(own, order)[0, 1]) if own.std() and order.std() else 0.0
-        return rho, f"{rho:+.2f}"
-    groups = {value: order[[other == value for other in values]] for value in values}
-    between = sum(len(group) * (group.mean() - order.mean()) ** 2 for group in groups.values())
-    eta = math.sqrt(between / (len(order) * order.var())) if order.std() else 0.0
-    return eta, f"{eta:.2f} (best {max(groups, key=lambda value: groups[value].mean())})"
-
-
-def chance(values: list, accuracies: np.ndarray, levels: bool) -> float:
-    """Return the share of shuffled accuracies on which a hyperparameter would seem to matter at least as much."""
-    observed = abs(effect(values, accuracies, levels)[0])
-    rng = np.random.default_rng(0)
-    shuffled = [abs(effect(values, rng.permutation(accuracies), levels)[0]) for _ in range(PERMUTATIONS)]
-    return (1 + sum(size >= observed - 1e-9 for size in shuffled)) / (1 + PERMUTATIONS)
+        return size, chance, f"{float(order @ columns[:, 0]):+.2f}"
+    best = max(set(values), key=lambda level: order[[value == level for value in values]].mean())
+    return size, chance, f"{size:.2f} (best {best})"
 
 
 def at_the_edge(config: dict, tried: dict[str, dict]) -> list[str]:

@@ -5,9 +5,8 @@ import sys
 import time
 
 from search.records import FINISHED, best_first
-from search.report import duration
+from search.report import COLUMNS, best_so_far, duration
 
-COLUMNS = 80
 TRIALS_SHOWN = 12  # of those that run at once
 
 
@@ -49,9 +48,8 @@ class Progress:
         lines = block(rows, running, self.seconds_before + elapsed, left)
         self.erase()
         if self.in_place:
-            lines = [
-                line[: shutil.get_terminal_size().columns - 1] for line in lines
-            ]  # a wrapped one could not be erased
+            width = shutil.get_terminal_size().columns - 1
+            lines = [line[:width] for line in lines]  # a wrapped one could not be erased
             self.drawn = len(lines)
         print(*lines, sep="\n", flush=True)
 
@@ -79,11 +77,8 @@ def block(rows: list[dict], running: list[str], seconds: float, left: float | No
         f"Trials: {ended} done, {len(running)} running, {waiting} waiting. Epochs: {spent} of at most {planned}.",
         f"Time: {duration(seconds)}{then}.",
     ]
-    if ranking := best_first(rows):
-        best = ranking[0]
-        lines.append(
-            f"Best so far: {best['name']}, accuracy {best['best_accuracy']:.4f} after epoch {best['best_epoch']}."
-        )
+    if best_first(rows):
+        lines.append(best_so_far(rows))
     by_name = {row["name"]: row for row in rows}
     for name in running[:TRIALS_SHOWN]:
         row = by_name[name]

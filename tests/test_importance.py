@@ -1,11 +1,12 @@
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from search.command_line import Settings
-from search.importance import at_the_edge, conclusions, ranks
+from search.importance import SIGNIFICANCE, at_the_edge, conclusions, effect, ranks
 from search.records import Search, append_line, read_results, sealed, write_params
 from tests.conftest import CONFIG, log_line
 
@@ -17,7 +18,7 @@ SEARCHED = {
 
 
 @pytest.fixture
-def finished(tmp_path: Path) -> callable:
+def finished(tmp_path: Path) -> Callable:
     """Return a function that makes a finished search of (config, accuracies epoch by epoch) of each trial."""
 
     def make(trials: list[tuple[dict, list[float]]]) -> tuple[Search, list[dict]]:
@@ -34,7 +35,7 @@ def finished(tmp_path: Path) -> callable:
     return make
 
 
-def test_what_orders_the_trials_is_found_and_what_does_not_is_not(finished: callable) -> None:
+def test_what_orders_the_trials_is_found_and_what_does_not_is_not(finished: Callable) -> None:
     rng = np.random.default_rng(1)
     trials = []
     for i in range(16):
@@ -50,7 +51,7 @@ def test_what_orders_the_trials_is_found_and_what_does_not_is_not(finished: call
     assert len(lines) <= 3
 
 
-def test_levels_of_a_grid_are_compared_and_the_edge_is_told(finished: callable) -> None:
+def test_levels_of_a_grid_are_compared_and_the_edge_is_told(finished: Callable) -> None:
     rng = np.random.default_rng(0)
     trials = [
         ({"lr": 10 ** rng.uniform(-4, -2), "h_1": h_1, "p_drop": 0.3}, [0.2 + 0.3 * (h_1 == 8) + rng.uniform(0, 0.1)])
@@ -65,21 +66,34 @@ def test_levels_of_a_grid_are_compared_and_the_edge_is_told(finished: callable) 
     assert lines[-1] == "Best at the edge of the space (widen it): h_1 8 ↑, p_drop 0.11 ↓."
 
 
-def test_few_trials_tell_nothing(finished: callable) -> None:
+def test_few_trials_tell_nothing(finished: Callable) -> None:
     trials = [({"lr": 10.0**-i, "h_1": 4, "p_drop": 0.3}, [0.5 - i / 20]) for i in range(1, 8)]
     assert conclusions(*finished(trials))[0] == "What mattered: too few trials to tell (7, of at least 8)."
 
 
 def test_chance_alone_stands_out_in_few_searches() -> None:
-    from search.importance import SIGNIFICANCE, chance
-
     rng = np.random.default_rng(0)
     found = 0
-    for _ in range(60):
+    for _ in range(200):
         accuracies = rng.normal(size=10)
-        found += chance(list(rng.normal(size=10)), accuracies, levels=False) < SIGNIFICANCE
-        found += chance(list(rng.integers(0, 2, 10)), accuracies, levels=True) < SIGNIFICANCE
-    assert found <= 14  # of 120: 6 are expected
+        found += effect(list(rng.normal(size=10)), accuracies, levels=False)[1] < SIGNIFICANCE
+        found += effect(list(rng.integers(0, 2, 10)), accuracies, levels=True)[1] < SIGNIFICANCE
+    assert 8 <= found <= 34  # of 400, 20 are expected
+
+
+def test_effects_are_those_of_the_textbook() -> None:
+    rng = np.random.default_rng(0)
+    values, accuracies = rng.normal(size=12), rng.normal(size=12)
+    size, _, text = effect(list(values), accuracies, levels=False)
+    squares = ((ranks(values) - ranks(accuracies)) ** 2).sum()
+    rho = 1 - 6 * squares / (12 * (12**2 - 1))  # Spearman's formula without ties
+    assert size == pytest.approx(abs(rho))
+    assert text == f"{rho:+.2f}"
+    # Kruskal and Wallis's H is (n - 1) times the square of the correlation ratio of ranks.
+    order = ranks(accuracies) + 1
+    h = 12 / (12 * 13) * sum(order[i::3].sum() ** 2 / 4 for i in range(3)) - 3 * 13
+    size, _, text = effect([8, 16, 32] * 4, accuracies, levels=True)
+    assert size**2 == pytest.approx(h / 11)
 
 
 def test_ranks_share_ties() -> None:
