@@ -1,0 +1,108 @@
+"""Record what configs drawn from param_space report at every epoch, for schedulers to be compared on: see replay.
+
+    python -m benchmarks.curves                                                   # CIFAR-100, on a GPU
+    python -m benchmarks.curves --dataset folder --data-dir data/imagenet32-a --classes 20 --h-1 8 16 --h-2 32 64
+
+Every config is trained to its last epoch, with the default recipe and with the baseline's, and benchmarks/curves/ gets
+a CSV of each recipe, a row an epoch. Stopped, it goes on with the configs that are not there yet.
+"""
+
+import argparse
+import csv
+import multiprocessing
+import os
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import torch
+from ray import tune
+
+from benchmarks.recipes import first_classes
+from data import Dataset, read_images
+from hparam_search import BASELINE_RECIPE, param_space
+from search.records import write_whole
+from search.space import draw_trials
+from train import best_device, new_training, train_epochs
+
+FOLDER = Path(__file__).parent / "curves"
+RECIPES = {"default": {}, "baseline": BASELINE_RECIPE}
+DRAWN = ("h_1", "h_2", "p_drop", "lr")
+REPORTED = ("loss", "accuracy", "train_loss", "train_accuracy", "seconds")
+COLUMNS = ("config", *DRAWN, "epoch", *REPORTED)
+FLOATS = ("p_drop", "lr", *REPORTED)
+dataset: Dataset  # of a worker process
+
+
+def curve(config: dict) -> list[dict]:
+    """Train a config to its last epoch, on the best device here, and return what each epoch reported, rounded."""
+    device = best_device()
+    training = new_training(config, len(dataset.classes), device)
+    epochs = train_epochs(training, config, dataset, device)
+    return [{"epoch": metrics["epoch"]} | {key: round(metrics[key], 5) for key in REPORTED} for metrics in epochs]
+
+
+def prepare(images: Dataset) -> None:
+    """Prepare a worker process, which has a core and the images."""
+    global dataset
+    dataset = images
+    torch.set_num_threads(1)
+
+
+def read_curves(path: Path) -> dict[int, list[dict]]:
+    """Return config → its rows, one an epoch in order, with the keys of COLUMNS, of a CSV that main wrote."""
+    curves = {}
+    for row in csv.DictReader(path.read_text().splitlines()):
+        numbers = {key: float(value) if key in FLOATS else int(value) for key, value in row.items()}
+        curves.setdefault(numbers["config"], []).append(numbers)
+    return curves
+
+
+def write_curves(path: Path, curves: dict[int, list[dict]]) -> None:
+    """Write such a CSV, which is there whole or as it was."""
+    lines = [COLUMNS, *([row[key] for key in COLUMNS] for i in sorted(curves) for row in curves[i])]
+    write_whole(path, "".join(",".join(map(str, line)) + "\n" for line in lines))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train what is not recorded yet, and append it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", choices=("cifar100", "folder", "synthetic"), default="cifar100")
+    parser.add_argument("--data-dir", default="data")
+    parser.add_argument("--classes", type=int, help="only the first so many, where time is short")
+    parser.add_argument("--h-1", type=int, nargs="+", help="narrower than param_space's")
+    parser.add_argument("--h-2", type=int, nargs="+", help="narrower than param_space's")
+    parser.add_argument("--epochs", type=int, default=param_space["epochs"])
+    parser.add_argument("--samples", type=int, default=15, help="draws for each pair of widths")
+    parser.add_argument("--recipe", choices=RECIPES, action="append", help="repeatable; default: all")
+    parser.add_argument("--workers", type=int, default=1 if torch.cuda.is_available() else os.cpu_count())
+    parser.add_argument("--output", type=Path, default=FOLDER)
+    args = parser.parse_args(argv)
+    images = read_images(args.dataset, args.data_dir, {})
+    if args.classes:
+        images = first_classes(images, args.classes)
+    widths = {key: tune.grid_search(values) for key, values in (("h_1", args.h_1), ("h_2", args.h_2)) if values}
+    args.output.mkdir(parents=True, exist_ok=True)
+    for recipe in args.recipe or RECIPES:
+        space = param_space | {"seed": 0, "epochs": args.epochs} | widths | RECIPES[recipe]
+        configs = list(draw_trials(space, args.samples, seed=0).values())
+        path = args.output / f"{recipe}.csv"
+        curves = read_curves(path) if path.exists() else {}
+        for i, rows in curves.items():
+            if i >= len(configs) or len(rows) != args.epochs or rows[0]["lr"] != configs[i]["lr"]:
+                sys.exit(f"{path} has curves of other configs: give another --output, or remove it.")
+        with ProcessPoolExecutor(
+            args.workers, multiprocessing.get_context("spawn"), initializer=prepare, initargs=(images,)
+        ) as pool:
+            futures = {pool.submit(curve, config): i for i, config in enumerate(configs) if i not in curves}
+            for future in as_completed(futures):
+                i = futures[future]
+                drawn = {"config": i} | {key: configs[i][key] for key in DRAWN}
+                curves[i] = [drawn | metrics for metrics in future.result()]
+                write_curves(path, curves)
+                print(f"{recipe}: {len(curves)} of {len(configs)}, {curves[i][-1]['accuracy']:.4f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
