@@ -24,7 +24,7 @@ def stopping_on_signals() -> Iterator[list[int]]:
         # SIGUSR1 is what Tune, once it runs, ends on in good order, as it would on SIGINT.
         if len(received) > 1 or not callable(signal.getsignal(signal.SIGUSR1)):
             raise KeyboardInterrupt(number)
-        print("\nStopping the trials; press Ctrl-C again to leave at once.", file=sys.stderr)
+        print("\nStopping the trials, in some 10 s; press Ctrl-C again to leave at once.", file=sys.stderr)
         signal.raise_signal(signal.SIGUSR1)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
