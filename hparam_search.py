@@ -11,11 +11,17 @@ Edit `param_space` to search something else: Ray Tune's `tune.grid_search`, `tun
 
 import sys
 
-from search.command_line import Settings, parse_args, print_error  # before Ray, which `search` gives its environment
+from search.command_line import (  # before Ray, which `search` gives its environment
+    SCHEDULERS,
+    Settings,
+    parse_args,
+    print_error,
+)
 
 if __name__ == "__main__":
     parse_args(description=__doc__)  # --help and refusals, before the seconds that torch and Ray take to import
 
+import math
 import os
 import shutil
 import signal
@@ -27,11 +33,11 @@ from datetime import datetime
 from pathlib import Path
 
 from ray import tune
-from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
 from data import Dataset, InputError, fingerprint, read_images
 from search.early_stopping import EarlyStopping
-from search.importance import conclusions
+from search.importance import conclusions, rungs
 from search.progress import Progress
 from search.ray_session import running_ray, share_resources
 from search.records import (
@@ -42,15 +48,26 @@ from search.records import (
     check_free,
     check_same_images,
     check_same_space,
+    enlarged,
     holding,
     prune,
     read_results,
     read_search,
     resolved,
     resume_command,
+    shown,
     write_search,
 )
-from search.report import best_so_far, list_searches, read_best_model, recap, recap_best, save_best_model, write_results
+from search.report import (
+    best_so_far,
+    duration,
+    list_searches,
+    read_best_model,
+    recap,
+    recap_best,
+    save_best_model,
+    write_results,
+)
 from search.resuming import ResumedScheduler, TrialsLeft
 from search.signals import stopping_on_signals
 from search.space import check_param_space, described, draw_trials, searched
@@ -96,7 +113,8 @@ QUICK_SPACE = {
 QUICK_IMAGES = {"num_train": 2000, "num_test": 1000, "num_classes": 10}
 
 GRACE_PERIOD = 3  # epochs before a trial is compared with others
-REDUCTION_FACTOR = 2  # of those compared, one in so many goes on
+REDUCTION_FACTOR = 2.0  # of those compared, one in so many goes on
+BRACKETS = 1  # of ASHA
 PATIENCE = 4  # epochs without progress after which a trial ends
 MIN_DELTA = 0.001  # nats by which the loss must fall, to be progress
 MAX_SECONDS_PER_TRIAL = 3600
@@ -106,21 +124,20 @@ MODELS_KEPT = 5  # of the best trials
 PROGRESS_PERIOD = 30  # seconds, between two blocks in a log file
 
 
-def new_scheduler(max_epochs: int) -> TrialScheduler:
+def new_scheduler(settings: Settings, max_epochs: int) -> TrialScheduler:
     """Return what stops the trials that fall behind. Any of Ray's schedulers that pauses none can stand here."""
-    return ASHAScheduler(
-        metric="loss",
-        mode="min",
-        time_attr="epoch",
-        max_t=max_epochs,
-        grace_period=min(GRACE_PERIOD, max_epochs),
-        reduction_factor=REDUCTION_FACTOR,
-    )
+    judged_by = {"metric": "loss", "mode": "min", "time_attr": "epoch", "grace_period": settings.grace_period}
+    if settings.scheduler == "none":
+        return FIFOScheduler()
+    if settings.scheduler == "median":
+        return MedianStoppingRule(**judged_by, min_time_slice=math.inf)  # or it would pause trials
+    factor, brackets = settings.reduction_factor, settings.brackets
+    return ASHAScheduler(**judged_by, max_t=max_epochs, reduction_factor=factor, brackets=brackets)
 
 
-def new_stopper(max_epochs: int) -> tune.Stopper:
-    """Return what ends a trial by its own figures."""
-    return EarlyStopping(PATIENCE, MIN_DELTA, MAX_SECONDS_PER_TRIAL, max_epochs)
+def new_stopper(max_epochs: int, time_left: float | None) -> tune.Stopper:
+    """Return what ends a trial by its own figures, and the search after time_left seconds."""
+    return EarlyStopping(PATIENCE, MIN_DELTA, MAX_SECONDS_PER_TRIAL, max_epochs, time_left)
 
 
 def new_tuner(search: Search, dataset: Dataset, resources: dict[str, float], ray_folder: Path) -> tune.Tuner:
@@ -131,13 +148,13 @@ def new_tuner(search: Search, dataset: Dataset, resources: dict[str, float], ray
     trials_left = TrialsLeft(search)
     progress = Progress(PROGRESS_PERIOD, search.seconds)
     max_epochs = trials_left.trials[0][1]["epochs"]  # as many for all
-    stopper = new_stopper(max_epochs)
+    stopper = new_stopper(max_epochs, search.time_left)
     return tune.Tuner(
         tune.with_resources(trainable, resources),
         tune_config=tune.TuneConfig(
             num_samples=len(trials_left.trials),
             search_alg=trials_left,
-            scheduler=ResumedScheduler(new_scheduler(max_epochs), search),
+            scheduler=ResumedScheduler(new_scheduler(search.settings, max_epochs), search),
             reuse_actors=True,  # a process that has imported torch takes on the next trial
             trial_name_creator=lambda trial: trials_left.names[trial.trial_id],  # a method would be copied whole
             trial_dirname_creator=str,
@@ -159,6 +176,19 @@ def search_space(settings: Settings) -> dict:
     return space | ({"epochs": settings.max_epochs} if settings.max_epochs else {})
 
 
+def with_scheduler(settings: Settings, max_epochs: int) -> Settings:
+    """Return the settings with the scheduler's figures, where it takes any and they were not given."""
+    grace_period = settings.grace_period or min(GRACE_PERIOD, max_epochs)
+    if grace_period > max_epochs:
+        raise InputError(f"--grace-period is {grace_period}, but trials end after {max_epochs} epochs: give fewer")
+    figures = {
+        "grace_period": grace_period,
+        "reduction_factor": settings.reduction_factor or REDUCTION_FACTOR,
+        "brackets": settings.brackets or BRACKETS,
+    }
+    return replace(settings, **{key: figures[key] for key in SCHEDULERS[settings.scheduler]})
+
+
 def image_source(settings: Settings) -> dict:
     """Return the images that the settings name, as the arguments of read_images."""
     synthetic = QUICK_IMAGES if settings.quick else {}
@@ -174,6 +204,7 @@ def new_search(settings: Settings) -> int:
     """Run a search from its first trial to its end, and return the exit code."""
     space = search_space(settings)
     check_param_space(space)
+    settings = with_scheduler(settings, space["epochs"])
     trials = draw_trials(space, settings.num_samples, settings.seed)
     name = settings.name or datetime.now().strftime("search_%Y-%m-%d_%H-%M-%S")
     folder = resolved(settings.output_dir) / name
@@ -195,9 +226,9 @@ def new_search(settings: Settings) -> int:
             return run_trials(search, dataset, signals)
 
 
-def resume_search(path: str) -> int:
-    """Continue the search in the folder at path, keep what it has finished, and return the exit code."""
-    folder = resolved(path)
+def resume_search(asked: Settings) -> int:
+    """Continue the search in the folder asked.resume, keep what it has finished, and return the exit code."""
+    folder = resolved(asked.resume)
     search = read_search(folder)
     with holding(folder):
         results = read_results(search)
@@ -205,18 +236,26 @@ def resume_search(path: str) -> int:
             if row["unreadable"]:
                 lines = f"{row['unreadable']} damaged lines in {row['name']}/{LOG_FILE}"
                 print(f"{lines} are passed over, and what they told is trained again.", file=sys.stderr)
+        before, search.settings = search.settings, enlarged(search.settings, asked)
         finished = all(row["status"] in FINISHED for row in results)
+        finished &= search.settings.num_samples == before.num_samples
         if finished and read_best_model(results, folder):
             return wrap_up(search, None)
         space = search_space(search.settings)
         check_same_space(search, space)
+        if not finished and search.time_left is not None and search.time_left <= 0:
+            raise InputError(
+                f"the --time-budget of {shown(folder)}, {duration(search.settings.time_budget)}, is spent: give a "
+                "larger one"
+            )
         dataset = load_dataset(search.settings)
         check_same_images(search, dataset)
         drawn = draw_trials(space, search.settings.num_samples, search.settings.seed)
-        search.trials = {name: search.trials[name] or config for name, config in drawn.items()}
+        search.trials = {name: search.trials.get(name) or config for name, config in drawn.items()}
         if finished:
             return wrap_up(search, dataset)
         with running_ray(), stopping_on_signals() as signals:
+            write_search(search)
             return run_trials(search, dataset, signals)
 
 
@@ -237,7 +276,7 @@ def run_trials(search: Search, dataset: Dataset, signals: list[int]) -> int:
         return wrap_up(search, dataset)
     results = read_results(search)
     write_results(results, search.folder)
-    print(recap(results, search.seconds, search.resource_usage, list(search.searched)))
+    print(recap(results, search))
     print(best_so_far(results))
     print(f"Interrupted. To go on: {resume_command(search.folder)}")
     return 128 + signals[0]
@@ -254,12 +293,15 @@ def wrap_up(search: Search, dataset: Dataset | None) -> int:
     metrics = read_best_model(results, search.folder)
     if not metrics:
         metrics = save_best_model(results, dataset, image_source(search.settings), search.folder)
-    print(recap(results, search.seconds, search.resource_usage, list(search.searched)))
+    print(recap(results, search))
+    if any(row["status"] in ("PENDING", "UNFINISHED") for row in results):
+        more = f"--time-budget {2 * search.settings.time_budget:g}s"
+        print(f"The time budget is spent. To go on: {resume_command(search.folder)} {more}")
     if not metrics:
         print("No trial has a model, so there is no best model.", file=sys.stderr)
         return 1
-    print(recap_best(results, metrics, search.folder, list(search.searched)))
-    print(*conclusions(search, results), sep="\n")
+    print(recap_best(results, metrics, search))
+    print(*rungs(search, results), *conclusions(search, results), sep="\n")
     return 0 if metrics["trial_id"] == best_first(results)[0]["trial_id"] else 1
 
 
@@ -275,7 +317,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if settings.list:
             print(list_searches(resolved(settings.output_dir)))
             return 0
-        return new_search(settings) if settings.resume is None else resume_search(settings.resume)
+        return new_search(settings) if settings.resume is None else resume_search(settings)
     except SystemExit as end:  # of parse_args, which has said why
         return end.code
     except InputError as error:

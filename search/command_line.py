@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import NoReturn
 
 PROGRAM = "hparam_search.py"
+DEFAULTS = {"num_samples": 3}
 QUICK_DEFAULTS = {"dataset": "synthetic", "num_samples": 2}
+SCHEDULERS = {  # → the flags that it takes
+    "asha": ("grace_period", "reduction_factor", "brackets"),
+    "median": ("grace_period",),
+    "none": (),
+}
+UNITS = {"s": 1, "m": 60, "h": 3600}
 GPU_FILES = ("nvidia[0-9]*", "dxg", "kfd")  # in /dev: of NVIDIA's driver, of Windows' below Linux, of AMD's
 
 
@@ -22,12 +29,17 @@ class Settings:
     data_dir: str = "data"
     output_dir: str = "outputs"
     name: str | None = None  # None: of the time
-    num_samples: int = 3
+    num_samples: int | None = None  # None: as many as the search that is resumed
     max_epochs: int | None = None  # None: as param_space says
     seed: int = 0
     cpus_per_trial: int | None = None  # None: an equal share
     gpus_per_trial: float | None = None  # None: one where there are any
     quick: bool = False
+    scheduler: str = "asha"  # or median, none
+    grace_period: int | None = None  # epochs; this and the next two None: as hparam_search.py says
+    reduction_factor: float | None = None
+    brackets: int | None = None
+    time_budget: float | None = None  # seconds, of all processes of the search together; None: no end
     resume: str | None = None
     list: bool = False  # show the searches in output_dir
 
@@ -66,23 +78,31 @@ def parse_args(argv: Sequence[str] | None = None, description: str | None = None
     add("--num-samples", metavar="N", type=int, help="random draws for each point of the grid; 3")
     add("--max-epochs", metavar="N", type=int, help='default param_space["epochs"]')
     add("--seed", metavar="N", type=int, help="of draws, weights and batches; 0")
+    add("--time-budget", metavar="T", type=seconds, help="90s, 30m or 2h: then the search ends in good order")
     add("--quick", action="store_true", help="a small search, in about a minute on two cores")
     add = parser.add_argument_group("on which images").add_argument
     add("--dataset", choices=("cifar100", "folder", "synthetic"), help="default cifar100")
     add("--data-dir", metavar="PATH", help="where CIFAR-100 is or is put, or the folder with train/ and test/; data")
+    add = parser.add_argument_group("which trials are stopped").add_argument
+    add("--scheduler", choices=SCHEDULERS, help="default asha")
+    add("--grace-period", metavar="N", type=int, help="epochs before a trial is compared with others")
+    add("--reduction-factor", metavar="F", type=float, help="of those compared, one in so many goes on")
+    add("--brackets", metavar="N", type=int, help="of ASHA, with grace periods of their own")
     add = parser.add_argument_group("where").add_argument
     add("--output-dir", metavar="PATH", help="default outputs")
     add("--name", help="of the search's folder there; default search_<date>_<time>")
     add("--cpus-per-trial", metavar="N", type=int, help="default: all are shared out")
     add("--gpus-per-trial", metavar="F", type=float, help="default 1 where there are GPUs; 0.5 shares")
     add = parser.add_argument_group("searches that are there").add_argument
-    add("--resume", metavar="PATH", help="continue the search in that folder")
+    add("--resume", metavar="PATH", help="continue the search in that folder, with more --num-samples or a larger "
+        "--time-budget where these are given")  # fmt: skip
     add("--list", action="store_true", help="show the searches in --output-dir, and their best")
     add("--help", "-h", action="help", help="show this")
     given = vars(parser.parse_args(argv))
     try:
         check_flags(given)
-        settings = Settings(**((QUICK_DEFAULTS if given.get("quick") else {}) | given))
+        defaults = {} if "resume" in given else DEFAULTS | (QUICK_DEFAULTS if given.get("quick") else {})
+        settings = Settings(**(defaults | given))
         check_settings(settings)
         if settings.dataset == "synthetic" and "data_dir" in given:
             raise ValueError(
@@ -92,6 +112,18 @@ def parse_args(argv: Sequence[str] | None = None, description: str | None = None
         print_error(error)
         sys.exit(2)
     return settings
+
+
+def seconds(text: str) -> float:
+    """Return the seconds of a time span such as 90s, 30m or 2h."""
+    number, unit = text[:-1], text[-1:]
+    try:
+        span = float(number) * UNITS[unit]
+    except (KeyError, ValueError):
+        span = math.nan
+    if not 0 < span < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time span, such as 90s, 30m or 2h")
+    return span
 
 
 def flag(key: str) -> str:
@@ -116,9 +148,14 @@ def check_flags(given: dict) -> None:
             raise ValueError(f"{flag(key)} is {given[key]!r}, but must be a path that can be printed")
     if "list" in given and (others := set(given) - {"list", "output_dir"}):
         raise ValueError(f"--list takes no other flag than --output-dir: leave {flag(min(others))} away")
-    if "resume" in given and len(given) > 1:
-        other = next(key for key in given if key != "resume")
-        raise ValueError(f"--resume takes every setting from the search it continues: leave {flag(other)} away")
+    if "resume" in given and (others := set(given) - {"resume", "num_samples", "time_budget"}):
+        raise ValueError(f"--resume takes every setting from the search it continues: leave {flag(min(others))} away")
+    scheduler = given.get("scheduler", "asha")
+    for key in SCHEDULERS["asha"]:
+        if key in given and key not in SCHEDULERS[scheduler]:
+            raise ValueError(
+                f"{flag(key)} {given[key]} has no use with --scheduler {scheduler}: leave one of them away"
+            )
 
 
 def check_settings(settings: Settings) -> None:
@@ -127,10 +164,14 @@ def check_settings(settings: Settings) -> None:
     Raises:
         ValueError: with the sentence.
     """
-    for key, lowest in (("num_samples", 1), ("max_epochs", 1), ("seed", 0), ("cpus_per_trial", 1)):
+    at_least = {"num_samples": 1, "max_epochs": 1, "seed": 0, "cpus_per_trial": 1, "grace_period": 1, "brackets": 1}
+    for key, lowest in at_least.items():
         value = getattr(settings, key)
         if value is not None and value < lowest:
             raise ValueError(f"{flag(key)} is {value}, but must be at least {lowest}")
+    factor = settings.reduction_factor
+    if factor is not None and not 1 < factor < math.inf:
+        raise ValueError(f"--reduction-factor is {factor}, but must be above 1")
     gpus = settings.gpus_per_trial
     if gpus is not None and not (0 <= gpus <= 1 or (1 < gpus < math.inf and gpus == int(gpus))):
         raise ValueError(f"--gpus-per-trial is {gpus}, but must be from 0 to 1, or a whole number")

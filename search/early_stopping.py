@@ -1,6 +1,7 @@
 """When a trial ends by itself, whatever the other trials do."""
 
 import math
+import time
 from collections import defaultdict
 
 from ray import tune
@@ -14,14 +15,18 @@ class EarlyStopping(tune.Stopper):
         min_delta: in nats.
         max_seconds: of training and validation.
         max_epochs: after which the trial has ended as it should.
+        time_left: seconds, after which all trials are stopped, to be gone on with; None for no end.
 
     Attributes:
-        reasons: trial id → why it was stopped.
+        reasons: trial id → why it was stopped for good.
     """
 
-    def __init__(self, patience: int, min_delta: float, max_seconds: float, max_epochs: int) -> None:
+    def __init__(
+        self, patience: int, min_delta: float, max_seconds: float, max_epochs: int, time_left: float | None = None
+    ) -> None:
         self.patience, self.min_delta = patience, min_delta
         self.max_seconds, self.max_epochs = max_seconds, max_epochs
+        self.deadline = math.inf if time_left is None else time.monotonic() + time_left
         self.reasons = {}
         self.losses = defaultdict(dict)  # trial id → epoch → loss: an epoch repeated after a restore counts once
 
@@ -41,4 +46,4 @@ class EarlyStopping(tune.Stopper):
         return trial_id in self.reasons
 
     def stop_all(self) -> bool:
-        return False
+        return time.monotonic() >= self.deadline

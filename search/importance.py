@@ -1,7 +1,8 @@
-"""Which hyperparameters mattered, and whether the best trial lies at the edge of what was tried."""
+"""What a search tells: what mattered, whether the best lies at the edge, and whether trials were rightly stopped."""
 
 import math
 import textwrap
+from collections import Counter
 
 import numpy as np
 
@@ -53,15 +54,43 @@ def conclusions(search: Search, results: list[dict]) -> list[str]:
     return [textwrap.shorten(line, COLUMNS, placeholder=" …") for line in lines]
 
 
+def rungs(search: Search, results: list[dict]) -> list[str]:
+    """Return two lines on the scheduler's work: when trials ended, and what their order at its first look was worth.
+
+    Args:
+        search: the one that is judged.
+        results: of read_results.
+    """
+    first = search.settings.grace_period
+    finished = [row for row in results if row["status"] in FINISHED]
+    if first is None or not finished:
+        return []
+    ends = sorted(Counter(row["epochs"] for row in finished).items())
+    lines = [f"Trials ended after epoch {', '.join(f'{epoch} ({count} of them)' for epoch, count in ends)}."]
+    went_on = [row for row in finished if row["epochs"] > first and row["status"] != "DIVERGED"]
+    about = f"The order at epoch {first} and in the end"
+    if len(went_on) < 3:
+        lines.append(f"{about}: too few trials went on ({len(went_on)} of 3).")
+    else:
+        then = np.array([accuracy_at(first, row, search) for row in went_on])
+        rho = unit(ranks(then)) @ unit(ranks(np.array([row["best_accuracy"] for row in went_on])))
+        lines.append(f"{about}: rank correlation {rho:+.2f} ({len(went_on)} trials).")
+    return [textwrap.shorten(line, COLUMNS, placeholder=" …") for line in lines]
+
+
 def accuracies_at_equal_epochs(search: Search, finished: list[dict]) -> tuple[int, np.ndarray]:
     """Return the last epoch that all finished trials have reached, and their accuracies then; -1 of diverged ones."""
     epoch = min((row["epochs"] for row in finished if row["status"] != "DIVERGED"), default=1)
-    accuracies = []
-    for row in finished:
-        log = read_log(search.folder / row["name"])[0]
-        reported = {line["epoch"]: line["accuracy"] for line in log if "epoch" in line}
-        accuracies.append(-1.0 if row["status"] == "DIVERGED" else reported[epoch])
-    return epoch, np.array(accuracies)
+    diverged = [row["status"] == "DIVERGED" for row in finished]
+    return epoch, np.array(
+        [-1.0 if gone else accuracy_at(epoch, row, search) for gone, row in zip(diverged, finished, strict=True)]
+    )
+
+
+def accuracy_at(epoch: int, row: dict, search: Search) -> float:
+    """Return the validation accuracy that a trial reported of an epoch, the last time that it did."""
+    log = read_log(search.folder / row["name"])[0]
+    return {line["epoch"]: line["accuracy"] for line in log if "epoch" in line}[epoch]
 
 
 def ranks(values: np.ndarray) -> np.ndarray:

@@ -18,17 +18,17 @@ import shlex
 import shutil
 import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from data import Dataset, InputError, fingerprint
-from search.command_line import Settings
+from search.command_line import Settings, flag
 from search.space import check_param_space, described, trial_name
 from search.trial import WEIGHTS_FILE, checkpoint_path, of_same_epoch, replacing, saved_weights
 from train import METRICS
 
 SEARCH_FILE, PARAMS_FILE, LOG_FILE, ERROR_FILE = "search.json", "params.json", "result.json", "error.txt"
-FORMAT = 3  # of all these files; another one is refused
+FORMAT = 4  # of all these files; another one is refused
 PARTS = ("param_space", "searched", "images", "seconds", "resource_usage")  # of search.json, besides the settings
 FINISHED = ("TERMINATED", "DIVERGED")
 
@@ -56,6 +56,12 @@ class Search:
     trials: dict[str, dict | None]
     seconds: float = 0.0
     resource_usage: str = ""
+
+    @property
+    def time_left(self) -> float | None:
+        """How many seconds of its time budget it has left; None where it has no budget."""
+        budget = self.settings.time_budget
+        return None if budget is None else budget - self.seconds
 
 
 # --- files that are read back as they were written --------------------------------------------------------------------
@@ -203,6 +209,20 @@ def read_search(folder: Path) -> Search:
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({error}): start the search again") from error
     return Search(folder, settings, trials={name: read_params(folder / name) for name in trials}, **parts)
+
+
+def enlarged(settings: Settings, asked: Settings) -> Settings:
+    """Return a search's settings with the larger num_samples and time_budget that its continuation asks for.
+
+    Raises:
+        InputError: they are smaller.
+    """
+    changes = {key: getattr(asked, key) for key in ("num_samples", "time_budget") if getattr(asked, key) is not None}
+    for key, value in changes.items():
+        before = getattr(settings, key)
+        if before is not None and value < before:
+            raise InputError(f"{flag(key)} is {value:g}, but the search was asked for {before:g}: give at least that")
+    return replace(settings, **changes)
 
 
 def check_same_space(search: Search, space: dict) -> None:

@@ -12,10 +12,12 @@ from pathlib import Path
 import torch
 
 from data import Dataset, InputError
+from search.command_line import SCHEDULERS, Settings
 from search.model_folder import load_model, read_metrics, write_model_folder
 from search.records import (
     FINISHED,
     SEARCH_FILE,
+    Search,
     best_first,
     is_held,
     read_results,
@@ -97,15 +99,14 @@ def read_best_model(results: list[dict], folder: Path) -> dict | None:
     return metrics if (metrics["trial_id"], metrics["epoch"]) == (best["trial_id"], best["best_epoch"]) else None
 
 
-def recap(results: list[dict], seconds: float, resources: str, searched: list[str]) -> str:
+def recap(results: list[dict], search: Search) -> str:
     """Return the state of a search as text of 80 columns: counts, times, resources, and a table of all trials.
 
     Args:
         results: of read_results.
-        seconds: how long the search ran.
-        resources: what it ran on, as one line.
-        searched: the hyperparameters in which trials differ.
+        search: theirs.
     """
+    searched = list(search.searched)
     counts = Counter(row["status"] for row in results)
     now = datetime.now().strftime("%Y-%m-%d %H:%M:%S")
     names = sorted(searched, key=lambda name: [*RECAP_ORDER, name].index(name))
@@ -120,14 +121,15 @@ def recap(results: list[dict], seconds: float, resources: str, searched: list[st
     }
     lines = [
         "Trial status: " + " | ".join(f"{count} {status}" for status, count in counts.items()),
-        f"Current time: {now}. Total running time: {duration(seconds)}",
-        f"Logical resource usage: {resources}",
+        f"Current time: {now}. Total running time: {duration(search.seconds)}",
+        f"Logical resource usage: {search.resource_usage}",
         *tables(columns, names),
     ]
     shared = {name: value for name, value in results[0]["config"].items() if name not in searched}
     if shared:
         text = ", ".join(f"{name} {value}" for name, value in shared.items())
         lines += textwrap.wrap(f"All trials: {text}.", COLUMNS, break_on_hyphens=False)
+    lines.append(scheduler_in_words(search.settings))
     return "\n".join(lines)
 
 
@@ -139,15 +141,21 @@ def best_so_far(results: list[dict]) -> str:
     return f"Best so far: {best['name']}, accuracy {best['best_accuracy']:.4f} after epoch {best['best_epoch']}."
 
 
-def recap_best(results: list[dict], metrics: dict, folder: Path, searched: list[str]) -> str:
+def scheduler_in_words(settings: Settings) -> str:
+    """Return which scheduler a search has, with its figures, as a line."""
+    figures = [f"{key.replace('_', ' ')} {getattr(settings, key):g}" for key in SCHEDULERS[settings.scheduler]]
+    return f"Scheduler: {', '.join([settings.scheduler, *figures])}."
+
+
+def recap_best(results: list[dict], metrics: dict, search: Search) -> str:
     """Return the closing lines of a search as text: its best trial by its best epoch, and where things are.
 
     Args:
         results: of read_results.
         metrics: of save_best_model.
-        folder: the search's.
-        searched: the hyperparameters in which trials differ, which are shown as lines of param_space.
+        search: theirs; the hyperparameters that it searched are shown as lines of param_space.
     """
+    folder = search.folder
     best = next(row for row in results if row["trial_id"] == metrics["trial_id"])
     finished = [row for row in results if row["status"] in FINISHED]
     planned = sum(row["config"]["epochs"] for row in finished)
@@ -155,7 +163,7 @@ def recap_best(results: list[dict], metrics: dict, folder: Path, searched: list[
     return "\n".join(
         [
             f"Best trial: {best['name']}, epoch {metrics['epoch']} of {best['config']['epochs']}",
-            *(f'    "{name}": {best["config"][name]!r},' for name in searched),
+            *(f'    "{name}": {best["config"][name]!r},' for name in search.searched),
             f"  validation loss: {metrics['val_loss']:.4f}",
             f"  validation accuracy: {metrics['val_accuracy']:.4f}",
             f"  test accuracy: {metrics['test_accuracy']:.4f}",

@@ -2,8 +2,10 @@
 
 import contextlib
 import heapq
+import zlib
 from types import SimpleNamespace
 
+import numpy as np
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
@@ -88,7 +90,11 @@ class ResumedScheduler(TrialScheduler):
     def add(self, controller: object, name: str) -> KnownTrial:
         if name not in self.trials:
             self.trials[name], self.epochs[name] = KnownTrial(name), set()
+            # ASHA draws a trial's bracket from numpy's generator, which must draw the same for it in every process.
+            state = np.random.get_state()  # noqa: NPY002
+            np.random.seed(zlib.crc32(name.encode()))  # noqa: NPY002
             self.scheduler.on_trial_add(controller, self.trials[name])
+            np.random.set_state(state)  # noqa: NPY002
         return self.trials[name]
 
     def set_search_properties(self, metric: str | None, mode: str | None, **spec: object) -> bool:

@@ -70,8 +70,8 @@ def parse_args(argv: Sequence[str] | None) -> dict:
     add("--predict", metavar="PICTURE", nargs="+", help=f"print the {CLASSES_SHOWN} likeliest classes of each picture")
     add("--model", metavar="FOLDER", help="a model's folder")
     add("--help", "-h", action="help", help="show this")
-    names = ", ".join(map(flag, CONFIG_KEYS))
-    group = parser.add_argument_group("hyperparameters in place of the config's", textwrap.fill(names, 76, break_on_hyphens=False))
+    names = textwrap.fill(", ".join(map(flag, CONFIG_KEYS)), 76, break_on_hyphens=False)
+    group = parser.add_argument_group("hyperparameters in place of the config's", names)
     for key in CONFIG_KEYS:
         group.add_argument(flag(key), metavar="VALUE", type=parse_value, help=argparse.SUPPRESS)
     given = vars(parser.parse_args(argv))

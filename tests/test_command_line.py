@@ -37,6 +37,15 @@ BAD_COMMANDS = [
     (["--list", "--seed", "1"], "--list takes no other flag than --output-dir: leave --seed away"),
     (["--list", "--resume", "it"], "leave --resume away"),
     (["--data-dir", "broken"], "fails its MD5 checksum"),
+    (["--scheduler", "pbt"], "pbt"),
+    (["--grace-period", "0"], "--grace-period is 0"),
+    (["--quick", "--grace-period", "5"], "--grace-period is 5, but trials end after 4 epochs"),
+    (["--reduction-factor", "1"], "--reduction-factor is 1"),
+    (["--brackets", "0"], "--brackets is 0"),
+    (["--scheduler", "none", "--grace-period", "2"], "--grace-period 2 has no use with --scheduler none"),
+    (["--scheduler", "median", "--brackets", "2"], "--brackets 2 has no use with --scheduler median"),
+    (["--time-budget", "30"], "'30' is no time span, such as 90s, 30m or 2h"),
+    (["--time-budget", "-1h"], "--time-budget"),
 ]
 
 
@@ -77,12 +86,15 @@ ODD_STRINGS = ["", " ", ".", "..", "../x", "/", "a/b", "a\\b", "a\nb", "\0", "\x
 
 
 FLAGS = ["--dataset", "--data-dir", "--output-dir", "--name", "--num-samples", "--max-epochs", "--seed",
-         "--cpus-per-trial", "--gpus-per-trial", "--quick", "--resume", "--list", "--data", "-q", "--"]  # fmt: skip
+         "--cpus-per-trial", "--gpus-per-trial", "--scheduler", "--grace-period", "--reduction-factor", "--brackets",
+         "--time-budget", "--quick", "--resume", "--list", "--data", "-q", "--"]  # fmt: skip
 
 
 SENSIBLE = {"--dataset": ["synthetic", "folder"], "--data-dir": ["images"], "--num-samples": ["1", "3"],
             "--max-epochs": ["1", "50"], "--seed": ["0", "7"], "--output-dir": ["out", "a/b/c"], "--name": ["it"],
-            "--cpus-per-trial": ["1"], "--gpus-per-trial": ["0"], "--resume": ["search", "damaged"]}  # fmt: skip
+            "--cpus-per-trial": ["1"], "--gpus-per-trial": ["0"], "--scheduler": ["asha", "median", "none"],
+            "--grace-period": ["1", "2"], "--reduction-factor": ["1.5"], "--time-budget": ["90s", "2h"],
+            "--resume": ["search", "damaged"]}  # fmt: skip
 
 
 def test_any_command_line_ends_in_a_start_or_a_sentence(

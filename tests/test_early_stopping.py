@@ -34,3 +34,8 @@ def test_early_stopping_tells_why() -> None:
     assert stopper.reasons["d"] == "no progress for 2 epochs"
     assert not stopper("e", {"epoch": 1, "loss": 1.0, "seconds": 1})
     assert "e" not in stopper.reasons
+
+
+def test_the_search_ends_with_its_time() -> None:
+    for time_left, over in ((None, False), (1e6, False), (0.0, True)):
+        assert EarlyStopping(2, 0.1, 1000, 20, time_left).stop_all() == over

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from search.command_line import Settings
-from search.importance import SIGNIFICANCE, at_the_edge, conclusions, effect, ranks
+from search.importance import SIGNIFICANCE, at_the_edge, conclusions, effect, ranks, rungs
 from search.records import Search, append_line, read_results, sealed, write_params
 from tests.conftest import CONFIG, log_line
 
@@ -29,7 +29,7 @@ def finished(tmp_path: Path) -> Callable:
                 loss = float("nan") if accuracy < 0.05 else 1.0
                 done = {"done": True} if epoch == len(accuracies) else {}
                 append_line(tmp_path / name, sealed(log_line(epoch, accuracy=accuracy, loss=loss, **done)) + "\n")
-        search = Search(tmp_path, Settings(), {}, SEARCHED, {}, configs)
+        search = Search(tmp_path, Settings(grace_period=2), {}, SEARCHED, {}, configs)
         return search, read_results(search)
 
     return make
@@ -105,3 +105,17 @@ def test_edges_of_ranges_grids_and_words() -> None:
     middle = {"lr": 1e-3, "h_1": 4, "p_drop": 0.3, "schedule": "cosine", "h_2": 2}
     assert at_the_edge(middle, tried) == ["h_1 4 ↓"]
     assert at_the_edge(middle | {"h_1": 8, "lr": 1.2e-5, "h_2": 3}, tried) == ["lr 1.2e-05 ↓", "h_1 8 ↑", "h_2 3 ↑"]
+
+
+def test_rungs_tell_when_trials_ended_and_what_their_order_was_worth(finished: Callable) -> None:
+    curves = [[0.1, 0.1], [0.1, 0.2], [0.1, 0.3, 0.7], [0.1, 0.4, 0.6], [0.1, 0.5, 0.8], [0.2, 0.1, 0.01]]
+    lines = rungs(*finished([({}, curve) for curve in curves]))
+    assert lines == [
+        "Trials ended after epoch 2 (2 of them), 3 (4 of them).",
+        "The order at epoch 2 and in the end: rank correlation +0.50 (3 trials).",
+    ]
+
+
+def test_rungs_of_too_few_trials_tell_nothing(finished: Callable) -> None:
+    lines = rungs(*finished([({}, [0.1, 0.1]), ({}, [0.1, 0.2, 0.3])]))
+    assert lines[1].endswith("too few trials went on (1 of 3).")

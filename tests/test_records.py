@@ -148,11 +148,11 @@ def test_params_of_a_trial_that_has_begun_must_be_there(tmp_path: Path) -> None:
     [
         ("{}", "is of another version of this script"),
         ('{"settings": {}, "trials": {"train_cifar_00000": {}}}', "is of another version"),
-        (sealed({"format": 4}), "is of another version"),
-        (sealed({"format": 3}), "is damaged"),
-        ('{"format": 3, "settings": {}}', "its checksum does not match"),
+        (sealed({"format": 5}), "is of another version"),
+        (sealed({"format": 4}), "is damaged"),
+        ('{"format": 4, "settings": {}}', "its checksum does not match"),
         ("[]", "is damaged"),
-        ('{"format": 3', "is damaged"),
+        ('{"format": 4', "is damaged"),
     ],
 )
 def test_search_of_another_version_is_refused(text: str, words: str, tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ import torch
 
 from data import Dataset
 from model import SmallResNet
+from search.command_line import Settings
 from search.model_folder import read_metrics
-from search.records import best_first
+from search.records import Search, best_first
 from search.report import (
     best_so_far,
     duration,
@@ -44,7 +45,7 @@ def test_best_model_is_the_best_trials(search: tuple[Path, list[dict]], small_da
     test = evaluation_batches(data.test_images, data.test_labels, data.mean, data.std, torch.device("cpu"))
     assert evaluate(model, test) == (metrics["test_loss"], metrics["test_accuracy"])
 
-    text = recap_best([best, *results[:2]], metrics, folder, ["h_1", "p_drop"])
+    text = recap_best([best, *results[:2]], metrics, Search(folder, Settings(), {}, {"h_1": {}, "p_drop": {}}, {}, {}))
     assert "epoch 4 of 10" in text
     assert '    "h_1": 5,\n    "p_drop": 0.1,\n' in text
     assert f"test accuracy: {metrics['test_accuracy']:.4f}" in text
@@ -90,9 +91,10 @@ def test_results_table_has_a_row_a_trial(search: tuple[Path, list[dict]]) -> Non
 
 
 def test_recap_shows_the_state_of_the_search(search: tuple[Path, list[dict]]) -> None:
-    _, results = search
+    folder, results = search
     results[6]["status"] = "RUNNING"
-    text = recap(results, 2566, "6/6 CPUs, 1/1 GPUs", ["h_1"])
+    settings = Settings(grace_period=3, reduction_factor=2.5, brackets=1)
+    text = recap(results, Search(folder, settings, {}, {"h_1": {}}, {}, {}, 2566, "6/6 CPUs, 1/1 GPUs"))
     assert "Trial status: 6 TERMINATED | 1 RUNNING" in text
     assert "Total running time: 42min 46s" in text
     assert "Logical resource usage: 6/6 CPUs, 1/1 GPUs" in text
@@ -101,12 +103,14 @@ def test_recap_shows_the_state_of_the_search(search: tuple[Path, list[dict]]) ->
     assert lines[4].split() == ["trial", "status", "h_1", "iter", "time", "(s)", "loss", "accuracy"]
     assert lines[10].split() == ["5", "TERMINATED", "5", "6", "12", "2.0000", "0.1000"]
     assert "All trials: seed 0, epochs 10, h_2 8, p_drop 0.1, lr 0.01, schedule constant." in text
+    assert lines[-1] == "Scheduler: asha, grace period 3, reduction factor 2.5, brackets 1."
 
 
 def test_recap_without_results() -> None:
     empty = dict.fromkeys(("epochs", "seconds", "loss", "accuracy", "best_accuracy", "checkpoint"))
     results = [{"trial_id": "0", "name": "trial_0", "status": "PENDING", "config": CONFIG} | empty]
-    assert "0  PENDING  0.01" in recap(results, 3, "1/1 CPUs", ["lr"])
+    search = Search(Path(), Settings(scheduler="none"), {}, {"lr": {}}, {}, {}, 3, "1/1 CPUs")
+    assert "0  PENDING  0.01" in recap(results, search)
     assert best_so_far(results) == "No trial has reported yet."
 
 

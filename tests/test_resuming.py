@@ -1,23 +1,20 @@
 import random
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from ray.tune.schedulers import FIFOScheduler, MedianStoppingRule, TrialScheduler
 
-import hparam_search
+from hparam_search import new_scheduler
 from search.command_line import Settings
 from search.records import Search, append_line, sealed
 from search.resuming import ResumedScheduler
 from tests.conftest import log_line
 
 EPOCHS = 12
-SCHEDULERS = {
-    "asha": lambda: hparam_search.new_scheduler(EPOCHS),
-    "median": lambda: MedianStoppingRule(
-        time_attr="epoch", metric="loss", mode="min", grace_period=2, min_samples_required=2, min_time_slice=EPOCHS**9
-    ),
-    "none": FIFOScheduler,
+SETTINGS = {
+    "asha": Settings(grace_period=3, reduction_factor=2, brackets=1),
+    "asha with brackets": Settings(grace_period=2, reduction_factor=2, brackets=2),
+    "median": Settings(scheduler="median", grace_period=2),
+    "none": Settings(scheduler="none"),
 }
 
 
@@ -41,18 +38,18 @@ class Controller:
         return []
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("scheduler", SETTINGS)
 def test_any_scheduler_decides_as_if_the_search_had_not_been_interrupted(scheduler: str, tmp_path: Path) -> None:
     stopped = 0
     for seed in range(30):
-        whole = run(SCHEDULERS[scheduler], seed, tmp_path / f"{seed}_whole", interrupted_at=[])
+        whole = run(SETTINGS[scheduler], seed, tmp_path / f"{seed}_whole", interrupted_at=[])
         moments = random.Random(seed).sample(range(60), 3)
-        assert run(SCHEDULERS[scheduler], seed, tmp_path / f"{seed}_interrupted", sorted(moments)) == whole
+        assert run(SETTINGS[scheduler], seed, tmp_path / f"{seed}_interrupted", sorted(moments)) == whole
         stopped += sum(epochs < EPOCHS for epochs in whole.values())
     assert (stopped > 30) == (scheduler != "none")
 
 
-def run(new_scheduler: Callable[[], TrialScheduler], seed: int, folder: Path, interrupted_at: list[int]) -> dict:
+def run(settings: Settings, seed: int, folder: Path, interrupted_at: list[int]) -> dict:
     """Play a search of eight trials, three at a time, and return name → epochs.
 
     What a trial reports goes into its log. Where it is interrupted, a new scheduler goes on from the logs, and the
@@ -65,7 +62,8 @@ def run(new_scheduler: Callable[[], TrialScheduler], seed: int, folder: Path, in
     losses = {
         name: [levels[name] + 3 / epoch + generator.gauss(0, 0.3) for epoch in range(1, EPOCHS + 1)] for name in waiting
     }
-    scheduler, running, done = ResumedScheduler(new_scheduler(), search), {}, {}  # running: trial → epochs reported
+    scheduler = ResumedScheduler(new_scheduler(settings, EPOCHS), search)
+    running, done = {}, {}  # trial → epochs reported
     while waiting or running:
         while waiting and len(running) < 3:
             trial = Trial(waiting.pop(0))
@@ -84,7 +82,7 @@ def run(new_scheduler: Callable[[], TrialScheduler], seed: int, folder: Path, in
             scheduler.on_trial_complete(Controller(), trial, line)
             done[trial.name] = running.pop(trial)
         if moment in interrupted_at:
-            scheduler, before, running = ResumedScheduler(new_scheduler(), search), running, {}
+            scheduler, before, running = ResumedScheduler(new_scheduler(settings, EPOCHS), search), running, {}
             for other, epochs in before.items():
                 trial = Trial(other.name)
                 running[trial] = epochs
