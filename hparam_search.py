@@ -41,15 +41,16 @@ from search.importance import conclusions, rungs
 from search.progress import Progress
 from search.ray_session import running_ray, share_resources
 from search.records import (
-    FINISHED,
     LOG_FILE,
     Search,
+    are_left,
     best_first,
     check_free,
     check_same_images,
     check_same_space,
     enlarged,
     holding,
+    is_finished,
     prune,
     read_results,
     read_search,
@@ -58,6 +59,7 @@ from search.records import (
     shown,
     write_search,
 )
+from search.repeats import compared, repeats_of
 from search.report import (
     best_so_far,
     duration,
@@ -140,7 +142,9 @@ def new_stopper(max_epochs: int, time_left: float | None) -> tune.Stopper:
     return EarlyStopping(PATIENCE, MIN_DELTA, MAX_SECONDS_PER_TRIAL, max_epochs, time_left)
 
 
-def new_tuner(search: Search, dataset: Dataset, resources: dict[str, float], ray_folder: Path) -> tune.Tuner:
+def new_tuner(
+    search: Search, dataset: Dataset, models_kept: int, resources: dict[str, float], ray_folder: Path
+) -> tune.Tuner:
     """Return the Tuner of those trials of a search that are not finished; Ray's own files go into ray_folder."""
     trainable = tune.with_parameters(
         train_cifar, dataset=dataset, search_folder=str(search.folder), checkpoint_period=CHECKPOINT_PERIOD
@@ -164,7 +168,7 @@ def new_tuner(search: Search, dataset: Dataset, resources: dict[str, float], ray
             storage_path=str(ray_folder.parent),
             stop=stopper,
             failure_config=tune.FailureConfig(max_failures=MAX_FAILURES_PER_TRIAL),
-            callbacks=[TrialLog(search, MODELS_KEPT, progress, getattr(stopper, "reasons", {}))],
+            callbacks=[TrialLog(search, models_kept, progress, getattr(stopper, "reasons", {}))],
             verbose=0,  # Ray's own table
         ),
     )
@@ -237,8 +241,8 @@ def resume_search(asked: Settings) -> int:
                 lines = f"{row['unreadable']} damaged lines in {row['name']}/{LOG_FILE}"
                 print(f"{lines} are passed over, and what they told is trained again.", file=sys.stderr)
         before, search.settings = search.settings, enlarged(search.settings, asked)
-        finished = all(row["status"] in FINISHED for row in results)
-        finished &= search.settings.num_samples == before.num_samples
+        finished = is_finished(results) and search.settings.num_samples == before.num_samples
+        finished = finished and is_finished(read_results(repeats_of(search, results)))
         if finished and read_best_model(results, folder):
             return wrap_up(search, None)
         space = search_space(search.settings)
@@ -261,25 +265,37 @@ def resume_search(asked: Settings) -> int:
 
 def run_trials(search: Search, dataset: Dataset, signals: list[int]) -> int:
     """Run the trials of a search that are not finished, then wrap it up, and return the exit code."""
+    fit(search, dataset, MODELS_KEPT)
+    results = read_results(search)
+    if not signals and not are_left(results):
+        repeats = repeats_of(search, results)
+        fit(repeats, dataset, models_kept=0)
+        search.seconds = repeats.seconds
+    write_search(search)
+    if not signals:
+        return wrap_up(search, dataset)
+    write_results(results, search.folder)
+    print(recap(results, search))
+    print(best_so_far(results))
+    print(f"Interrupted. To go on: {resume_command(search.folder)}")
+    return 128 + signals[0]
+
+
+def fit(search: Search, dataset: Dataset, models_kept: int) -> None:
+    """Run the trials of a search that are not finished, if any, and count the seconds."""
+    if is_finished(read_results(search)):
+        return
     start = time.monotonic()
+    search.folder.mkdir(exist_ok=True)
     resources, search.resource_usage = share_resources(search.settings, len(search.trials))
     for path in search.folder.glob(".ray_*"):  # of a process that was killed
         shutil.rmtree(path, ignore_errors=True)
     # All nodes of a cluster must see what Ray writes while a search runs; nothing is ever read from it.
     place = search.folder if "RAY_ADDRESS" in os.environ else None
     with tempfile.TemporaryDirectory(prefix=".ray_", dir=place, ignore_cleanup_errors=True) as ray_folder:
-        new_tuner(search, dataset, resources, Path(ray_folder)).fit()
+        new_tuner(search, dataset, models_kept, resources, Path(ray_folder)).fit()
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Tune has ended, and would no longer stop on it
     search.seconds += time.monotonic() - start
-    write_search(search)
-    if not signals:
-        return wrap_up(search, dataset)
-    results = read_results(search)
-    write_results(results, search.folder)
-    print(recap(results, search))
-    print(best_so_far(results))
-    print(f"Interrupted. To go on: {resume_command(search.folder)}")
-    return 128 + signals[0]
 
 
 def wrap_up(search: Search, dataset: Dataset | None) -> int:
@@ -294,14 +310,15 @@ def wrap_up(search: Search, dataset: Dataset | None) -> int:
     if not metrics:
         metrics = save_best_model(results, dataset, image_source(search.settings), search.folder)
     print(recap(results, search))
-    if any(row["status"] in ("PENDING", "UNFINISHED") for row in results):
+    repeats = repeats_of(search, results)
+    if are_left([*results, *read_results(repeats)]):
         more = f"--time-budget {2 * search.settings.time_budget:g}s"
         print(f"The time budget is spent. To go on: {resume_command(search.folder)} {more}")
     if not metrics:
         print("No trial has a model, so there is no best model.", file=sys.stderr)
         return 1
     print(recap_best(results, metrics, search))
-    print(*rungs(search, results), *conclusions(search, results), sep="\n")
+    print(*rungs(search, results), *conclusions(search, results), *compared(repeats), sep="\n")
     return 0 if metrics["trial_id"] == best_first(results)[0]["trial_id"] else 1
 
 

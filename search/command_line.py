@@ -17,6 +17,7 @@ SCHEDULERS = {  # → the flags that it takes
     "median": ("grace_period",),
     "none": (),
 }
+ENLARGED = ("num_samples", "time_budget", "repeats")  # settings that may grow when a search is resumed
 UNITS = {"s": 1, "m": 60, "h": 3600}
 GPU_FILES = ("nvidia[0-9]*", "dxg", "kfd")  # in /dev: of NVIDIA's driver, of Windows' below Linux, of AMD's
 
@@ -39,6 +40,7 @@ class Settings:
     grace_period: int | None = None  # epochs; this and the next two None: as hparam_search.py says
     reduction_factor: float | None = None
     brackets: int | None = None
+    repeats: int | None = None  # other seeds that the best trials are trained again with, in the end
     time_budget: float | None = None  # seconds, of all processes of the search together; None: no end
     resume: str | None = None
     list: bool = False  # show the searches in output_dir
@@ -78,6 +80,7 @@ def parse_args(argv: Sequence[str] | None = None, description: str | None = None
     add("--num-samples", metavar="N", type=int, help="random draws for each point of the grid; 3")
     add("--max-epochs", metavar="N", type=int, help='default param_space["epochs"]')
     add("--seed", metavar="N", type=int, help="of draws, weights and batches; 0")
+    add("--repeats", metavar="N", type=int, help="train the best 3 again with N other seeds each")
     add("--time-budget", metavar="T", type=seconds, help="90s, 30m or 2h: then the search ends in good order")
     add("--quick", action="store_true", help="a small search, in about a minute on two cores")
     add = parser.add_argument_group("on which images").add_argument
@@ -94,8 +97,8 @@ def parse_args(argv: Sequence[str] | None = None, description: str | None = None
     add("--cpus-per-trial", metavar="N", type=int, help="default: all are shared out")
     add("--gpus-per-trial", metavar="F", type=float, help="default 1 where there are GPUs; 0.5 shares")
     add = parser.add_argument_group("searches that are there").add_argument
-    add("--resume", metavar="PATH", help="continue the search in that folder, with more --num-samples or a larger "
-        "--time-budget where these are given")  # fmt: skip
+    add("--resume", metavar="PATH", help="continue the search in that folder; more --num-samples, --repeats "
+        "and --time-budget can be asked for")  # fmt: skip
     add("--list", action="store_true", help="show the searches in --output-dir, and their best")
     add("--help", "-h", action="help", help="show this")
     given = vars(parser.parse_args(argv))
@@ -148,7 +151,7 @@ def check_flags(given: dict) -> None:
             raise ValueError(f"{flag(key)} is {given[key]!r}, but must be a path that can be printed")
     if "list" in given and (others := set(given) - {"list", "output_dir"}):
         raise ValueError(f"--list takes no other flag than --output-dir: leave {flag(min(others))} away")
-    if "resume" in given and (others := set(given) - {"resume", "num_samples", "time_budget"}):
+    if "resume" in given and (others := set(given) - {"resume", *ENLARGED}):
         raise ValueError(f"--resume takes every setting from the search it continues: leave {flag(min(others))} away")
     scheduler = given.get("scheduler", "asha")
     for key in SCHEDULERS["asha"]:
@@ -165,6 +168,7 @@ def check_settings(settings: Settings) -> None:
         ValueError: with the sentence.
     """
     at_least = {"num_samples": 1, "max_epochs": 1, "seed": 0, "cpus_per_trial": 1, "grace_period": 1, "brackets": 1}
+    at_least |= {"repeats": 2}  # one alone shows no spread
     for key, lowest in at_least.items():
         value = getattr(settings, key)
         if value is not None and value < lowest:

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from data import Dataset, InputError, fingerprint
-from search.command_line import Settings, flag
+from search.command_line import ENLARGED, Settings, flag
 from search.space import check_param_space, described, trial_name
 from search.trial import WEIGHTS_FILE, checkpoint_path, of_same_epoch, replacing, saved_weights
 from train import METRICS
@@ -212,12 +212,12 @@ def read_search(folder: Path) -> Search:
 
 
 def enlarged(settings: Settings, asked: Settings) -> Settings:
-    """Return a search's settings with the larger num_samples and time_budget that its continuation asks for.
+    """Return a search's settings with the larger ones of ENLARGED that its continuation asks for.
 
     Raises:
         InputError: they are smaller.
     """
-    changes = {key: getattr(asked, key) for key in ("num_samples", "time_budget") if getattr(asked, key) is not None}
+    changes = {key: getattr(asked, key) for key in ENLARGED if getattr(asked, key) is not None}
     for key, value in changes.items():
         before = getattr(settings, key)
         if before is not None and value < before:
@@ -376,6 +376,16 @@ def summarise(name: str, config: dict | None, lines: list[dict], others: int, fo
     if saved:
         row["checkpoint"] = checkpoint_path(Path(name), best["epoch"]).as_posix()
     return row
+
+
+def is_finished(results: list[dict]) -> bool:
+    """Tell whether all trials are finished."""
+    return all(row["status"] in FINISHED for row in results)
+
+
+def are_left(results: list[dict]) -> bool:
+    """Tell whether there are trials that have neither finished nor failed."""
+    return any(row["status"] in ("PENDING", "UNFINISHED") for row in results)
 
 
 def best_first(results: list[dict]) -> list[dict]:

@@ -44,6 +44,7 @@ BAD_COMMANDS = [
     (["--brackets", "0"], "--brackets is 0"),
     (["--scheduler", "none", "--grace-period", "2"], "--grace-period 2 has no use with --scheduler none"),
     (["--scheduler", "median", "--brackets", "2"], "--brackets 2 has no use with --scheduler median"),
+    (["--repeats", "1"], "--repeats is 1, but must be at least 2"),
     (["--time-budget", "30"], "'30' is no time span, such as 90s, 30m or 2h"),
     (["--time-budget", "-1h"], "--time-budget"),
 ]
@@ -87,7 +88,7 @@ ODD_STRINGS = ["", " ", ".", "..", "../x", "/", "a/b", "a\\b", "a\nb", "\0", "\x
 
 FLAGS = ["--dataset", "--data-dir", "--output-dir", "--name", "--num-samples", "--max-epochs", "--seed",
          "--cpus-per-trial", "--gpus-per-trial", "--scheduler", "--grace-period", "--reduction-factor", "--brackets",
-         "--time-budget", "--quick", "--resume", "--list", "--data", "-q", "--"]  # fmt: skip
+         "--time-budget", "--repeats", "--quick", "--resume", "--list", "--data", "-q", "--"]  # fmt: skip
 
 
 SENSIBLE = {"--dataset": ["synthetic", "folder"], "--data-dir": ["images"], "--num-samples": ["1", "3"],
