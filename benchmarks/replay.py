@@ -1,0 +1,199 @@
+"""What a scheduler costs and what it loses: Ray's own schedulers on recorded curves, in hundreds of random searches.
+
+    python -m benchmarks.curves …     # records benchmarks/curves/default.csv
+    python -m benchmarks.replay       # a table of it; with --plot FILE.png also a picture, by matplotlib
+
+A search draws so many of the recorded configs, in random order, and trains several at once; an epoch takes as long as
+it took when it was recorded. What was found is held against the best of those drawn, had all been trained to the end.
+The winner, which would have been that best, is lost where it was stopped before.
+"""
+
+import argparse
+import functools
+import heapq
+import itertools
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+
+from benchmarks.curves import FOLDER, read_curves
+from hparam_search import MAX_SECONDS_PER_TRIAL, MIN_DELTA, PATIENCE
+from search.early_stopping import EarlyStopping
+
+Curve = list[dict]  # of a config: what each epoch reported, with the keys of curves.COLUMNS
+GOOD_LR = 0.01  # of a config that one would try first
+
+
+class Controller:
+    """All that schedulers which stop trials ask of Tune."""
+
+    def get_live_trials(self) -> list:
+        return []
+
+
+class Trial:
+    """All that these schedulers ask of a trial."""
+
+    status = "RUNNING"
+
+    def __init__(self, number: int) -> None:
+        self.trial_id = str(number)
+
+
+def search(curves: list[Curve], scheduler: TrialScheduler, stopper: EarlyStopping | None, at_once: int) -> list[int]:
+    """Play a search and return how many epochs each of its trials was trained.
+
+    Args:
+        curves: of its trials, in the order in which they begin.
+        scheduler: a new one of Ray's, by epochs.
+        stopper: a new one, or None; as in Tune, it comes before the scheduler.
+        at_once: how many trials run at once.
+    """
+    controller, waiting, ended = Controller(), list(enumerate(curves)), {}
+    running = []  # a heap of (time of the next report, number, trial, curve, epochs reported)
+
+    def begin(now: float) -> None:
+        if waiting:
+            i, curve = waiting.pop(0)
+            trial = Trial(i)
+            scheduler.on_trial_add(controller, trial)
+            heapq.heappush(running, (now + curve[0]["seconds"], i, trial, curve, 0))
+
+    for _ in range(at_once):
+        begin(0.0)
+    while running:
+        now, i, trial, curve, epochs = heapq.heappop(running)
+        row, epochs = curve[epochs], epochs + 1
+        stopped = stopper is not None and stopper(trial.trial_id, row)
+        stopped = stopped or scheduler.on_trial_result(controller, trial, row) == TrialScheduler.STOP
+        if stopped or epochs == len(curve):
+            scheduler.on_trial_complete(controller, trial, row)
+            ended[i] = epochs
+            begin(now)
+        else:
+            heapq.heappush(running, (now + curve[epochs]["seconds"] - row["seconds"], i, trial, curve, epochs))
+    return [ended[i] for i in range(len(curves))]
+
+
+def judge(curves: list[Curve], epochs: list[int]) -> dict:
+    """Return what came of a search: spent (share of all epochs), found (share of the best accuracy), lost_at.
+
+    lost_at is the epoch at which the winner was stopped before its best one, or None.
+    """
+    best_of_each = [max(row["accuracy"] for row in curve) for curve in curves]
+    found = max(max(row["accuracy"] for row in curve[:n]) for curve, n in zip(curves, epochs, strict=True))
+    winner = int(np.argmax(best_of_each))
+    reached = max(row["accuracy"] for row in curves[winner][: epochs[winner]])
+    return {
+        "spent": sum(epochs) / sum(map(len, curves)),
+        "found": found / max(best_of_each),
+        "lost_at": None if reached == max(best_of_each) else epochs[winner],
+    }
+
+
+def schedulers(max_epochs: int) -> dict[str, Callable[[], TrialScheduler]]:
+    """Return name → a function that makes a new one."""
+    loss = {"time_attr": "epoch", "metric": "loss", "mode": "min"}
+    accuracy = {"time_attr": "epoch", "metric": "accuracy", "mode": "max"}
+    made = {"none": FIFOScheduler}
+    graces = [grace for grace in (1, 2, 3, 5) if grace <= max_epochs]
+    for judged_by, grace, factor in itertools.product((loss, accuracy), graces, (2, 3, 4)):
+        figures = judged_by | {"max_t": max_epochs, "grace_period": grace, "reduction_factor": factor}
+        name = f"asha, {judged_by['metric']}, grace {grace}, factor {factor}"
+        made[name] = functools.partial(ASHAScheduler, **figures)
+    for grace in graces:
+        figures = loss | {"grace_period": grace, "min_time_slice": math.inf}
+        made[f"median, loss, grace {grace}"] = functools.partial(MedianStoppingRule, **figures)
+    return made
+
+
+def replay(
+    curves: list[Curve], new_scheduler: Callable[[], TrialScheduler], patience: int | None, at_once: int, trials: int,
+    searches: int, first: Curve | None,
+) -> list[dict]:  # fmt: skip
+    """Return what came of each of so many random searches: see judge.
+
+    Args:
+        curves: of all recorded configs.
+        new_scheduler: makes a new one.
+        patience: epochs of EarlyStopping, or None for none.
+        at_once: trials that run at once.
+        trials: of a search.
+        searches: how many.
+        first: the curve of a config that every search begins with, or None.
+    """
+    results = []
+    for seed in range(searches):
+        drawn = random.Random(seed).sample(curves, trials)
+        if first is not None:
+            drawn = [first, *(curve for curve in drawn if curve is not first)][:trials]
+        max_epochs = len(drawn[0])
+        stopper = EarlyStopping(patience, MIN_DELTA, MAX_SECONDS_PER_TRIAL, max_epochs) if patience else None
+        results.append(judge(drawn, search(drawn, new_scheduler(), stopper, at_once)))
+    return results
+
+
+def row(name: str, results: list[dict]) -> str:
+    """Return a row of the table."""
+    found, spent = ([result[key] for result in results] for key in ("found", "spent"))
+    lost = Counter(result["lost_at"] for result in results if result["lost_at"])
+    at = ", ".join(f"{epoch}: {count / len(results):.0%}" for epoch, count in sorted(lost.items())[:4])
+    low, middle, high = np.percentile(found, [25, 50, 75])
+    return (
+        f"| {name} | {np.mean(spent):.2f} | {middle:.3f} ({low:.3f} to {high:.3f}) | {np.mean(found):.3f} | "
+        f"{lost.total() / len(results):.0%} | {at} |"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print a table of all schedulers, one trial at a time and several, with and without what may help them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--curves", type=Path, default=FOLDER / "default.csv")
+    parser.add_argument("--trials", type=int, default=12, help="of a search")
+    parser.add_argument("--searches", type=int, default=300)
+    parser.add_argument("--at-once", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--plot", type=Path, help="a PNG to draw the table into; needs matplotlib")
+    args = parser.parse_args(argv)
+    curves = list(read_curves(args.curves).values())
+    if len(curves) < args.trials:
+        parser.error(f"{args.curves} has {len(curves)} configs, fewer than the {args.trials} of a search: record more")
+    first = min(curves, key=lambda curve: abs(math.log(curve[0]["lr"] / GOOD_LR)))
+    print(f"{len(curves)} recorded configs, {args.searches} searches of {args.trials} trials.\n")
+    print("| scheduler | epochs spent | accuracy found ÷ best (quartiles) | mean | winner lost | at epoch |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    points = {}
+    for name, new_scheduler in schedulers(len(curves[0])).items():
+        for at_once in args.at_once if name != "none" else args.at_once[:1]:
+            for patience in (None, PATIENCE):
+                for beginning in (None, first) if name != "none" else (None,):
+                    parts = [name, f"{at_once} at once"]
+                    parts += [f"patience {patience}"] if patience else []
+                    parts += [f"lr {first[0]['lr']:.2g} first"] if beginning else []
+                    results = replay(curves, new_scheduler, patience, at_once, args.trials, args.searches, beginning)
+                    print(row(", ".join(parts), results), flush=True)
+                    points[", ".join(parts)] = [np.mean([r[key] for r in results]) for key in ("spent", "found")]
+    if args.plot:
+        plot(points, args.plot)
+
+
+def plot(points: dict[str, list[float]], path: Path) -> None:
+    """Draw epochs spent against accuracy found, a dot a row of the table, into a PNG."""
+    import matplotlib.pyplot as plt  # here, for nothing else needs it
+
+    figure, axes = plt.subplots(figsize=(8, 5))
+    for kind in ("none", "median", "asha, loss", "asha, accuracy"):
+        of_kind = [point for name, point in points.items() if name.startswith(kind)]
+        axes.scatter(*zip(*of_kind, strict=True), s=12, label=kind)
+    axes.set(xlabel="epochs spent, as a share of all", ylabel="accuracy found ÷ best, mean")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=100)
+
+
+if __name__ == "__main__":
+    main()

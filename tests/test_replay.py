@@ -1,0 +1,71 @@
+from pathlib import Path
+
+import pytest
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
+
+from benchmarks.curves import read_curves, write_curves
+from benchmarks.replay import judge, main, search
+from search.early_stopping import EarlyStopping
+
+
+def curve(loss: float, number: int = 0, epochs: int = 4) -> list[dict]:
+    """Return a config's curve: its loss stays, its accuracy grows."""
+    drawn = {"config": number, "h_1": 8, "h_2": 32, "p_drop": 0.1, "lr": 0.01 * (number + 1), "train_accuracy": 0.5}
+    return [
+        drawn
+        | {"epoch": e, "loss": loss, "train_loss": loss, "accuracy": (1 - loss / 10) * e / epochs, "seconds": float(e)}
+        for e in range(1, epochs + 1)
+    ]
+
+
+def asha() -> ASHAScheduler:
+    """Return one that looks after 1, 2 and 4 epochs, and lets pass what is no worse than the median of those before."""
+    return ASHAScheduler(time_attr="epoch", metric="loss", mode="min", max_t=4, grace_period=1, reduction_factor=2)
+
+
+@pytest.mark.parametrize(
+    ("losses", "at_once", "epochs"),
+    [
+        # The first passes; 2.0 is worse than 1.0; 0.5 is better than 1.5; 3.0 is worse than 1.0.
+        ([1.0, 2.0, 0.5, 3.0], 1, [4, 1, 4, 1]),
+        # In the worst order everybody passes.
+        ([3.0, 2.0, 1.0, 0.5], 1, [4, 4, 4, 4]),
+        # Two at once: 2.0 and 3.0 report after 1.0 does.
+        ([1.0, 2.0, 0.5, 3.0], 2, [4, 1, 4, 1]),
+        # All at once, they report in turn: 3.0 passes as the first, then each is better than those before.
+        ([3.0, 2.0, 1.0, 0.5], 4, [4, 4, 4, 4]),
+        # And here each is worse than the first.
+        ([0.5, 1.0, 2.0, 3.0], 4, [4, 1, 1, 1]),
+    ],
+)
+def test_asha_on_curves_that_can_be_reckoned_by_hand(losses: list[float], at_once: int, epochs: list[int]) -> None:
+    assert search([curve(loss) for loss in losses], asha(), None, at_once) == epochs
+
+
+def test_without_a_scheduler_all_run_to_their_end_or_until_they_stop_by_themselves() -> None:
+    curves = [curve(loss) for loss in (1.0, 2.0, 3.0)]
+    assert search(curves, FIFOScheduler(), None, 2) == [4, 4, 4]
+    stopper = EarlyStopping(patience=2, min_delta=0.1, max_seconds=100, max_epochs=4)
+    assert search(curves, FIFOScheduler(), stopper, 2) == [3, 3, 3]
+
+
+def test_what_was_spent_and_lost() -> None:
+    curves = [curve(loss) for loss in (1.0, 2.0)]  # 0.9 and 0.8 in the end
+    assert judge(curves, [4, 4]) == {"spent": 1.0, "found": 1.0, "lost_at": None}
+    judged = judge(curves, [2, 4])
+    assert judged == {"spent": 0.75, "found": pytest.approx(0.8 / 0.9), "lost_at": 2}
+
+
+def test_table_of_recorded_curves(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = tmp_path / "curves.csv"
+    curves = {i: curve(0.5 + i, i) for i in range(5)}
+    write_curves(path, curves)
+    assert read_curves(path) == curves
+    main(["--curves", str(path), "--trials", "3", "--searches", "4", "--at-once", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "5 recorded configs, 4 searches of 3 trials."
+    assert "| none, 1 at once | 1.00 | 1.000 (1.000 to 1.000) | 1.000 | 0% |  |" in lines
+    assert len(lines) == 4 + 2 + (18 + 3) * 4
+    with pytest.raises(SystemExit):
+        main(["--curves", str(path)])
+    assert "5 configs, fewer than the 12 of a search" in capsys.readouterr().err
