@@ -93,6 +93,9 @@ param_space = {
     "label_smoothing": 0.0,
 }
 
+# Values to begin with, such as {"lr": 0.01, "h_1": 64}; what is left out is drawn. They come on top of the draws.
+first_trials: list[dict] = []
+
 # The recipe of the script that this one began as: `param_space | BASELINE_RECIPE` trains as that did.
 BASELINE_RECIPE = {
     "momentum": 0.9,
@@ -180,6 +183,13 @@ def search_space(settings: Settings) -> dict:
     return space | ({"epochs": settings.max_epochs} if settings.max_epochs else {})
 
 
+def draw(settings: Settings, space: dict) -> tuple[dict[str, dict], dict[str, str]]:
+    """Return the trials, name → config, and what they are drawn from, in words."""
+    first = [] if settings.quick else first_trials
+    in_words = described(space) | {"first_trials": str(first)}
+    return draw_trials(space, settings.num_samples, settings.seed, first), in_words
+
+
 def with_scheduler(settings: Settings, max_epochs: int) -> Settings:
     """Return the settings with the scheduler's figures, where it takes any and they were not given."""
     grace_period = settings.grace_period or min(GRACE_PERIOD, max_epochs)
@@ -209,7 +219,7 @@ def new_search(settings: Settings) -> int:
     space = search_space(settings)
     check_param_space(space)
     settings = with_scheduler(settings, space["epochs"])
-    trials = draw_trials(space, settings.num_samples, settings.seed)
+    trials, in_words = draw(settings, space)
     name = settings.name or datetime.now().strftime("search_%Y-%m-%d_%H-%M-%S")
     folder = resolved(settings.output_dir) / name
     check_free(folder)
@@ -225,7 +235,7 @@ def new_search(settings: Settings) -> int:
         except OSError as error:
             raise InputError(f"{folder} cannot be made ({error.strerror}): choose another --name") from error
         with holding(folder):
-            search = Search(folder, settings, described(space), searched(space), fingerprint(dataset), trials)
+            search = Search(folder, settings, in_words, searched(space), fingerprint(dataset), trials)
             write_search(search)
             return run_trials(search, dataset, signals)
 
@@ -246,7 +256,8 @@ def resume_search(asked: Settings) -> int:
         if finished and read_best_model(results, folder):
             return wrap_up(search, None)
         space = search_space(search.settings)
-        check_same_space(search, space)
+        drawn, in_words = draw(search.settings, space)
+        check_same_space(search, in_words)
         if not finished and search.time_left is not None and search.time_left <= 0:
             raise InputError(
                 f"the --time-budget of {shown(folder)}, {duration(search.settings.time_budget)}, is spent: give a "
@@ -254,7 +265,6 @@ def resume_search(asked: Settings) -> int:
             )
         dataset = load_dataset(search.settings)
         check_same_images(search, dataset)
-        drawn = draw_trials(space, search.settings.num_samples, search.settings.seed)
         search.trials = {name: search.trials.get(name) or config for name, config in drawn.items()}
         if finished:
             return wrap_up(search, dataset)

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from data import Dataset, InputError, fingerprint
 from search.command_line import ENLARGED, Settings, flag
-from search.space import check_param_space, described, trial_name
+from search.space import check_param_space, trial_name
 from search.trial import WEIGHTS_FILE, checkpoint_path, of_same_epoch, replacing, saved_weights
 from train import METRICS
 
@@ -225,9 +225,9 @@ def enlarged(settings: Settings, asked: Settings) -> Settings:
     return replace(settings, **changes)
 
 
-def check_same_space(search: Search, space: dict) -> None:
+def check_same_space(search: Search, in_words: dict[str, str]) -> None:
     """Refuse to go on with a space that was edited since the search began."""
-    for key, text in described(space).items():
+    for key, text in in_words.items():
         if text != search.param_space.get(key):
             raise InputError(
                 f"param_space[{key!r}] is {text}, but was {search.param_space.get(key)} when {shown(search.folder)} "

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from ray.tune.search.sample import Categorical, Domain, Float, Integer, LogUniform, Sampler
@@ -60,21 +61,36 @@ def possible_values(entry: object) -> list:
     return [] if isinstance(entry, Domain) else [entry]
 
 
-def draw_trials(space: dict, num_samples: int, seed: int) -> dict[str, dict]:
-    """Return name → config of all trials: num_samples random draws for each point of the grid.
+def draw_trials(space: dict, num_samples: int, seed: int, first_trials: Sequence[dict] = ()) -> dict[str, dict]:
+    """Return name → config of all trials: the first ones, then num_samples random draws for each point of the grid.
+
+    Args:
+        space: checked.
+        num_samples: at least 1.
+        seed: of the draws; those of the grid are the same whatever the first ones are.
+        first_trials: values for hyperparameters that are searched; what one leaves out is drawn.
 
     Raises:
         InputError: there are too many, or a config that no trial could train with.
     """
+    for i, values in enumerate(first_trials):
+        if unsearched := [key for key in values if key not in searched(space)]:
+            raise InputError(
+                f"first_trials[{i}] has {unsearched[0]!r}, which param_space does not search: leave it away"
+            )
     grids = [entry["grid_search"] for entry in space.values() if isinstance(entry, dict)]
     count = num_samples * math.prod(map(len, grids))
     if count > MAX_TRIALS:
         raise InputError(
             f"--num-samples {num_samples} and the grid make {count:,} trials: at most {MAX_TRIALS:,} can be"
         )
-    rng = np.random.default_rng(seed)
+    rng, rng_of_first = np.random.default_rng(seed), np.random.default_rng([seed, 1])
     try:
         drawn = [
+            next(iter(generate_variants({"config": space | values}, random_state=rng_of_first)))[1]["config"]
+            for values in first_trials
+        ]
+        drawn += [
             variant["config"]
             for _ in range(num_samples)
             for _, variant in generate_variants({"config": space}, random_state=rng)

@@ -89,3 +89,22 @@ def test_missing_key_is_named() -> None:
     del space["lr"]
     with pytest.raises(InputError, match="lacks 'lr'"):
         check_param_space(space)
+
+
+def test_first_trials_come_first_and_change_no_draw() -> None:
+    space = {"seed": 0} | param_space
+    draws = list(draw_trials(space, 3, 5).values())
+    trials = list(
+        draw_trials(space, 3, 5, [{"lr": 0.01}, {"lr": 0.02, "h_1": 128, "p_drop": 0.3, "h_2": 512}]).values()
+    )
+    assert trials[2:] == draws
+    assert trials[0]["lr"] == 0.01
+    assert 0.1 <= trials[0]["p_drop"] <= 0.5
+    assert trials[1] == draws[0] | first
+    for bad, words in (
+        ({"momentum": 0.8}, r"first_trials\[0\] has 'momentum', which is not searched"),
+        ({"lr": -1}, "can be -1"),
+        ([], r"first_trials\[0\] is \[\], but must be a dict"),
+    ):
+        with pytest.raises(InputError, match=words):
+            draw_trials(space, 3, 5, [bad])
