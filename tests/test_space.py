@@ -94,9 +94,8 @@ def test_missing_key_is_named() -> None:
 def test_first_trials_come_first_and_change_no_draw() -> None:
     space = {"seed": 0} | param_space
     draws = list(draw_trials(space, 3, 5).values())
-    trials = list(
-        draw_trials(space, 3, 5, [{"lr": 0.01}, {"lr": 0.02, "h_1": 128, "p_drop": 0.3, "h_2": 512}]).values()
-    )
+    first = {"lr": 0.02, "h_1": 128, "p_drop": 0.3, "h_2": 512}
+    trials = list(draw_trials(space, 3, 5, [{"lr": 0.01}, first]).values())
     assert trials[2:] == draws
     assert trials[0]["lr"] == 0.01
     assert 0.1 <= trials[0]["p_drop"] <= 0.5
