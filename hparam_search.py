@@ -321,7 +321,7 @@ def wrap_up(search: Search, dataset: Dataset | None) -> int:
         metrics = save_best_model(results, dataset, image_source(search.settings), search.folder)
     print(recap(results, search))
     repeats = repeats_of(search, results)
-    if are_left([*results, *read_results(repeats)]):
+    if search.settings.time_budget and are_left([*results, *read_results(repeats)]):
         more = f"--time-budget {2 * search.settings.time_budget:g}s"
         print(f"The time budget is spent. To go on: {resume_command(search.folder)} {more}")
     if not metrics:

@@ -74,10 +74,10 @@ def draw_trials(space: dict, num_samples: int, seed: int, first_trials: Sequence
         InputError: there are too many, or a config that no trial could train with.
     """
     for i, values in enumerate(first_trials):
+        if not isinstance(values, dict):
+            raise InputError(f"first_trials[{i}] is {values!r}, but must be a dict of hyperparameters")
         if unsearched := [key for key in values if key not in searched(space)]:
-            raise InputError(
-                f"first_trials[{i}] has {unsearched[0]!r}, which param_space does not search: leave it away"
-            )
+            raise InputError(f"first_trials[{i}] has {unsearched[0]!r}, which is not searched: leave it away")
     grids = [entry["grid_search"] for entry in space.values() if isinstance(entry, dict)]
     count = num_samples * math.prod(map(len, grids))
     if count > MAX_TRIALS:
