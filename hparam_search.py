@@ -39,7 +39,7 @@ from data import Dataset, InputError, fingerprint, read_images
 from search.early_stopping import EarlyStopping
 from search.importance import conclusions, rungs
 from search.progress import Progress
-from search.ray_session import running_ray, share_resources
+from search.ray_session import check_all_nodes_see, running_ray, share_resources
 from search.records import (
     LOG_FILE,
     Search,
@@ -235,6 +235,11 @@ def new_search(settings: Settings) -> int:
         except OSError as error:
             raise InputError(f"{folder} cannot be made ({error.strerror}): choose another --name") from error
         with holding(folder):
+            try:
+                check_all_nodes_see(folder)
+            except InputError:
+                folder.rmdir()
+                raise
             search = Search(folder, settings, in_words, searched(space), fingerprint(dataset), trials)
             write_search(search)
             return run_trials(search, dataset, signals)
@@ -269,6 +274,7 @@ def resume_search(asked: Settings) -> int:
         if finished:
             return wrap_up(search, dataset)
         with running_ray(), stopping_on_signals() as signals:
+            check_all_nodes_see(folder)
             write_search(search)
             return run_trials(search, dataset, signals)
 

@@ -4,8 +4,10 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from data import InputError
 from search.command_line import Settings
@@ -45,6 +47,31 @@ def running_ray() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def check_all_nodes_see(folder: Path) -> None:
+    """Refuse a folder that a node of the cluster does not see: trials write there, wherever they run.
+
+    Raises:
+        InputError: naming the node.
+    """
+
+    def sees(path: str) -> bool:  # in here, it travels whole: a node need not have this file yet
+        return Path(path).is_dir()
+
+    asked = []  # of one machine, several nodes have the same name
+    for node in ray.nodes():
+        if node["Alive"]:
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            task = ray.remote(num_cpus=0, scheduling_strategy=there)(sees)
+            name = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
+            asked.append((name, task.remote(str(folder))))
+    for name, answer in asked:
+        with contextlib.suppress(ray.exceptions.RayError):  # of a node that has died meanwhile
+            if not ray.get(answer):
+                raise InputError(
+                    f"the node {name} does not see {folder}: give an --output-dir on a disk that all nodes share"
+                )
 
 
 def share_resources(settings: Settings, num_trials: int) -> tuple[dict[str, float], str]:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,11 +198,11 @@ def own_address(ray_started: None) -> str:
     return ray.get_runtime_context().gcs_address
 
 
-def start_node(mark: str, *arguments: str) -> None:
+def start_node(mark: str, *arguments: str, within: Sequence[str] = ()) -> None:
     """Start a node of a cluster, of one CPU, as `ray start` does; its processes have the mark in their environment."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     subprocess.Popen(
-        [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus", "1", *arguments],
+        [*within, sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus", "1", *arguments],
         env=environment | {"RAY_AUTH_MODE": "token", "MARK": mark},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -231,6 +231,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def wait_for_nodes(count: int) -> None:
     ray.init(os.environ["RAY_ADDRESS"], log_to_driver=False)
     wait_for(lambda: sum(node["Alive"] for node in ray.nodes()) == count)
+
+
+def wait_for_blind_node() -> None:
+    ray.init(os.environ["RAY_ADDRESS"], log_to_driver=False)
+    wait_for(lambda: "blind" in ray.cluster_resources())
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -620,3 +625,25 @@ def test_node_of_a_cluster_dies(cluster: str, searches: tuple[Future, Future], t
         assert sorted(set(epochs)) == list(range(1, max(epochs) + 1))
         repeated = [epoch for epoch in epochs if epochs.count(epoch) > 1]
         assert all(epoch > before[name] for epoch in repeated)
+
+
+@pytest.mark.waits_for_searches
+@pytest.mark.skipif(
+    shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"], check=False).returncode != 0,
+    reason="no mount namespaces here, for a node that sees another disk",
+)
+def test_node_that_does_not_see_the_folder_is_named(cluster: str, tmp_path: Path) -> None:
+    folder, output, mark = tmp_path / "disk" / "it", tmp_path / "output.txt", f"blind_of_{tmp_path}"
+    folder.parent.mkdir()
+    mount = f'mount -t tmpfs none {folder.parent} && exec "$@"'
+    namespace = ["unshare", "-rm", "sh", "-c", mount, "sh"]
+    start_node(mark, "--address", cluster, "--resources", '{"blind": 1}', within=namespace)
+    try:
+        flags = [*LONG, "2", "--output-dir", str(folder.parent), "--name", "it"]
+        process = start(cluster, flags, output, wait_for_blind_node)
+        process.join(120)
+    finally:
+        kill_all(mark)
+    assert process.exitcode == 2, output.read_text()
+    assert f"does not see {folder}: give an --output-dir on a disk that all nodes share.\n" in output.read_text()
+    assert not folder.exists()
