@@ -32,16 +32,19 @@ def best_metrics(folder: Path) -> dict:
 
 @pytest.mark.usefixtures("ray_started", "small_search")
 def test_more_samples_end_as_if_asked_for_at_first(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert search(tmp_path / "whole", "--num-samples", 4) == 0
-    assert search(tmp_path / "grown", "--num-samples", 2) == 0
+    asha = ["--grace-period", 1, "--reduction-factor", 4, "--brackets", 2]
+    assert search(tmp_path / "whole", "--num-samples", 4, *asha) == 0
+    assert min(int(row["epochs"]) for row in read_csv(tmp_path / "whole")) < 3  # the default grace period
+    assert search(tmp_path / "grown", "--num-samples", 2, *asha) == 0
     assert len(read_csv(tmp_path / "grown")) == 2
+    capsys.readouterr()
     assert main(["--resume", str(tmp_path / "grown"), "--num-samples", "4"]) == 0
+    assert "Scheduler: asha, grace period 1, reduction factor 4, brackets 2." in capsys.readouterr().out
     assert figures(tmp_path / "grown") == figures(tmp_path / "whole")
     whole, grown = (
         json.loads((tmp_path / name / "best_model/metrics.json").read_text()) for name in ("whole", "grown")
     )
     assert whole == grown
-    capsys.readouterr()
     assert main(["--resume", str(tmp_path / "grown"), "--num-samples", "2"]) == 2
     assert "--num-samples is 2, but the search was asked for 4: give at least that." in capsys.readouterr().err
 
@@ -57,7 +60,7 @@ def test_time_budget_ends_a_search_in_good_order(
             return any(3 in epochs for epochs in self.losses.values())
 
     # One that is over at once: nothing has been trained.
-    assert search(tmp_path / "it", "--num-samples", 2, "--time-budget", "0.001s") == 1
+    assert search(tmp_path / "it", "--num-samples", 2, "--scheduler", "none", "--time-budget", "0.001s") == 1
     printed = capsys.readouterr()
     command = f"{resume_command(tmp_path / 'it')} --time-budget 0.002s"
     assert f"The time budget is spent. To go on: {command}\n" in printed.out
@@ -76,28 +79,9 @@ def test_time_budget_ends_a_search_in_good_order(
     # In the end it is as if there had been none.
     monkeypatch.setattr(hparam_search, "EarlyStopping", EarlyStopping)
     assert main(["--resume", str(tmp_path / "it"), "--time-budget", "2h"]) == 0
-    assert "budget is spent" not in capsys.readouterr().out
-    assert search(tmp_path / "undisturbed", "--num-samples", 2) == 0
+    out = capsys.readouterr().out
+    assert "budget is spent" not in out
+    assert "Scheduler: none." in out
+    assert search(tmp_path / "undisturbed", "--num-samples", 2, "--scheduler", "none") == 0
+    assert [row["epochs"] for row in read_csv(tmp_path / "undisturbed")] == ["4", "4"]
     assert figures(tmp_path / "it") == figures(tmp_path / "undisturbed")
-
-
-@pytest.mark.usefixtures("ray_started", "small_search")
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--scheduler", "none"], "Scheduler: none."),
-        (
-            ["--grace-period", 1, "--reduction-factor", 4, "--brackets", 2],
-            "Scheduler: asha, grace period 1, reduction factor 4, brackets 2.",
-        ),
-    ],
-)
-def test_schedulers_stop_trials_as_they_are_told(
-    flags: list, words: str, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    assert search(tmp_path / "it", "--num-samples", 4, *flags) == 0
-    assert words in capsys.readouterr().out
-    epochs = [int(row["epochs"]) for row in read_csv(tmp_path / "it")]
-    assert (min(epochs) < 4) == ("none" not in flags)
-    assert main(["--resume", str(tmp_path / "it")]) == 0
-    assert words in capsys.readouterr().out
