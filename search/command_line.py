@@ -117,6 +117,12 @@ def parse_args(argv: Sequence[str] | None = None, description: str | None = None
     return settings
 
 
+def scheduler_in_words(settings: Settings) -> str:
+    """Return which scheduler a search has, with its figures, as a line."""
+    figures = [f"{key.replace('_', ' ')} {getattr(settings, key):g}" for key in SCHEDULERS[settings.scheduler]]
+    return f"Scheduler: {', '.join([settings.scheduler, *figures])}."
+
+
 def seconds(text: str) -> float:
     """Return the seconds of a time span such as 90s, 30m or 2h."""
     number, unit = text[:-1], text[-1:]

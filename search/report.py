@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from data import Dataset, InputError
-from search.command_line import SCHEDULERS, Settings
+from search.command_line import scheduler_in_words
 from search.model_folder import load_model, read_metrics, write_model_folder
 from search.records import (
     FINISHED,
@@ -139,12 +139,6 @@ def best_so_far(results: list[dict]) -> str:
         return "No trial has reported yet."
     best = ranking[0]
     return f"Best so far: {best['name']}, accuracy {best['best_accuracy']:.4f} after epoch {best['best_epoch']}."
-
-
-def scheduler_in_words(settings: Settings) -> str:
-    """Return which scheduler a search has, with its figures, as a line."""
-    figures = [f"{key.replace('_', ' ')} {getattr(settings, key):g}" for key in SCHEDULERS[settings.scheduler]]
-    return f"Scheduler: {', '.join([settings.scheduler, *figures])}."
 
 
 def recap_best(results: list[dict], metrics: dict, search: Search) -> str:
