@@ -85,6 +85,11 @@ def read_csv(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def figures(folder: Path) -> list[dict]:
+    """Return results.csv without what a clock measured."""
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in read_csv(folder)]
+
+
 def reported_epochs(folder: Path) -> dict[str, list[int]]:
     """Return, for each trial that has begun, the epochs in its log, in order."""
     logs = {file.parent.name: read_log(file.parent)[0] for file in folder.glob("*/result.json")}

@@ -10,7 +10,7 @@ import hparam_search
 from hparam_search import main
 from search.early_stopping import EarlyStopping
 from search.records import resume_command
-from tests.conftest import read_csv
+from tests.conftest import figures, read_csv
 
 
 def search(folder: Path, *flags: object) -> int:
@@ -18,11 +18,6 @@ def search(folder: Path, *flags: object) -> int:
     cpus = int(ray.cluster_resources()["CPU"])
     where = ["--output-dir", folder.parent, "--name", folder.name, "--cpus-per-trial", cpus]
     return main([str(flag) for flag in ("--quick", *where, *flags)])
-
-
-def figures(folder: Path) -> list[dict]:
-    """Return results.csv without what a clock measured."""
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in read_csv(folder)]
 
 
 def best_metrics(folder: Path) -> dict:

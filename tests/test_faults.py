@@ -32,15 +32,10 @@ from search.model_folder import load_model
 from search.records import FINISHED, read_log, read_results, read_search
 from search.space import trial_name
 from search.trial import WEIGHTS_FILE, save_weights, train_cifar
-from tests.conftest import REPOSITORY, SMALL_IMAGES, make_small, read_csv, reported_epochs
+from tests.conftest import REPOSITORY, SMALL_IMAGES, figures, make_small, read_csv, reported_epochs
 from train import evaluate, evaluation_batches
 
 LONG = ["--quick", "--max-epochs", "14", "--num-samples"]
-
-
-def figures(folder: Path) -> list[dict]:
-    """Return results.csv without what a clock measured."""
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in read_csv(folder)]
 
 
 def last_checkpoints(folder: Path) -> dict[str, int]:
