@@ -571,12 +571,12 @@ def test_disk_is_bounded_while_a_search_runs(tmp_path: Path) -> None:
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        command = ["--quick", "--num-samples", "12", "--max-epochs", "2", "--output-dir", str(tmp_path)]
+        command = ["--quick", "--num-samples", "9", "--max-epochs", "2", "--output-dir", str(tmp_path)]
         assert main([*command, "--name", "it"]) == 0
     finally:
         ended.set()
         watcher.join()
-    assert len(read_csv(folder)) == 12
+    assert len(read_csv(folder)) == 9
     weights, of_one_trial, states, states_of_one = (max(counts) for counts in zip(*seen, strict=True))
     assert 0 < of_one_trial <= 2  # the best, and the best one before
     assert 0 < states_of_one <= 2  # the newest, and the one before

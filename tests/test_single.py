@@ -79,12 +79,12 @@ def test_full_trains_on_all_images(model: Path, tmp_path: Path, monkeypatch: pyt
 
 
 def test_killed_training_goes_on(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert run("--from", model, "--epochs", 20, "--name", "whole", folder=tmp_path) == 0
+    assert run("--from", model, "--epochs", 14, "--name", "whole", folder=tmp_path) == 0
     script = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "  # in the background it is ignored
         "import search.single; search.single.CHECKPOINT_PERIOD = 0; search.single.main({})"
     )
-    arguments = ["--from", str(model), "--epochs", "20", "--name", "killed", "--output-dir", str(tmp_path)]
+    arguments = ["--from", str(model), "--epochs", "14", "--name", "killed", "--output-dir", str(tmp_path)]
     command = [sys.executable, "-c", script.format(arguments)]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     for number in (signal.SIGKILL, signal.SIGINT):
