@@ -11,25 +11,17 @@ Edit `param_space` to search something else: Ray Tune's `tune.grid_search`, `tun
 
 import sys
 
-from search.command_line import (  # before Ray, which `search` gives its environment
-    SCHEDULERS,
-    Settings,
-    parse_args,
-    print_error,
-)
+# Before Ray, which the package gives its environment.
+from search.command_line import SCHEDULERS, Settings, parse_args, print_error
 
 if __name__ == "__main__":
     parse_args(description=__doc__)  # --help and refusals, before the seconds that torch and Ray take to import
 
 import math
-import os
-import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
 
 from ray import tune
@@ -39,7 +31,7 @@ from data import Dataset, InputError, fingerprint, read_images
 from search.early_stopping import EarlyStopping
 from search.importance import conclusions, rungs
 from search.progress import Progress
-from search.ray_session import check_all_nodes_see, running_ray, share_resources
+from search.ray_session import check_all_nodes_see, folder_for_ray, running_ray, share_resources
 from search.records import (
     LOG_FILE,
     Search,
@@ -51,6 +43,8 @@ from search.records import (
     enlarged,
     holding,
     is_finished,
+    make_folder,
+    name_of_now,
     prune,
     read_results,
     read_search,
@@ -172,7 +166,7 @@ def new_tuner(
             stop=stopper,
             failure_config=tune.FailureConfig(max_failures=MAX_FAILURES_PER_TRIAL),
             callbacks=[TrialLog(search, models_kept, progress, getattr(stopper, "reasons", {}))],
-            verbose=0,  # Ray's own table
+            verbose=0,  # without Ray's own table: Progress shows how far it is
         ),
     )
 
@@ -220,20 +214,12 @@ def new_search(settings: Settings) -> int:
     check_param_space(space)
     settings = with_scheduler(settings, space["epochs"])
     trials, in_words = draw(settings, space)
-    name = settings.name or datetime.now().strftime("search_%Y-%m-%d_%H-%M-%S")
-    folder = resolved(settings.output_dir) / name
-    check_free(folder)
+    output_dir = resolved(settings.output_dir)
+    check_free(output_dir / (settings.name or name_of_now()))
     dataset = load_dataset(settings)
     settings = replace(settings, data_dir=str(resolved(settings.data_dir)))  # --resume may be called from elsewhere
     with running_ray(), stopping_on_signals() as signals:
-        if not settings.name:  # of two that start in the same second, one waits for the next
-            while folder.exists():
-                time.sleep(0.1)
-                folder = folder.with_name(datetime.now().strftime("search_%Y-%m-%d_%H-%M-%S"))
-        try:
-            folder.mkdir(parents=True)
-        except OSError as error:
-            raise InputError(f"{folder} cannot be made ({error.strerror}): choose another --name") from error
+        folder = make_folder(output_dir, settings.name)
         with holding(folder):
             try:
                 check_all_nodes_see(folder)
@@ -282,12 +268,13 @@ def resume_search(asked: Settings) -> int:
 def run_trials(search: Search, dataset: Dataset, signals: list[int]) -> int:
     """Run the trials of a search that are not finished, then wrap it up, and return the exit code."""
     fit(search, dataset, MODELS_KEPT)
+    write_search(search)  # the seconds, before the repeats' are added
     results = read_results(search)
     if not signals and not are_left(results):
         repeats = repeats_of(search, results)
         fit(repeats, dataset, models_kept=0)
         search.seconds = repeats.seconds
-    write_search(search)
+        write_search(search)
     if not signals:
         return wrap_up(search, dataset)
     write_results(results, search.folder)
@@ -304,12 +291,8 @@ def fit(search: Search, dataset: Dataset, models_kept: int) -> None:
     start = time.monotonic()
     search.folder.mkdir(exist_ok=True)
     resources, search.resource_usage = share_resources(search.settings, len(search.trials))
-    for path in search.folder.glob(".ray_*"):  # of a process that was killed
-        shutil.rmtree(path, ignore_errors=True)
-    # All nodes of a cluster must see what Ray writes while a search runs; nothing is ever read from it.
-    place = search.folder if "RAY_ADDRESS" in os.environ else None
-    with tempfile.TemporaryDirectory(prefix=".ray_", dir=place, ignore_cleanup_errors=True) as ray_folder:
-        new_tuner(search, dataset, models_kept, resources, Path(ray_folder)).fit()
+    with folder_for_ray(search.folder) as ray_folder:
+        new_tuner(search, dataset, models_kept, resources, ray_folder).fit()
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Tune has ended, and would no longer stop on it
     search.seconds += time.monotonic() - start
 

@@ -45,7 +45,7 @@ class Trial:
         self.trial_id = str(number)
 
 
-def search(curves: list[Curve], scheduler: TrialScheduler, stopper: EarlyStopping | None, at_once: int) -> list[int]:
+def play(curves: list[Curve], scheduler: TrialScheduler, stopper: EarlyStopping | None, at_once: int) -> list[int]:
     """Play a search and return how many epochs each of its trials was trained.
 
     Args:
@@ -134,7 +134,7 @@ def replay(
             drawn = [first, *(curve for curve in drawn if curve is not first)][:trials]
         max_epochs = len(drawn[0])
         stopper = EarlyStopping(patience, MIN_DELTA, MAX_SECONDS_PER_TRIAL, max_epochs) if patience else None
-        results.append(judge(drawn, search(drawn, new_scheduler(), stopper, at_once)))
+        results.append(judge(drawn, play(drawn, new_scheduler(), stopper, at_once)))
     return results
 
 

@@ -5,7 +5,7 @@ Ray reads it when it is imported, so the first thing that hparam_search.py impor
 
 import os
 
-# Ray's classic table; its newer output repeats config and result of every trial besides.
+# In its newer output, Ray shows a box about its own folder whatever verbose says.
 os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
 # Here every signal is handled alike: see signals.py.
 os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
@@ -14,7 +14,7 @@ os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "inf"
 os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
 # So many processes start at once. Tune's default, where it does not draw the trials itself, is one after the other.
 os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", "16")
-# What failed is said in a sentence at the end, and in full in the trial's folder.
+# What failed is said in a sentence as it happens, and in full in the trial's folder.
 os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] = "0"
 # A Ray of our own listens on the loopback alone, as it does by itself on macOS.
 if "RAY_ADDRESS" not in os.environ:

@@ -3,6 +3,8 @@
 import contextlib
 import logging
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,6 +51,16 @@ def running_ray() -> Iterator[None]:
         ray.shutdown()
 
 
+@contextlib.contextmanager
+def folder_for_ray(search_folder: Path) -> Iterator[Path]:
+    """Make a folder for what Ray writes while a search runs; nothing is ever read from it, and it goes in the end."""
+    for path in search_folder.glob(".ray_*"):  # of a process that was killed
+        shutil.rmtree(path, ignore_errors=True)
+    place = search_folder if "RAY_ADDRESS" in os.environ else None  # all nodes of a cluster must see it
+    with tempfile.TemporaryDirectory(prefix=".ray_", dir=place, ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
 def check_all_nodes_see(folder: Path) -> None:
     """Refuse a folder that a node of the cluster does not see: trials write there, wherever they run.
 
@@ -59,9 +71,9 @@ def check_all_nodes_see(folder: Path) -> None:
     def sees(path: str) -> bool:  # in here, it travels whole: a node need not have this file yet
         return Path(path).is_dir()
 
-    asked = []  # of one machine, several nodes have the same name
+    here, asked = ray.get_runtime_context().get_node_id(), []  # of one machine, several nodes have the same name
     for node in ray.nodes():
-        if node["Alive"]:
+        if node["Alive"] and node["NodeID"] != here:
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             task = ray.remote(num_cpus=0, scheduling_strategy=there)(sees)
             name = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"

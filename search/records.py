@@ -16,9 +16,11 @@ import math
 import os
 import shlex
 import shutil
+import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from pathlib import Path
 
 from data import Dataset, InputError, fingerprint
@@ -135,6 +137,28 @@ def check_free(folder: Path) -> None:
         raise InputError(f"{folder.parent} cannot be made ({error.strerror}): choose another --output-dir") from error
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"{parent} is no folder that can be written to: choose another --output-dir")
+
+
+def name_of_now() -> str:
+    """Return the name of a search that was given none."""
+    return datetime.now().strftime("search_%Y-%m-%d_%H-%M-%S")
+
+
+def make_folder(output_dir: Path, name: str | None) -> Path:
+    """Make a new search's folder. Of two without a name that start in the same second, one waits for the next.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    while True:
+        folder = output_dir / (name or name_of_now())
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except OSError as error:
+            if name or not isinstance(error, FileExistsError):
+                raise InputError(f"{folder} cannot be made ({error.strerror}): choose another --name") from error
+        time.sleep(0.1)
 
 
 @contextlib.contextmanager

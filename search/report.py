@@ -163,7 +163,7 @@ def recap_best(results: list[dict], metrics: dict, search: Search) -> str:
             f"  test accuracy: {metrics['test_accuracy']:.4f}",
             f"Best model: {shown(folder / BEST_MODEL)}",
             f"TensorBoard: {shlex.join(['tensorboard', '--logdir', shown(folder.parent)])}",
-            f"Early stopping saved {saved} of {planned} epochs.",
+            *([f"Early stopping saved {saved} of {planned} epochs."] if finished else []),
         ]
     )
 

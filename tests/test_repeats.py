@@ -52,9 +52,10 @@ def test_configs_are_compared_by_other_seeds_than_they_were_chosen_by(tmp_path: 
 def test_best_trials_are_trained_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    flags = ["--quick", "--num-samples", "4", "--output-dir", str(tmp_path), "--name", "it"]
-    assert main(flags) == 0
+    flags = ["--quick", "--num-samples", "4", "--scheduler", "median", "--grace-period", "1"]
+    assert main([*flags, "--output-dir", str(tmp_path), "--name", "it"]) == 0
     out = capsys.readouterr().out
+    assert "Scheduler: median, grace period 1." in out
     assert "other seeds" not in out
     rows, best = read_csv(tmp_path / "it"), (tmp_path / "it/best_model/metrics.json").read_bytes()
 

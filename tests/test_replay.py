@@ -4,7 +4,7 @@ import pytest
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
 from benchmarks.curves import read_curves, write_curves
-from benchmarks.replay import judge, main, search
+from benchmarks.replay import judge, main, play
 from search.early_stopping import EarlyStopping
 
 
@@ -39,14 +39,14 @@ def asha() -> ASHAScheduler:
     ],
 )
 def test_asha_on_curves_that_can_be_reckoned_by_hand(losses: list[float], at_once: int, epochs: list[int]) -> None:
-    assert search([curve(loss) for loss in losses], asha(), None, at_once) == epochs
+    assert play([curve(loss) for loss in losses], asha(), None, at_once) == epochs
 
 
 def test_without_a_scheduler_all_run_to_their_end_or_until_they_stop_by_themselves() -> None:
     curves = [curve(loss) for loss in (1.0, 2.0, 3.0)]
-    assert search(curves, FIFOScheduler(), None, 2) == [4, 4, 4]
+    assert play(curves, FIFOScheduler(), None, 2) == [4, 4, 4]
     stopper = EarlyStopping(patience=2, min_delta=0.1, max_seconds=100, max_epochs=4)
-    assert search(curves, FIFOScheduler(), stopper, 2) == [3, 3, 3]
+    assert play(curves, FIFOScheduler(), stopper, 2) == [3, 3, 3]
 
 
 def test_what_was_spent_and_lost() -> None:

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.replay import Controller
 from hparam_search import new_scheduler
 from search.command_line import Settings
 from search.records import Search, append_line, sealed
@@ -29,13 +30,6 @@ class Trial:
 
     def __str__(self) -> str:
         return self.name
-
-
-class Controller:
-    """All that they ask of Tune."""
-
-    def get_live_trials(self) -> list:
-        return []
 
 
 @pytest.mark.parametrize("scheduler", SETTINGS)
