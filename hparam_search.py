@@ -65,6 +65,7 @@ from search.report import (
     write_results,
 )
 from search.resuming import ResumedScheduler, TrialsLeft
+from search.sampling import check_optuna
 from search.signals import stopping_on_signals
 from search.space import check_param_space, described, draw_trials, searched
 from search.trial import train_cifar
@@ -140,13 +141,13 @@ def new_stopper(max_epochs: int, time_left: float | None) -> tune.Stopper:
 
 
 def new_tuner(
-    search: Search, dataset: Dataset, models_kept: int, resources: dict[str, float], ray_folder: Path
+    search: Search, dataset: Dataset, models_kept: int, resources: dict[str, float], at_once: int, ray_folder: Path
 ) -> tune.Tuner:
     """Return the Tuner of those trials of a search that are not finished; Ray's own files go into ray_folder."""
     trainable = tune.with_parameters(
         train_cifar, dataset=dataset, search_folder=str(search.folder), checkpoint_period=CHECKPOINT_PERIOD
     )
-    trials_left = TrialsLeft(search)
+    trials_left = TrialsLeft(search, search_space(search.settings))
     progress = Progress(PROGRESS_PERIOD, search.seconds)
     max_epochs = trials_left.trials[0][1]["epochs"]  # as many for all
     stopper = new_stopper(max_epochs, search.time_left)
@@ -154,6 +155,7 @@ def new_tuner(
         tune.with_resources(trainable, resources),
         tune_config=tune.TuneConfig(
             num_samples=len(trials_left.trials),
+            max_concurrent_trials=at_once if search.settings.search == "optuna" else None,  # else, Tune draws ahead
             search_alg=trials_left,
             scheduler=ResumedScheduler(new_scheduler(search.settings, max_epochs), search),
             reuse_actors=True,  # a process that has imported torch takes on the next trial
@@ -178,10 +180,13 @@ def search_space(settings: Settings) -> dict:
 
 
 def draw(settings: Settings, space: dict) -> tuple[dict[str, dict], dict[str, str]]:
-    """Return the trials, name → config, and what they are drawn from, in words."""
+    """Return the trials, name → config (with --search optuna, what is fixed of it), and what they are drawn from."""
     first = [] if settings.quick else first_trials
+    by_optuna = settings.search == "optuna"
+    if by_optuna:
+        check_optuna(space)
     in_words = described(space) | {"first_trials": str(first)}
-    return draw_trials(space, settings.num_samples, settings.seed, first), in_words
+    return draw_trials(space, settings.num_samples, settings.seed, first, later=by_optuna), in_words
 
 
 def with_scheduler(settings: Settings, max_epochs: int) -> Settings:
@@ -290,9 +295,9 @@ def fit(search: Search, dataset: Dataset, models_kept: int) -> None:
         return
     start = time.monotonic()
     search.folder.mkdir(exist_ok=True)
-    resources, search.resource_usage = share_resources(search.settings, len(search.trials))
+    resources, at_once, search.resource_usage = share_resources(search.settings, len(search.trials))
     with folder_for_ray(search.folder) as ray_folder:
-        new_tuner(search, dataset, models_kept, resources, ray_folder).fit()
+        new_tuner(search, dataset, models_kept, resources, at_once, ray_folder).fit()
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Tune has ended, and would no longer stop on it
     search.seconds += time.monotonic() - start
 

@@ -18,6 +18,7 @@ SCHEDULERS = {  # → the flags that it takes
     "none": (),
 }
 ENLARGED = ("num_samples", "time_budget", "repeats")  # settings that may grow when a search is resumed
+SAMPLERS = ("random", "optuna")
 UNITS = {"s": 1, "m": 60, "h": 3600}
 GPU_FILES = ("nvidia[0-9]*", "dxg", "kfd")  # in /dev: of NVIDIA's driver, of Windows' below Linux, of AMD's
 
@@ -36,6 +37,7 @@ class Settings:
     cpus_per_trial: int | None = None  # None: an equal share
     gpus_per_trial: float | None = None  # None: one where there are any
     quick: bool = False
+    search: str = "random"  # or optuna
     scheduler: str = "asha"  # or median, none
     grace_period: int | None = None  # epochs; this and the next two None: as hparam_search.py says
     reduction_factor: float | None = None
@@ -77,7 +79,8 @@ def parse_args(argv: Sequence[str] | None = None, description: str | None = None
         add_help=False,
     )
     add = parser.add_argument_group("what is searched").add_argument
-    add("--num-samples", metavar="N", type=int, help="random draws for each point of the grid; 3")
+    add("--num-samples", metavar="N", type=int, help="draws for each point of the grid; 3")
+    add("--search", choices=SAMPLERS, help="at random, or by TPE, which needs the package optuna; random")
     add("--max-epochs", metavar="N", type=int, help='default param_space["epochs"]')
     add("--seed", metavar="N", type=int, help="of draws, weights and batches; 0")
     add("--repeats", metavar="N", type=int, help="train the best 3 again with N other seeds each")
@@ -117,10 +120,10 @@ def parse_args(argv: Sequence[str] | None = None, description: str | None = None
     return settings
 
 
-def scheduler_in_words(settings: Settings) -> str:
-    """Return which scheduler a search has, with its figures, as a line."""
+def methods_in_words(settings: Settings) -> list[str]:
+    """Return what draws the trials of a search and what stops them, with its figures, as lines."""
     figures = [f"{key.replace('_', ' ')} {getattr(settings, key):g}" for key in SCHEDULERS[settings.scheduler]]
-    return f"Scheduler: {', '.join([settings.scheduler, *figures])}."
+    return [f"Search: {settings.search}.", f"Scheduler: {', '.join([settings.scheduler, *figures])}."]
 
 
 def seconds(text: str) -> float:

@@ -86,12 +86,12 @@ def check_all_nodes_see(folder: Path) -> None:
                 )
 
 
-def share_resources(settings: Settings, num_trials: int) -> tuple[dict[str, float], str]:
+def share_resources(settings: Settings, num_trials: int) -> tuple[dict[str, float], int, str]:
     """Share Ray's CPUs and GPUs among the trials that run at once.
 
     Returns:
-        The resources of a trial: a GPU each where there are any, and the CPUs shared so that all are busy; and the
-        usage of all trials together, as a line to print.
+        The resources of a trial: a GPU each where there are any, and the CPUs shared so that all are busy; how many
+        trials run at once; and their usage, as a line to print.
     """
     total = ray.cluster_resources()
     cpus, gpus = int(total.get("CPU", 1)), int(total.get("GPU", 0))
@@ -101,4 +101,4 @@ def share_resources(settings: Settings, num_trials: int) -> tuple[dict[str, floa
     at_once = min(num_trials, int(gpus / gpu) if gpu else cpus)
     cpu = settings.cpus_per_trial or max(1, cpus // max(1, at_once))
     at_once = min(at_once, cpus // cpu)
-    return {"cpu": cpu, "gpu": gpu}, f"{at_once * cpu}/{cpus} CPUs, {at_once * gpu:g}/{gpus} GPUs"
+    return {"cpu": cpu, "gpu": gpu}, at_once, f"{at_once * cpu}/{cpus} CPUs, {at_once * gpu:g}/{gpus} GPUs"

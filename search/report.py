@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from data import Dataset, InputError
-from search.command_line import scheduler_in_words
+from search.command_line import methods_in_words
 from search.model_folder import load_model, read_metrics, write_model_folder
 from search.records import (
     FINISHED,
@@ -129,8 +129,7 @@ def recap(results: list[dict], search: Search) -> str:
     if shared:
         text = ", ".join(f"{name} {value}" for name, value in shared.items())
         lines += textwrap.wrap(f"All trials: {text}.", COLUMNS, break_on_hyphens=False)
-    lines.append(scheduler_in_words(search.settings))
-    return "\n".join(lines)
+    return "\n".join([*lines, *methods_in_words(search.settings)])
 
 
 def best_so_far(results: list[dict]) -> str:

@@ -9,22 +9,25 @@ import numpy as np
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
-from search.records import FINISHED, Search, read_log, read_results, write_params
+from search.records import FINISHED, Search, read_log, read_results, summarise, write_params
+from search.sampling import suggested
 
 
 class TrialsLeft(Searcher):
     """Gives Tune the trials of a search that are not finished, one after the other, and writes their params.json.
 
     Args:
-        search: whose trials these are.
+        search: whose trials these are. Of those that are drawn as they begin, its configs become whole.
+        space: what these are drawn from.
     """
 
-    def __init__(self, search: Search) -> None:
+    def __init__(self, search: Search, space: dict) -> None:
         super().__init__()
-        self.folder = search.folder
+        self.search, self.space = search, space
         self.trials = [(row["name"], row["config"]) for row in read_results(search) if row["status"] not in FINISHED]
         self.waiting = iter(self.trials)
         self.names = {}  # Tune's id of a trial → its name, and so its folder
+        self.finished = {}  # name → config and accuracy
 
     def suggest(self, trial_id: str) -> dict | str:
         """Return the config of the next trial."""
@@ -32,9 +35,23 @@ class TrialsLeft(Searcher):
         if name is None:
             return Searcher.FINISHED
         self.names[trial_id] = name
+        if config.keys() != self.space.keys():
+            number = list(self.search.trials).index(name)
+            config = suggested(self.space, self.search.settings.seed, number, self.outcomes())
+            self.search.trials[name] = config
         with contextlib.suppress(OSError):  # TrialLog tries again, and tells
-            write_params(self.folder / name, config)
+            write_params(self.search.folder / name, config)
         return config
+
+    def outcomes(self) -> list[tuple[dict, float]]:
+        """Return config and best accuracy of the trials that have finished, in the order of their numbers."""
+        for name, config in self.search.trials.items():
+            if name not in self.finished:
+                row = summarise(name, config, *read_log(self.search.folder / name), self.search.folder)
+                if row["status"] in FINISHED:
+                    accuracy = row["best_accuracy"] if row["status"] == "TERMINATED" else 0.0
+                    self.finished[name] = config, accuracy
+        return [self.finished[name] for name in self.search.trials if name in self.finished]
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         pass

@@ -61,7 +61,9 @@ def possible_values(entry: object) -> list:
     return [] if isinstance(entry, Domain) else [entry]
 
 
-def draw_trials(space: dict, num_samples: int, seed: int, first_trials: Sequence[dict] = ()) -> dict[str, dict]:
+def draw_trials(
+    space: dict, num_samples: int, seed: int, first_trials: Sequence[dict] = (), later: bool = False
+) -> dict[str, dict]:
     """Return name → config of all trials: the first ones, then num_samples random draws for each point of the grid.
 
     Args:
@@ -69,6 +71,7 @@ def draw_trials(space: dict, num_samples: int, seed: int, first_trials: Sequence
         num_samples: at least 1.
         seed: of the draws; those of the grid are the same whatever the first ones are.
         first_trials: values for hyperparameters that are searched; what one leaves out is drawn.
+        later: rather than drawn, the others are as many configs of what is fixed: see sampling.suggested.
 
     Raises:
         InputError: there are too many, or a config that no trial could train with.
@@ -92,11 +95,13 @@ def draw_trials(space: dict, num_samples: int, seed: int, first_trials: Sequence
         ]
         drawn += [
             variant["config"]
-            for _ in range(num_samples)
+            for _ in range(0 if later else num_samples)
             for _, variant in generate_variants({"config": space}, random_state=rng)
         ]
     except Exception as error:  # of a function of the user's
         raise InputError(f"param_space cannot be drawn from: {type(error).__name__}: {error}") from error
+    if later:
+        drawn += [{key: entry for key, entry in space.items() if not isinstance(entry, dict | Domain)}] * count
     trials = {}
     for i, config in enumerate(drawn):
         config = {key: value.item() if isinstance(value, np.generic) else value for key, value in config.items()}

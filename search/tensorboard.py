@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from search.command_line import scheduler_in_words
+from search.command_line import methods_in_words
 from search.records import FINISHED, Search, best_first
 
 # Of each epoch: what it reports → its curve. Training and validation of one quantity stand side by side.
@@ -92,7 +92,7 @@ class Board:
             domains = [hp.HParam(key, domain(tried)) for key, tried in self.search.searched.items()]
             metrics = [hp.Metric(tag, display_name=key) for key, tag in TRIAL_CURVES.items()]
             self.writers[""].file_writer.add_summary(hp.hparams_config_pb(domains, metrics))
-            self.writers[""].add_text("search/scheduler", scheduler_in_words(self.search.settings))
+            self.writers[""].add_text("search/methods", "\n\n".join(methods_in_words(self.search.settings)))
         return self.writers[""]
 
     def close(self, name: str) -> None:
