@@ -112,6 +112,7 @@ QUICK_SPACE = {
 }
 QUICK_IMAGES = {"num_train": 2000, "num_test": 1000, "num_classes": 10}
 
+STARTUP_TRIALS = 10  # of --search optuna, drawn at random
 GRACE_PERIOD = 3  # epochs before a trial is compared with others
 REDUCTION_FACTOR = 2.0  # of those compared, one in so many goes on
 BRACKETS = 1  # of ASHA
@@ -147,7 +148,7 @@ def new_tuner(
     trainable = tune.with_parameters(
         train_cifar, dataset=dataset, search_folder=str(search.folder), checkpoint_period=CHECKPOINT_PERIOD
     )
-    trials_left = TrialsLeft(search, search_space(search.settings))
+    trials_left = TrialsLeft(search, search_space(search.settings), STARTUP_TRIALS)
     progress = Progress(PROGRESS_PERIOD, search.seconds)
     max_epochs = trials_left.trials[0][1]["epochs"]  # as many for all
     stopper = new_stopper(max_epochs, search.time_left)
@@ -155,7 +156,7 @@ def new_tuner(
         tune.with_resources(trainable, resources),
         tune_config=tune.TuneConfig(
             num_samples=len(trials_left.trials),
-            max_concurrent_trials=at_once if search.settings.search == "optuna" else None,  # else, Tune draws ahead
+            max_concurrent_trials=max(1, at_once) if search.settings.search == "optuna" else None,
             search_alg=trials_left,
             scheduler=ResumedScheduler(new_scheduler(search.settings, max_epochs), search),
             reuse_actors=True,  # a process that has imported torch takes on the next trial

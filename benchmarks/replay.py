@@ -15,7 +15,7 @@ import itertools
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -45,21 +45,25 @@ class Trial:
         self.trial_id = str(number)
 
 
-def play(curves: list[Curve], scheduler: TrialScheduler, stopper: EarlyStopping | None, at_once: int) -> list[int]:
+def play(
+    curves: Iterable[Curve], scheduler: TrialScheduler, stopper: EarlyStopping | None, at_once: int,
+    ended: dict[int, int] | None = None,
+) -> list[int]:  # fmt: skip
     """Play a search and return how many epochs each of its trials was trained.
 
     Args:
-        curves: of its trials, in the order in which they begin.
+        curves: of its trials, in the order in which they begin, asked for one by one.
         scheduler: a new one of Ray's, by epochs.
         stopper: a new one, or None; as in Tune, it comes before the scheduler.
         at_once: how many trials run at once.
+        ended: to be filled with number → epochs of the trials as they end, for what draws the next to know.
     """
-    controller, waiting, ended = Controller(), list(enumerate(curves)), {}
+    controller, waiting = Controller(), enumerate(curves)
+    ended = {} if ended is None else ended
     running = []  # a heap of (time of the next report, number, trial, curve, epochs reported)
 
     def begin(now: float) -> None:
-        if waiting:
-            i, curve = waiting.pop(0)
+        for i, curve in itertools.islice(waiting, 1):
             trial = Trial(i)
             scheduler.on_trial_add(controller, trial)
             heapq.heappush(running, (now + curve[0]["seconds"], i, trial, curve, 0))
@@ -77,7 +81,7 @@ def play(curves: list[Curve], scheduler: TrialScheduler, stopper: EarlyStopping 
             begin(now)
         else:
             heapq.heappush(running, (now + curve[epochs]["seconds"] - row["seconds"], i, trial, curve, epochs))
-    return [ended[i] for i in range(len(curves))]
+    return [ended[i] for i in sorted(ended)]
 
 
 def judge(curves: list[Curve], epochs: list[int]) -> dict:

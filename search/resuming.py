@@ -19,11 +19,12 @@ class TrialsLeft(Searcher):
     Args:
         search: whose trials these are. Of those that are drawn as they begin, its configs become whole.
         space: what these are drawn from.
+        startup: how many trials must have finished for TPE to draw.
     """
 
-    def __init__(self, search: Search, space: dict) -> None:
+    def __init__(self, search: Search, space: dict, startup: int) -> None:
         super().__init__()
-        self.search, self.space = search, space
+        self.search, self.space, self.startup = search, space, startup
         self.trials = [(row["name"], row["config"]) for row in read_results(search) if row["status"] not in FINISHED]
         self.waiting = iter(self.trials)
         self.names = {}  # Tune's id of a trial → its name, and so its folder
@@ -37,7 +38,7 @@ class TrialsLeft(Searcher):
         self.names[trial_id] = name
         if config.keys() != self.space.keys():
             number = list(self.search.trials).index(name)
-            config = suggested(self.space, self.search.settings.seed, number, self.outcomes())
+            config = suggested(self.space, self.search.settings.seed, number, self.outcomes(), self.startup)
             self.search.trials[name] = config
         with contextlib.suppress(OSError):  # TrialLog tries again, and tells
             write_params(self.search.folder / name, config)

@@ -12,8 +12,6 @@ from ray.tune.search.sample import Domain, LogUniform, Quantized
 from data import InputError
 from search.space import described_entry
 
-STARTUP_TRIALS = 10  # drawn at random, so that TPE has something to go by
-
 
 def check_optuna(space: dict) -> None:
     """Refuse to draw from a space with Optuna where that is not installed, or cannot draw from an entry.
@@ -46,7 +44,7 @@ def distributions(space: dict) -> dict:
     return found
 
 
-def suggested(space: dict, seed: int, number: int, outcomes: Sequence[tuple[dict, float]]) -> dict:
+def suggested(space: dict, seed: int, number: int, outcomes: Sequence[tuple[dict, float]], startup: int) -> dict:
     """Return the config that TPE suggests for a trial (Bergstra et al. 2011, "Algorithms for Hyper-Parameter
     Optimization").
 
@@ -58,12 +56,13 @@ def suggested(space: dict, seed: int, number: int, outcomes: Sequence[tuple[dict
         seed: of the search.
         number: of the trial, from 0.
         outcomes: config and validation accuracy of each trial that has finished, in the order of their numbers.
+        startup: of fewer outcomes than that TPE makes nothing, and the draw is a random one.
     """
     import optuna  # here, for it need not be installed
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     own_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
-    sampler = optuna.samplers.TPESampler(n_startup_trials=STARTUP_TRIALS, seed=own_seed)
+    sampler = optuna.samplers.TPESampler(n_startup_trials=startup, seed=own_seed)
     study = OptunaSearch(distributions(space), metric="accuracy", mode="max", sampler=sampler)
     for config, accuracy in outcomes:
         with contextlib.suppress(ValueError):  # one of first_trials may lie outside of the space

@@ -37,6 +37,8 @@ BAD_COMMANDS = [
     (["--list", "--seed", "1"], "--list takes no other flag than --output-dir: leave --seed away"),
     (["--list", "--resume", "it"], "leave --resume away"),
     (["--data-dir", "broken"], "fails its MD5 checksum"),
+    (["--search", "grid"], "grid"),
+    (["--resume", "nowhere", "--search", "random"], "leave --search away"),
     (["--scheduler", "pbt"], "pbt"),
     (["--grace-period", "0"], "--grace-period is 0"),
     (["--quick", "--grace-period", "5"], "--grace-period is 5, but trials end after 4 epochs"),
@@ -88,14 +90,14 @@ ODD_STRINGS = ["", " ", ".", "..", "../x", "/", "a/b", "a\\b", "a\nb", "\0", "\x
 
 FLAGS = ["--dataset", "--data-dir", "--output-dir", "--name", "--num-samples", "--max-epochs", "--seed",
          "--cpus-per-trial", "--gpus-per-trial", "--scheduler", "--grace-period", "--reduction-factor", "--brackets",
-         "--time-budget", "--repeats", "--quick", "--resume", "--list", "--data", "-q", "--"]  # fmt: skip
+         "--search", "--time-budget", "--repeats", "--quick", "--resume", "--list", "--data", "-q", "--"]  # fmt: skip
 
 
 SENSIBLE = {"--dataset": ["synthetic", "folder"], "--data-dir": ["images"], "--num-samples": ["1", "3"],
             "--max-epochs": ["1", "50"], "--seed": ["0", "7"], "--output-dir": ["out", "a/b/c"], "--name": ["it"],
             "--cpus-per-trial": ["1"], "--gpus-per-trial": ["0"], "--scheduler": ["asha", "median", "none"],
             "--grace-period": ["1", "2"], "--reduction-factor": ["1.5"], "--time-budget": ["90s", "2h"],
-            "--resume": ["search", "damaged"]}  # fmt: skip
+            "--search": ["random", "optuna"], "--resume": ["search", "damaged"]}  # fmt: skip
 
 
 def test_any_command_line_ends_in_a_start_or_a_sentence(

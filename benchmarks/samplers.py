@@ -1,0 +1,115 @@
+"""Does Optuna's TPE find more than random draws, for the same epochs? On recorded curves, in hundreds of searches.
+
+    python -m benchmarks.samplers     # a table; the curves are those of benchmarks.curves
+
+What a sampler draws trains as the nearest of the recorded configs of the same widths did, by the logarithms of
+learning rate and dropout. One trial runs at a time, under the search's own scheduler and early stopping; what is held
+against each other is the best accuracy that was found when so many epochs had been spent.
+"""
+
+import argparse
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from ray import tune
+
+from benchmarks.curves import FOLDER, read_curves
+from benchmarks.replay import Curve, play
+from hparam_search import MAX_SECONDS_PER_TRIAL, MIN_DELTA, PATIENCE, new_scheduler, param_space, with_scheduler
+from search.command_line import Settings
+from search.early_stopping import EarlyStopping
+from search.sampling import suggested
+from search.space import draw_trials
+
+BUDGETS = (60, 120, 240, 480, 960)  # epochs
+RANGES = ("p_drop", "lr")
+SAMPLERS = {"random": None, "TPE after 4": 4, "TPE after 10": 10}  # → trials drawn at random
+
+
+def nearest(recorded: list[Curve], config: dict) -> Curve:
+    """Return the curve of the recorded config that is nearest to a config."""
+    widths = [curve for curve in recorded if all(curve[0][key] == config[key] for key in ("h_1", "h_2"))]
+
+    def distance(curve: Curve) -> float:
+        # Each in shares of its range, so that none counts for more.
+        shares = [
+            math.log(curve[0][key] / config[key]) / math.log(param_space[key].upper / param_space[key].lower)
+            for key in RANGES
+        ]
+        return math.hypot(*shares)
+
+    return min(widths, key=distance)
+
+
+def best_accuracy(curve: Curve, epochs: int) -> float:
+    """Return what a trial found in so many epochs; one that diverged, nothing."""
+    return max(row["accuracy"] if math.isfinite(row["loss"]) else 0.0 for row in curve[:epochs])
+
+
+def best_after(curves: list[Curve], epochs: list[int], budget: int) -> float:
+    """Return the best accuracy of trials that were trained one after the other, when budget epochs were spent."""
+    found = 0.0
+    for curve, trained in zip(curves, epochs, strict=True):
+        found = max(found, best_accuracy(curve, min(trained, budget)))
+        budget -= trained
+        if budget <= 0:
+            break
+    return found
+
+
+def search(recorded: list[Curve], startup: int | None, seed: int) -> list[float]:
+    """Play a search and return the best accuracy found after each of BUDGETS.
+
+    Args:
+        recorded: the curves of all recorded configs.
+        startup: how many trials are drawn at random before TPE draws; None: all.
+        seed: of the draws.
+    """
+    max_epochs = len(recorded[0])
+    widths = {key: tune.choice(sorted({curve[0][key] for curve in recorded})) for key in ("h_1", "h_2")}
+    space = param_space | {"seed": seed} | widths
+    at_random = list(draw_trials(space, max(BUDGETS), seed).values())  # each takes an epoch at least
+    configs, curves, ended = [], [], {}  # of the trials drawn; number → epochs
+
+    def draws() -> Iterator[Curve]:
+        while sum(ended.values()) < max(BUDGETS):
+            if startup is None:
+                config = at_random[len(configs)]
+            else:
+                found = [(config, best_accuracy(curves[i], ended[i])) for i, config in enumerate(configs)]
+                config = suggested(space, seed, len(configs), found, startup)
+            configs.append(config)
+            curves.append(nearest(recorded, config))
+            yield curves[-1]
+
+    scheduler = new_scheduler(with_scheduler(Settings(), max_epochs), max_epochs)
+    stopper = EarlyStopping(PATIENCE, MIN_DELTA, MAX_SECONDS_PER_TRIAL, max_epochs)
+    epochs = play(draws(), scheduler, stopper, at_once=1, ended=ended)
+    return [best_after(curves, epochs, budget) for budget in BUDGETS]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print a table of the samplers."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--curves", type=Path, default=FOLDER / "default.csv")
+    parser.add_argument("--searches", type=int, default=300)
+    args = parser.parse_args(argv)
+    recorded = list(read_curves(args.curves).values())
+    best = max(best_accuracy(curve, len(curve)) for curve in recorded)
+    print(f"{len(recorded)} recorded configs, the best {best:.4f}; {args.searches} searches.\n")
+    print("| best accuracy, mean (quartiles), after | " + " | ".join(f"{budget} epochs" for budget in BUDGETS) + " |")
+    print("| --- |" + " --- |" * len(BUDGETS))
+    with ProcessPoolExecutor() as pool:
+        for name, startup in SAMPLERS.items():
+            found = np.array(list(pool.map(partial(search, recorded, startup), range(args.searches), chunksize=10)))
+            low, high = np.percentile(found, [25, 75], axis=0)
+            cells = [f"{m:.4f} ({a:.3f} to {b:.3f})" for m, a, b in zip(found.mean(0), low, high, strict=True)]
+            print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
