@@ -21,3 +21,5 @@ if "RAY_ADDRESS" not in os.environ:
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 # The results are local: no reports to Ray's makers.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Ray would say that it leaves .git behind; which files go to the nodes of a cluster, ray_session says.
+os.environ.setdefault("RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES", "")

@@ -14,6 +14,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from data import InputError
 from search.command_line import Settings
 
+CODE = Path(__file__).resolve().parents[1]
+CODE_OF_A_TRIAL = ("data.py", "model.py", "train.py", "search")  # Ray brings it to the nodes of a cluster
+
 
 def is_news(record: logging.LogRecord) -> bool:
     """Filter what Ray logs: what main says itself, in this script's terms, is no news."""
@@ -41,8 +44,15 @@ def running_ray() -> Iterator[None]:
         logging.getLogger(name).addFilter(is_news)
     # Not Ray's own default, which waits for minutes for a cluster of which but a stale file is left.
     address = os.environ.get("RAY_ADDRESS", "local")
+    others = [f"/{path.name}" for path in CODE.iterdir() if path.name not in CODE_OF_A_TRIAL]
     try:
-        ray.init(address, log_to_driver=False, logging_level=logging.WARNING, include_dashboard=False)
+        ray.init(
+            address,
+            runtime_env={"working_dir": str(CODE), "excludes": others} if address != "local" else None,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            include_dashboard=False,
+        )
     except ConnectionError as error:
         raise InputError(f"no Ray cluster answers at RAY_ADDRESS {address}: start it, or unset RAY_ADDRESS") from error
     try:

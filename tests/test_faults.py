@@ -36,6 +36,10 @@ from tests.conftest import REPOSITORY, SMALL_IMAGES, figures, make_small, read_c
 from train import evaluate, evaluation_batches
 
 LONG = ["--quick", "--max-epochs", "14", "--num-samples"]
+# What starts a command with mounts of its own, where that can be done.
+NAMESPACE = ["unshare", "-rm"]
+if shutil.which("unshare") is None or subprocess.run([*NAMESPACE, "true"], check=False).returncode != 0:
+    NAMESPACE = []
 
 
 def last_checkpoints(folder: Path) -> dict[str, int]:
@@ -226,11 +230,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def wait_for_nodes(count: int) -> None:
     ray.init(os.environ["RAY_ADDRESS"], log_to_driver=False)
     wait_for(lambda: sum(node["Alive"] for node in ray.nodes()) == count)
+    ray.shutdown()  # for the search to join it
 
 
 def wait_for_blind_node() -> None:
     ray.init(os.environ["RAY_ADDRESS"], log_to_driver=False)
     wait_for(lambda: "blind" in ray.cluster_resources())
+    ray.shutdown()  # for the search to join it
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -604,7 +610,10 @@ def test_search_killed_at_random_moments_ends_as_if_undisturbed(
 def test_node_of_a_cluster_dies(cluster: str, searches: tuple[Future, Future], tmp_path: Path) -> None:
     searches[1].exception()  # wait: there it is one trial at a time
     folder, output, mark = tmp_path / "it", tmp_path / "output.txt", f"second_of_{tmp_path}"
-    start_node(mark, "--address", cluster)
+    # Where it can be so, this node has nothing of the program: Ray brings it along.
+    files = " ".join(f"{REPOSITORY / name}.py" for name in ("hparam_search", "train", "model", "data"))
+    hide = f'mount -t tmpfs none {REPOSITORY}/search; for f in {files}; do mount --bind /dev/null $f; done; exec "$@"'
+    start_node(mark, "--address", cluster, within=[*NAMESPACE, "sh", "-c", hide, "sh"] if NAMESPACE else [])
     try:
         process = start(cluster, [*LONG, "2", "--output-dir", str(tmp_path), "--name", "it"], output, wait_for_nodes, 2)
         wait_for(lambda: len(last_checkpoints(folder)) == 2 or process.exitcode is not None, 90)
@@ -623,15 +632,12 @@ def test_node_of_a_cluster_dies(cluster: str, searches: tuple[Future, Future], t
 
 
 @pytest.mark.waits_for_searches
-@pytest.mark.skipif(
-    shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"], check=False).returncode != 0,
-    reason="no mount namespaces here, for a node that sees another disk",
-)
+@pytest.mark.skipif(not NAMESPACE, reason="no mount namespaces here, for a node that sees another disk")
 def test_node_that_does_not_see_the_folder_is_named(cluster: str, tmp_path: Path) -> None:
     folder, output, mark = tmp_path / "disk" / "it", tmp_path / "output.txt", f"blind_of_{tmp_path}"
     folder.parent.mkdir()
     mount = f'mount -t tmpfs none {folder.parent} && exec "$@"'
-    namespace = ["unshare", "-rm", "sh", "-c", mount, "sh"]
+    namespace = [*NAMESPACE, "sh", "-c", mount, "sh"]
     start_node(mark, "--address", cluster, "--resources", '{"blind": 1}', within=namespace)
     try:
         flags = [*LONG, "2", "--output-dir", str(folder.parent), "--name", "it"]
