@@ -60,6 +60,10 @@ class TrialsLeft(Searcher):
     def save(self, checkpoint_path: str) -> None:
         """Save nothing: a search is resumed from its own records."""
 
+    def __getstate__(self) -> dict:
+        """Pickle nothing: with each trial, Tune keeps a pickle of what names it, and so of this."""
+        return {}
+
 
 class KnownTrial:
     """A trial as its scheduler knows it: one and the same, though another process of the search may have begun it."""
