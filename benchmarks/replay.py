@@ -22,11 +22,11 @@ import numpy as np
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
 from benchmarks.curves import FOLDER, read_curves
-from hparam_search import MAX_SECONDS_PER_TRIAL, MIN_DELTA, PATIENCE
+from hparam_search import GRACE_PERIOD, MAX_SECONDS_PER_TRIAL, MIN_DELTA, PATIENCE, REDUCTION_FACTOR
 from search.early_stopping import EarlyStopping
 
 Curve = list[dict]  # of a config: what each epoch reported, with the keys of curves.COLUMNS
-GOOD_LR = 0.01  # of a config that one would try first
+GOOD_LR = 0.01  # half to twice that a config has that one would try first
 
 
 class Controller:
@@ -118,7 +118,7 @@ def schedulers(max_epochs: int) -> dict[str, Callable[[], TrialScheduler]]:
 
 def replay(
     curves: list[Curve], new_scheduler: Callable[[], TrialScheduler], patience: int | None, at_once: int, trials: int,
-    searches: int, first: Curve | None,
+    searches: int, first: list[Curve],
 ) -> list[dict]:  # fmt: skip
     """Return what came of each of so many random searches: see judge.
 
@@ -129,13 +129,15 @@ def replay(
         at_once: trials that run at once.
         trials: of a search.
         searches: how many.
-        first: the curve of a config that every search begins with, or None.
+        first: the curves of configs of which every search begins with one; none, where it begins with any.
     """
     results = []
     for seed in range(searches):
-        drawn = random.Random(seed).sample(curves, trials)
-        if first is not None:
-            drawn = [first, *(curve for curve in drawn if curve is not first)][:trials]
+        rng = random.Random(seed)
+        drawn = rng.sample(curves, trials)
+        if first:
+            beginning = rng.choice(first)
+            drawn = [beginning, *(curve for curve in drawn if curve is not beginning)][:trials]
         max_epochs = len(drawn[0])
         stopper = EarlyStopping(patience, MIN_DELTA, MAX_SECONDS_PER_TRIAL, max_epochs) if patience else None
         results.append(judge(drawn, play(drawn, new_scheduler(), stopper, at_once)))
@@ -149,8 +151,8 @@ def row(name: str, results: list[dict]) -> str:
     at = ", ".join(f"{epoch}: {count / len(results):.0%}" for epoch, count in sorted(lost.items())[:4])
     low, middle, high = np.percentile(found, [25, 50, 75])
     return (
-        f"| {name} | {np.mean(spent):.2f} | {middle:.3f} ({low:.3f} to {high:.3f}) | {np.mean(found):.3f} | "
-        f"{lost.total() / len(results):.0%} | {at} |"
+        f"| {name} | {np.mean(spent):.2f} | {middle:.3f} ({low:.3f} to {high:.3f}) | {1 - np.mean(found):.4f} | "
+        f"{lost.total() / len(results):.1%} | {at} |"
     )
 
 
@@ -159,44 +161,55 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--curves", type=Path, default=FOLDER / "default.csv")
     parser.add_argument("--trials", type=int, default=12, help="of a search")
-    parser.add_argument("--searches", type=int, default=300)
+    parser.add_argument("--searches", type=int, default=400)
     parser.add_argument("--at-once", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--plot", type=Path, help="a PNG to draw the table into; needs matplotlib")
     args = parser.parse_args(argv)
     curves = list(read_curves(args.curves).values())
     if len(curves) < args.trials:
         parser.error(f"{args.curves} has {len(curves)} configs, fewer than the {args.trials} of a search: record more")
-    first = min(curves, key=lambda curve: abs(math.log(curve[0]["lr"] / GOOD_LR)))
+    good = [curve for curve in curves if GOOD_LR / 2 <= curve[0]["lr"] <= GOOD_LR * 2]
     print(f"{len(curves)} recorded configs, {args.searches} searches of {args.trials} trials.\n")
-    print("| scheduler | epochs spent | accuracy found ÷ best (quartiles) | mean | winner lost | at epoch |")
+    print("| scheduler | epochs spent | accuracy found ÷ best (quartiles) | mean regret | winner lost | at epoch |")
     print("| --- | --- | --- | --- | --- | --- |")
     points = {}
     for name, new_scheduler in schedulers(len(curves[0])).items():
         for at_once in args.at_once if name != "none" else args.at_once[:1]:
             for patience in (None, PATIENCE):
-                for beginning in (None, first) if name != "none" else (None,):
+                for first in ([], good) if good and name != "none" else ([],):
                     parts = [name, f"{at_once} at once"]
                     parts += [f"patience {patience}"] if patience else []
-                    parts += [f"lr {first[0]['lr']:.2g} first"] if beginning else []
-                    results = replay(curves, new_scheduler, patience, at_once, args.trials, args.searches, beginning)
+                    parts += ["good first"] if first else []
+                    results = replay(curves, new_scheduler, patience, at_once, args.trials, args.searches, first)
                     print(row(", ".join(parts), results), flush=True)
-                    points[", ".join(parts)] = [np.mean([r[key] for r in results]) for key in ("spent", "found")]
+                    lost = np.mean([result["lost_at"] is not None for result in results])
+                    points[", ".join(parts)] = (np.mean([result["spent"] for result in results]), lost)
     if args.plot:
         plot(points, args.plot)
 
 
-def plot(points: dict[str, list[float]], path: Path) -> None:
-    """Draw epochs spent against accuracy found, a dot a row of the table, into a PNG."""
+def plot(points: dict[str, tuple[float, float]], path: Path) -> None:
+    """Draw epochs spent against winners lost, a dot for each row of the table without patience, into a PNG."""
     import matplotlib.pyplot as plt  # here, for nothing else needs it
 
     figure, axes = plt.subplots(figsize=(8, 5))
     for kind in ("none", "median", "asha, loss", "asha, accuracy"):
-        of_kind = [point for name, point in points.items() if name.startswith(kind)]
-        axes.scatter(*zip(*of_kind, strict=True), s=12, label=kind)
-    axes.set(xlabel="epochs spent, as a share of all", ylabel="accuracy found ÷ best, mean")
+        for first, marker in (("", "o"), (", good first", "^")):
+            dots = [
+                point
+                for name, point in points.items()
+                if name.startswith(kind) and "patience" not in name and ("good first" in name) == bool(first)
+            ]
+            if dots:
+                axes.scatter(*zip(*dots, strict=True), s=14, marker=marker, label=kind + first)
+    for words, scheduler in (("the baseline's", (3, 2)), ("the default", (GRACE_PERIOD, int(REDUCTION_FACTOR)))):
+        name = "asha, loss, grace {}, factor {}, 1 at once".format(*scheduler)
+        if name in points:
+            axes.annotate(words, points[name], (20, -30), textcoords="offset points", arrowprops={"arrowstyle": "->"})
+    axes.set(xlabel="epochs spent, as a share of all", ylabel="searches that stopped the winner, as a share")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=80)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def test_table_of_recorded_curves(tmp_path: Path, capsys: pytest.CaptureFixture)
     main(["--curves", str(path), "--trials", "3", "--searches", "4", "--at-once", "1"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "5 recorded configs, 4 searches of 3 trials."
-    assert "| none, 1 at once | 1.00 | 1.000 (1.000 to 1.000) | 1.000 | 0% |  |" in lines
+    assert "| none, 1 at once | 1.00 | 1.000 (1.000 to 1.000) | 0.0000 | 0.0% |  |" in lines
     assert len(lines) == 4 + 2 + (18 + 3) * 4
     with pytest.raises(SystemExit):
         main(["--curves", str(path)])
