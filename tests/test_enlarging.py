@@ -29,7 +29,7 @@ def best_metrics(folder: Path) -> dict:
 def test_more_samples_end_as_if_asked_for_at_first(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     asha = ["--grace-period", 1, "--reduction-factor", 4, "--brackets", 2]
     assert search(tmp_path / "whole", "--num-samples", 4, *asha) == 0
-    assert min(int(row["epochs"]) for row in read_csv(tmp_path / "whole")) < 3  # the default grace period
+    assert min(int(row["epochs"]) for row in read_csv(tmp_path / "whole")) < hparam_search.GRACE_PERIOD
     assert search(tmp_path / "grown", "--num-samples", 2, *asha) == 0
     assert len(read_csv(tmp_path / "grown")) == 2
     capsys.readouterr()

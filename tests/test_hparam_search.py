@@ -149,7 +149,7 @@ def check_events(folder: Path, rows: list[dict], done: dict[str, list[int]]) -> 
     assert events.Scalars("search/best_accuracy")[-1].step == sum(len(epochs) for epochs in done.values())
     assert events.Scalars("search/trials_finished")[-1].value == len(rows)
     text = events.Tensors("search/methods/text_summary")[-1].tensor_proto.string_val[0]
-    assert text == b"Search: random.\n\nScheduler: asha, grace period 3, reduction factor 2, brackets 1."
+    assert text == b"Search: random.\n\nScheduler: asha, grace period 2, reduction factor 3, brackets 1."
     config = events.summary_metadata["_hparams_/experiment"].plugin_data.content
     experiment = HParamsPluginData.FromString(config).experiment
     domains = {info.name: info for info in experiment.hparam_infos}
