@@ -11,6 +11,7 @@ The winner, which would have been that best, is lost where it was stopped before
 import argparse
 import functools
 import heapq
+import importlib.util
 import itertools
 import math
 import random
@@ -165,6 +166,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--at-once", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--plot", type=Path, help="a PNG to draw the table into; needs matplotlib")
     args = parser.parse_args(argv)
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs the package matplotlib: pip install matplotlib")
     curves = list(read_curves(args.curves).values())
     if len(curves) < args.trials:
         parser.error(f"{args.curves} has {len(curves)} configs, fewer than the {args.trials} of a search: record more")
@@ -202,10 +205,13 @@ def plot(points: dict[str, tuple[float, float]], path: Path) -> None:
             ]
             if dots:
                 axes.scatter(*zip(*dots, strict=True), s=14, marker=marker, label=kind + first)
-    for words, scheduler in (("the baseline's", (3, 2)), ("the default", (GRACE_PERIOD, int(REDUCTION_FACTOR)))):
-        name = "asha, loss, grace {}, factor {}, 1 at once".format(*scheduler)
+    own = ("the default", GRACE_PERIOD, REDUCTION_FACTOR)
+    for height, (words, grace, factor) in ((50, ("the baseline's", 3, 2)), (80, own)):
+        name = f"asha, loss, grace {grace}, factor {factor:g}, 1 at once"
         if name in points:
-            axes.annotate(words, points[name], (20, -30), textcoords="offset points", arrowprops={"arrowstyle": "->"})
+            axes.annotate(
+                words, points[name], (50, height), textcoords="offset points", arrowprops={"arrowstyle": "->"}
+            )
     axes.set(xlabel="epochs spent, as a share of all", ylabel="searches that stopped the winner, as a share")
     axes.grid(alpha=0.3)
     axes.legend()
