@@ -112,7 +112,7 @@ QUICK_SPACE = {
 }
 QUICK_IMAGES = {"num_train": 2000, "num_test": 1000, "num_classes": 10}
 
-STARTUP_TRIALS = 10  # of --search optuna, drawn at random
+STARTUP_TRIALS = 4  # of --search optuna, drawn at random
 GRACE_PERIOD = 2  # epochs before a trial is compared with others
 REDUCTION_FACTOR = 3.0  # of those compared, one in so many goes on
 BRACKETS = 1  # of ASHA
