@@ -1,3 +1,4 @@
+import math
 from pathlib import Path
 
 import pytest
@@ -5,6 +6,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
 from benchmarks.curves import read_curves, write_curves
 from benchmarks.replay import judge, main, play
+from benchmarks.samplers import best_after, nearest, search
 from search.early_stopping import EarlyStopping
 
 
@@ -69,3 +71,16 @@ def test_table_of_recorded_curves(tmp_path: Path, capsys: pytest.CaptureFixture)
     with pytest.raises(SystemExit):
         main(["--curves", str(path)])
     assert "5 configs, fewer than the 12 of a search" in capsys.readouterr().err
+
+
+def test_samplers_are_judged_by_what_was_found_in_equal_epochs() -> None:
+    curves = [curve(2.0, 0), curve(1.0, 1), curve(math.nan, 2)]  # 0.8 and 0.9 in the end, in steps of a quarter
+    found = [best_after(curves, [2, 4, 1], budget) for budget in (1, 2, 3, 5, 6, 100)]
+    assert found == pytest.approx([0.2, 0.4, 0.4, 0.675, 0.9, 0.9])
+    config = {"h_1": 8, "h_2": 32, "p_drop": 0.1}
+    assert [nearest(curves, config | {"lr": lr})[0]["config"] for lr in (1e-5, 0.013, 0.016, 0.1)] == [0, 0, 1, 2]
+    # Early stopping ends trials whose loss stays after 5 of 20 epochs; the best of these is drawn sooner or later.
+    recorded = [curve(loss, number, epochs=20) for number, loss in enumerate((2.0, 1.0, 3.0))]
+    found = search(recorded, None, seed=0)
+    assert found == sorted(found)
+    assert found[-1] == pytest.approx(0.9 * 5 / 20)
