@@ -156,6 +156,7 @@ def new_tuner(
         tune.with_resources(trainable, resources),
         tune_config=tune.TuneConfig(
             num_samples=len(trials_left.trials),
+            # Tune asks for 16 trials ahead, so that none is waited for; but TPE is to know what came of the others.
             max_concurrent_trials=max(1, at_once) if search.settings.search == "optuna" else None,
             search_alg=trials_left,
             scheduler=ResumedScheduler(new_scheduler(search.settings, max_epochs), search),

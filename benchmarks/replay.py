@@ -23,11 +23,11 @@ import numpy as np
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
 from benchmarks.curves import FOLDER, read_curves
-from hparam_search import GRACE_PERIOD, MAX_SECONDS_PER_TRIAL, MIN_DELTA, PATIENCE, REDUCTION_FACTOR
+from hparam_search import GRACE_PERIOD, PATIENCE, REDUCTION_FACTOR, new_stopper
 from search.early_stopping import EarlyStopping
 
 Curve = list[dict]  # of a config: what each epoch reported, with the keys of curves.COLUMNS
-GOOD_LR = 0.01  # half to twice that a config has that one would try first
+GOOD_LR = 0.01  # a config that one would try first has half to twice that
 
 
 class Controller:
@@ -118,7 +118,7 @@ def schedulers(max_epochs: int) -> dict[str, Callable[[], TrialScheduler]]:
 
 
 def replay(
-    curves: list[Curve], new_scheduler: Callable[[], TrialScheduler], patience: int | None, at_once: int, trials: int,
+    curves: list[Curve], new_scheduler: Callable[[], TrialScheduler], early_stopping: bool, at_once: int, trials: int,
     searches: int, first: list[Curve],
 ) -> list[dict]:  # fmt: skip
     """Return what came of each of so many random searches: see judge.
@@ -126,7 +126,7 @@ def replay(
     Args:
         curves: of all recorded configs.
         new_scheduler: makes a new one.
-        patience: epochs of EarlyStopping, or None for none.
+        early_stopping: whether trials also end by themselves, as the search's do.
         at_once: trials that run at once.
         trials: of a search.
         searches: how many.
@@ -139,8 +139,7 @@ def replay(
         if first:
             beginning = rng.choice(first)
             drawn = [beginning, *(curve for curve in drawn if curve is not beginning)][:trials]
-        max_epochs = len(drawn[0])
-        stopper = EarlyStopping(patience, MIN_DELTA, MAX_SECONDS_PER_TRIAL, max_epochs) if patience else None
+        stopper = new_stopper(len(drawn[0]), time_left=None) if early_stopping else None
         results.append(judge(drawn, play(drawn, new_scheduler(), stopper, at_once)))
     return results
 
@@ -178,12 +177,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     points = {}
     for name, new_scheduler in schedulers(len(curves[0])).items():
         for at_once in args.at_once if name != "none" else args.at_once[:1]:
-            for patience in (None, PATIENCE):
+            for early_stopping in (False, True):
                 for first in ([], good) if good and name != "none" else ([],):
                     parts = [name, f"{at_once} at once"]
-                    parts += [f"patience {patience}"] if patience else []
+                    parts += [f"patience {PATIENCE}"] if early_stopping else []
                     parts += ["good first"] if first else []
-                    results = replay(curves, new_scheduler, patience, at_once, args.trials, args.searches, first)
+                    results = replay(curves, new_scheduler, early_stopping, at_once, args.trials, args.searches, first)
                     print(row(", ".join(parts), results), flush=True)
                     lost = np.mean([result["lost_at"] is not None for result in results])
                     points[", ".join(parts)] = (np.mean([result["spent"] for result in results]), lost)

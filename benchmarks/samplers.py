@@ -19,9 +19,8 @@ from ray import tune
 
 from benchmarks.curves import FOLDER, read_curves
 from benchmarks.replay import Curve, play
-from hparam_search import MAX_SECONDS_PER_TRIAL, MIN_DELTA, PATIENCE, new_scheduler, param_space, with_scheduler
+from hparam_search import new_scheduler, new_stopper, param_space, with_scheduler
 from search.command_line import Settings
-from search.early_stopping import EarlyStopping
 from search.sampling import suggested
 from search.space import draw_trials
 
@@ -87,8 +86,7 @@ def search(recorded: list[Curve], startup: int | None, seed: int) -> list[float]
             yield curves[-1]
 
     scheduler = new_scheduler(with_scheduler(Settings(), max_epochs), max_epochs)
-    stopper = EarlyStopping(PATIENCE, MIN_DELTA, MAX_SECONDS_PER_TRIAL, max_epochs)
-    epochs = play(draws(), scheduler, stopper, at_once=1, ended=ended)
+    epochs = play(draws(), scheduler, new_stopper(max_epochs, time_left=None), at_once=1, ended=ended)
     return [best_after(curves, epochs, budget) for budget in BUDGETS]
 
 

@@ -15,7 +15,7 @@ from data import InputError
 from search.command_line import Settings
 
 CODE = Path(__file__).resolve().parents[1]
-CODE_OF_A_TRIAL = ("data.py", "model.py", "train.py", "search")  # Ray brings it to the nodes of a cluster
+CODE_OF_A_TRIAL = ("data.py", "model.py", "train.py", "search")
 
 
 def is_news(record: logging.LogRecord) -> bool:
@@ -44,11 +44,14 @@ def running_ray() -> Iterator[None]:
         logging.getLogger(name).addFilter(is_news)
     # Not Ray's own default, which waits for minutes for a cluster of which but a stale file is left.
     address = os.environ.get("RAY_ADDRESS", "local")
-    others = [f"/{path.name}" for path in CODE.iterdir() if path.name not in CODE_OF_A_TRIAL]
+    environment = None
+    if address != "local":  # the nodes of a cluster need not have this program: Ray brings what trials run
+        others = [f"/{path.name}" for path in CODE.iterdir() if path.name not in CODE_OF_A_TRIAL]
+        environment = {"working_dir": str(CODE), "excludes": others}
     try:
         ray.init(
             address,
-            runtime_env={"working_dir": str(CODE), "excludes": others} if address != "local" else None,
+            runtime_env=environment,
             log_to_driver=False,
             logging_level=logging.WARNING,
             include_dashboard=False,

@@ -36,7 +36,7 @@ class TrialsLeft(Searcher):
         if name is None:
             return Searcher.FINISHED
         self.names[trial_id] = name
-        if config.keys() != self.space.keys():
+        if config.keys() != self.space.keys():  # it is not drawn yet
             number = list(self.search.trials).index(name)
             config = suggested(self.space, self.search.settings.seed, number, self.outcomes(), self.startup)
             self.search.trials[name] = config

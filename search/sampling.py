@@ -63,8 +63,9 @@ def suggested(space: dict, seed: int, number: int, outcomes: Sequence[tuple[dict
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     own_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
     sampler = optuna.samplers.TPESampler(n_startup_trials=startup, seed=own_seed)
-    study = OptunaSearch(distributions(space), metric="accuracy", mode="max", sampler=sampler)
+    searched = distributions(space)
+    study = OptunaSearch(searched, metric="accuracy", mode="max", sampler=sampler)
     for config, accuracy in outcomes:
         with contextlib.suppress(ValueError):  # one of first_trials may lie outside of the space
-            study.add_evaluated_point({key: config[key] for key in distributions(space)}, accuracy)
+            study.add_evaluated_point({key: config[key] for key in searched}, accuracy)
     return space | study.suggest("next")

@@ -93,15 +93,16 @@ def draw_trials(
             next(iter(generate_variants({"config": space | values}, random_state=rng_of_first)))[1]["config"]
             for values in first_trials
         ]
-        drawn += [
-            variant["config"]
-            for _ in range(0 if later else num_samples)
-            for _, variant in generate_variants({"config": space}, random_state=rng)
-        ]
+        if later:
+            drawn += [{key: entry for key, entry in space.items() if not isinstance(entry, dict | Domain)}] * count
+        else:
+            drawn += [
+                variant["config"]
+                for _ in range(num_samples)
+                for _, variant in generate_variants({"config": space}, random_state=rng)
+            ]
     except Exception as error:  # of a function of the user's
         raise InputError(f"param_space cannot be drawn from: {type(error).__name__}: {error}") from error
-    if later:
-        drawn += [{key: entry for key, entry in space.items() if not isinstance(entry, dict | Domain)}] * count
     trials = {}
     for i, config in enumerate(drawn):
         config = {key: value.item() if isinstance(value, np.generic) else value for key, value in config.items()}
