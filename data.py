@@ -4,11 +4,15 @@ Every source gives a `Dataset`: all images as uint8 tensors, so that they are re
 and moved to a GPU in one copy. Cropping, flipping and normalising happen there, in `Batches`.
 """
 
+import contextlib
 import hashlib
 import math
+import multiprocessing
+import multiprocessing.connection
 import os
 import socket
 import sys
+import unicodedata
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,10 +21,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
 if TYPE_CHECKING:
     from torchvision.datasets import CIFAR100
@@ -30,15 +33,21 @@ VALIDATION_FRACTION = 0.2
 # A constant, not the search's seed, so that figures of searches with different seeds stay comparable.
 SPLIT_SEED = 0
 CROP_PADDING = 4  # pixels
-IMAGES_AT_ONCE = 1024  # that are read from a folder, or cropped, flipped and normalised; 13 MB
+IMAGES_AT_ONCE = 1024  # that are cropped, flipped and normalised; 13 MB
 # The smallest class of which 20 % is a whole image.
 MIN_IMAGES_PER_CLASS = 5
 DOWNLOAD_TIMEOUT = 10  # seconds without an answer
-MAX_READERS = 16  # processes that read a folder's images
-IMAGES_FOR_READERS = 5_000  # of fewer, starting these would take longer than reading
-MAX_PIXELS = 50_000_000  # of an image, which takes 150 MB when it is decoded
-# What desktops leave in folders, besides hidden files.
-IGNORED_FILES = {"Thumbs.db", "desktop.ini"}
+PICTURES_FOR_READERS = 5_000  # fewer are read here, for starting processes would take longer
+MAX_READERS = 16  # processes that read a folder's pictures
+PICTURES_AT_ONCE = 16  # that a process reads before it sends them
+STALLED_AFTER = 120  # seconds for these
+MAX_PIXELS = 50_000_000  # of a picture, which takes 150 MB when it is decoded
+BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # two tags of a TIFF, and a value of the second
+# What desktops, archives and network disks leave in folders, besides hidden files.
+LITTER = {
+    "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "@recycle", "#recycle", "#snapshot",
+    "$recycle.bin", "system volume information", "lost+found",
+}  # fmt: skip
 
 
 class InputError(ValueError):
@@ -163,134 +172,224 @@ def _download_cifar100(data_dir: Path) -> "CIFAR100":
 
 
 def load_folder(data_dir: str | Path) -> Dataset:
-    """Read `<data_dir>/train/<class>/*` and `<data_dir>/test/<class>/*` with torchvision's ImageFolder.
+    """Read `<data_dir>/train/<class>/*` and `<data_dir>/test/<class>/*`, see read_picture, and print what was resized.
 
-    Images of another size than 32×32 are resized to it, which is said once, on stderr.
+    Names that differ only in their Unicode form, as macOS and Linux write them, are one class. What desktops and
+    archives leave behind, hidden files among it, is ignored at any depth.
 
     Raises:
-        InputError: a folder is missing or empty, a file is no image or one of over 50 million pixels, a class has
+        InputError: a folder is missing or empty, a picture cannot be read, there are fewer than 2 classes, a class has
             fewer than 5 training images, or test/ has a class that train/ lacks.
     """
-    train_images, train_labels, classes = _read_image_folder(Path(data_dir) / "train")
-    test_images, test_labels, test_classes = _read_image_folder(Path(data_dir) / "test")
-    if unknown := sorted(set(test_classes) - set(classes)):
+    train_paths, test_paths = _list_pictures(Path(data_dir) / "train"), _list_pictures(Path(data_dir) / "test")
+    classes = sorted(train_paths)
+    if unknown := sorted(set(test_paths) - set(classes)):
         raise InputError(
             f"{data_dir}/test has the class {unknown[0]!r}, which {data_dir}/train lacks: add or remove it"
         )
-    counts = torch.bincount(train_labels, minlength=len(classes))
-    if counts.min() < MIN_IMAGES_PER_CLASS:
-        small = classes[int(counts.argmin())]
+    if len(classes) < 2:
+        inside = sorted({Path(path).relative_to(data_dir).parts[2] for path in train_paths[classes[0]][:1000]})
         raise InputError(
-            f"{data_dir}/train/{small} has {counts.min()} images, but a class needs at least {MIN_IMAGES_PER_CLASS} "
-            "to be split into training and validation: add some, or remove the class"
+            f"{data_dir}/train has only one class folder, {classes[0]!r} (with {', '.join(inside[:3])}, …), but needs "
+            "at least two: put the images of each class into train/<class>/"
         )
-    # test/ may lack classes, which shifts its own numbering.
-    label_of = torch.tensor([classes.index(name) for name in test_classes])
-    return split_dataset(train_images, train_labels, test_images, label_of[test_labels], classes)
+    smallest = min(classes, key=lambda name: len(train_paths[name]))
+    if len(train_paths[smallest]) < MIN_IMAGES_PER_CLASS:
+        raise InputError(
+            f"{data_dir}/train/{smallest} has {len(train_paths[smallest])} images, but a class needs at least "
+            f"{MIN_IMAGES_PER_CLASS} to be split into training and validation: add some, or remove the class"
+        )
+    images, labels = [], []
+    for split, paths in (("train", train_paths), ("test", test_paths)):
+        images.append(_read_pictures([path for name in classes for path in paths.get(name, [])], f"{data_dir}/{split}"))
+        counts = torch.tensor([len(paths.get(name, [])) for name in classes])
+        labels.append(torch.arange(len(classes)).repeat_interleave(counts))
+    return split_dataset(images[0], labels[0], images[1], labels[1], classes)
 
 
-def _read_image_folder(folder: Path) -> tuple[Tensor, Tensor, list[str]]:
-    """Return images, uint8 (N, 32, 32, 3), labels, int64 (N,), and the class names of an ImageFolder."""
-    from torchvision.datasets import ImageFolder
-
+def _list_pictures(folder: Path) -> dict[str, list[str]]:
+    """Return the class names of a folder of class folders → the paths of their files, in order."""
     if not folder.is_dir():
         raise InputError(
-            f"{folder} is no folder: --dataset folder needs train/<class>/ and test/<class>/ in --data-dir"
+            f"{folder} is not a folder: --dataset folder needs train/<class>/ and test/<class>/ in --data-dir"
         )
-    _check_links(folder)
-    try:
-        # Every file counts as an image, so that one which is none is named rather than skipped.
-        folder_dataset = ImageFolder(
-            str(folder), is_valid_file=lambda path: not _is_ignored(path), allow_empty=True, loader=_load_image
-        )
-    except FileNotFoundError as error:
-        raise InputError(f"{folder} has no class folders: put the images into {folder}/<class>/") from error
-    labels = torch.tensor(folder_dataset.targets, dtype=torch.int64)
-    counts = torch.bincount(labels, minlength=len(folder_dataset.classes))
-    if counts.min() == 0:
-        empty = folder_dataset.classes[int(counts.argmin())]
-        raise InputError(f"{folder / empty} has no images: add some, or remove the folder")
-    workers = min(os.cpu_count(), MAX_READERS) if len(labels) > IMAGES_FOR_READERS else 0
-    parts, done, resized = [], 0, 0
-    for part in DataLoader(folder_dataset, IMAGES_AT_ONCE, num_workers=workers, collate_fn=_stacked):
+    found, seen = {}, {os.path.realpath(folder)}
+    for entry in sorted(folder.iterdir()):
+        if not entry.is_dir() or _is_litter(entry.name):
+            continue
+        paths = found.setdefault(unicodedata.normalize("NFC", entry.name), [])
+        for path, folders, files in os.walk(entry, followlinks=True):
+            real = os.path.realpath(path)
+            if real in seen:
+                raise InputError(f"{path} leads to {real}, which is read already: remove that link")
+            seen.add(real)
+            folders[:] = sorted(name for name in folders if not _is_litter(name))
+            # Every other file counts as a picture, so that one that cannot be read is named rather than skipped.
+            paths += [os.path.join(path, name) for name in sorted(files) if not _is_litter(name)]  # noqa: PTH118
+    if not found:
+        raise InputError(f"{folder} has no class folders: put the images into {folder}/<class>/")
+    for name, paths in found.items():
+        if not paths:
+            raise InputError(f"{folder / name} has no images: add some, or remove the folder")
+    return found
+
+
+def _is_litter(name: str) -> bool:
+    return name.startswith(".") or name.casefold() in LITTER
+
+
+def _read_pictures(paths: list[str], folder: str) -> Tensor:
+    """Return pictures as uint8 (N, 32, 32, 3), read by several processes where they are many."""
+    parts = [paths[i : i + PICTURES_AT_ONCE] for i in range(0, len(paths), PICTURES_AT_ONCE)]
+    images, resized = np.empty((len(paths), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8), 0
+    for i, part in enumerate(_read_parts(parts) if len(paths) > PICTURES_FOR_READERS else map(_read_part, parts)):
         if isinstance(part, InputError):
             raise part
-        parts.append(part[0])
+        done = i * PICTURES_AT_ONCE + len(part[0])
+        images[i * PICTURES_AT_ONCE : done] = part[0]
         resized += part[1]
-        done += len(part[0])
         if sys.stdout.isatty():
-            print(f"\r{folder}: {done:,} of {len(labels):,} images read.", end="", flush=True)
+            print(f"\r{folder}: {done:,} of {len(paths):,} images read.", end="", flush=True)
     if sys.stdout.isatty():
         print()
-    images = torch.cat(parts)
     if resized:
-        print(f"{folder}: {resized:,} of {len(labels):,} images resized to 32×32.", file=sys.stderr)
-    return images, labels, folder_dataset.classes
+        print(f"{folder}: {resized:,} of {len(paths):,} images resized to 32×32.", file=sys.stderr)
+    return torch.from_numpy(images)
 
 
-def _check_links(folder: Path) -> None:
-    """Say where links lead out of folder's parent, and refuse those that lead round in a circle."""
-    seen = set()
-    outside = [folder] if folder.is_symlink() else []
-    for path, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(path)
-        if real in seen:
-            raise InputError(f"{path} leads to {real}, which is read already: remove that link")
-        seen.add(real)
-        outside += [link for name in folders + files if (link := Path(path) / name).is_symlink()]
-    root = Path(os.path.realpath(folder.parent))
-    outside = [link for link in outside if not Path(os.path.realpath(link)).is_relative_to(root)]
-    if outside:
-        print(
-            f"{folder}: {len(outside):,} links lead out of {folder.parent} and are followed, the first from "
-            f"{outside[0]} to {os.path.realpath(outside[0])}.",
-            file=sys.stderr,
-        )
+def _read_parts(parts: list[list[str]]) -> Iterator[tuple[np.ndarray, int] | InputError]:
+    """Yield _read_part of all parts, in order, from processes that send them through pipes.
+
+    A DataLoader would send tensors through /dev/shm, where a container has room for 64 MB, and wait for more for ever.
+
+    Raises:
+        InputError: a process died or stalled.
+    """
+    readers, count = [], min(usable_cpus(), MAX_READERS)
+    try:
+        for i in range(count):
+            receiver, sender = multiprocessing.Pipe(duplex=False)
+            reader = multiprocessing.Process(target=_send_parts, args=(parts[i::count], sender), daemon=True)
+            reader.start()
+            sender.close()  # here, so that the reader's end of the pipe ends with it
+            readers.append((reader, receiver))
+        for i, part in enumerate(parts):
+            reader, receiver = readers[i % count]
+            which = f"the process that reads the images from {part[0]} to {part[-1]}"
+            if not receiver.poll(STALLED_AFTER):
+                raise InputError(f"{which} has not answered for {STALLED_AFTER} s: check that disk and these files")
+            try:
+                yield receiver.recv()
+            except EOFError as error:
+                reader.join()
+                raise InputError(
+                    f"{which} died with exit code {reader.exitcode}: check these files, and that there is enough memory"
+                ) from error
+    finally:
+        for reader, _ in readers:
+            reader.kill()
 
 
-def _is_ignored(path: str) -> bool:
-    name = Path(path).name
-    return name.startswith(".") or name in IGNORED_FILES
+def _send_parts(parts: list[list[str]], sender: multiprocessing.connection.Connection) -> None:
+    for part in parts:
+        sender.send(_read_part(part))
 
 
-def _stacked(samples: list[tuple[Image.Image | InputError, int]]) -> tuple[Tensor, int] | InputError:
-    """Return images as uint8 (N, 32, 32, 3) and how many were resized, or the first that could not be loaded."""
-    images = [image for image, _ in samples]
-    if errors := [image for image in images if isinstance(image, InputError)]:
-        return errors[0]
+def _read_part(paths: list[str]) -> tuple[np.ndarray, int] | InputError:
+    """Return pictures as uint8 (N, 32, 32, 3) and how many were resized, or what is wrong with one of them."""
+    try:
+        pictures = [_load_picture(path) for path in paths]
+    except InputError as error:  # raised in another process, it would come with a traceback
+        return error
     size = (IMAGE_SIZE, IMAGE_SIZE)
-    resized = sum(image.size != size for image in images)
-    images = [image if image.size == size else image.resize(size, Image.Resampling.BILINEAR) for image in images]
-    return torch.from_numpy(np.stack([np.asarray(image) for image in images])), resized
+    resized = sum(picture.size != size for picture in pictures)
+    pictures = [p if p.size == size else p.resize(size, Image.Resampling.BILINEAR) for p in pictures]
+    return np.stack([np.asarray(picture) for picture in pictures]), resized
+
+
+def usable_cpus() -> int:
+    """Return how many CPUs this process may use: those of its affinity (taskset, SLURM), and of its cgroup's quota."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError):  # no Linux
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "cpu" not in controllers.split(","):
+                continue
+            root = Path("/sys/fs/cgroup", controllers and "cpu")
+            for group in {root, *(root / path.strip("/")).parents, root / path.strip("/")}:
+                count = min(count, _cpu_quota(group))
+    return count
+
+
+def _cpu_quota(group: Path) -> float:
+    """Return how many CPUs a cgroup, of version 1 or 2, may use at once, at least 1."""
+    for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+        with contextlib.suppress(OSError, ValueError):  # no such file; no quota ("max")
+            quota, period = " ".join((group / name).read_text() for name in names).split()
+            if int(quota) > 0:
+                return max(1, int(quota) // int(period))
+    return math.inf
 
 
 def read_picture(path: str | Path) -> Tensor:
     """Return a picture in any format that Pillow opens as uint8 (32, 32, 3), resized where need be.
 
+    Grey levels of 16 bits are scaled to 8, what is transparent shows white, and a photograph's EXIF says which side is
+    up.
+
     Raises:
-        InputError: it is none, or one of over 50 million pixels.
+        InputError: it is none, has over 50 million pixels, or has floats or 32-bit integers, whose range is unknown.
     """
-    part = _stacked([(_load_image(str(path)), 0)])
+    part = _read_part([str(path)])
     if isinstance(part, InputError):
         raise part
-    return part[0][0]
+    return torch.from_numpy(part[0][0])
 
 
-def _load_image(path: str) -> Image.Image | InputError:
-    """Return an image, or why it cannot be loaded: what a reading process raises would come with its traceback."""
+def _load_picture(path: str) -> Image.Image:
+    """Return a picture as RGB."""
     if not Path(path).is_file():
-        return InputError(f"{path} is no file: remove or replace it")  # a pipe would be waited for
+        raise InputError(f"{path} is not a regular file: remove or replace it")  # a pipe would be waited for
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused below
-            with Image.open(path) as image:
-                if math.prod(image.size) <= MAX_PIXELS:
-                    return image.convert("RGB")
+            warnings.simplefilter("ignore")  # what Pillow warns of is refused below, or harmless
+            with Image.open(path) as picture:
+                if math.prod(picture.size) <= MAX_PIXELS:
+                    return _to_rgb(picture, path)
+    except InputError:
+        raise
     except Image.DecompressionBombError:
         pass
-    except Exception:  # Pillow's readers raise whatever they stumble over
-        return InputError(f"{path} cannot be read as an image: remove or replace it")
-    return InputError(f"{path} has more than {MAX_PIXELS:,} pixels: make it smaller")
+    except Exception as error:  # Pillow's readers raise whatever they stumble over
+        raise InputError(f"{path} cannot be read as an image: remove or replace it") from error
+    raise InputError(f"{path} has more than {MAX_PIXELS:,} pixels: make it smaller")
+
+
+def _to_rgb(picture: Image.Image, path: str) -> Image.Image:
+    tags, bits = getattr(picture, "tag_v2", {}), 8
+    if picture.mode.startswith("I;16"):
+        bits = tags.get(BITS_PER_SAMPLE, (16,))[0]  # a TIFF may have 12
+    elif picture.mode == "I" and picture.format in ("PNG", "PPM"):
+        bits = 16
+    elif picture.mode in ("I", "F"):
+        raise InputError(
+            f"{path} has grey levels of 32 bits, whose range is unknown: convert it to 8 or 16 bits, or remove it"
+        )
+    with contextlib.suppress(Exception):  # damaged EXIF turns nothing
+        picture = ImageOps.exif_transpose(picture)
+    if bits > 8:
+        top, levels = 2**bits - 1, np.asarray(picture).astype(np.uint32)
+        transparent = picture.info.get("transparency")
+        scaled = (levels * 255 + top // 2) // top
+        if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:  # of 8 bits, Pillow inverts these itself
+            scaled = 255 - scaled
+        picture = Image.fromarray(scaled.astype(np.uint8))
+        if transparent is not None:
+            picture.putalpha(Image.fromarray(255 * (levels != transparent).astype(np.uint8)))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
 
 
 def make_synthetic(num_train: int = 50_000, num_test: int = 10_000, num_classes: int = 100, seed: int = 0) -> Dataset:
