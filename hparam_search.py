@@ -18,7 +18,7 @@ if __name__ == "__main__":
     parse_args(description=__doc__)  # --help and refusals, before the seconds that torch and Ray take to import
 
 import math
-import signal
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -30,6 +30,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 from data import Dataset, InputError, fingerprint, read_images
 from search.early_stopping import EarlyStopping
 from search.importance import conclusions, rungs
+from search.output import printing_safely
 from search.progress import Progress
 from search.ray_session import check_all_nodes_see, folder_for_ray, running_ray, share_resources
 from search.records import (
@@ -66,8 +67,8 @@ from search.report import (
 )
 from search.resuming import ResumedScheduler, TrialsLeft
 from search.sampling import check_optuna
-from search.signals import stopping_on_signals
-from search.space import check_param_space, described, draw_trials, searched
+from search.signals import interrupted_by_signals, run_in_thread
+from search.space import check_param_space, described, draw_trials, plain, searched
 from search.trial import train_cifar
 from search.trial_log import TrialLog
 
@@ -142,9 +143,10 @@ def new_stopper(max_epochs: int, time_left: float | None) -> tune.Stopper:
 
 
 def new_tuner(
-    search: Search, dataset: Dataset, models_kept: int, resources: dict[str, float], at_once: int, ray_folder: Path
+    search: Search, dataset: Dataset, models_kept: int, ray_folder: Path, interrupted: threading.Event
 ) -> tune.Tuner:
     """Return the Tuner of those trials of a search that are not finished; Ray's own files go into ray_folder."""
+    resources, at_once, search.resource_usage = share_resources(search.settings, len(search.trials))
     trainable = tune.with_parameters(
         train_cifar, dataset=dataset, search_folder=str(search.folder), checkpoint_period=CHECKPOINT_PERIOD
     )
@@ -169,7 +171,7 @@ def new_tuner(
             storage_path=str(ray_folder.parent),
             stop=stopper,
             failure_config=tune.FailureConfig(max_failures=MAX_FAILURES_PER_TRIAL),
-            callbacks=[TrialLog(search, models_kept, progress, getattr(stopper, "reasons", {}))],
+            callbacks=[TrialLog(search, models_kept, progress, getattr(stopper, "reasons", {}), interrupted)],
             verbose=0,  # without Ray's own table: Progress shows how far it is
         ),
     )
@@ -177,13 +179,13 @@ def new_tuner(
 
 def search_space(settings: Settings) -> dict:
     """Return the space that the settings ask for: param_space, what --quick changes, and the seed."""
-    space = {"seed": settings.seed} | param_space | (QUICK_SPACE if settings.quick else {})
+    space = {"seed": settings.seed} | plain(param_space) | (QUICK_SPACE if settings.quick else {})
     return space | ({"epochs": settings.max_epochs} if settings.max_epochs else {})
 
 
 def draw(settings: Settings, space: dict) -> tuple[dict[str, dict], dict[str, str]]:
     """Return the trials, name → config (with --search optuna, what is fixed of it), and what they are drawn from."""
-    first = [] if settings.quick else first_trials
+    first = [] if settings.quick else plain(first_trials)
     by_optuna = settings.search == "optuna"
     if by_optuna:
         check_optuna(space)
@@ -225,7 +227,7 @@ def new_search(settings: Settings) -> int:
     check_free(output_dir / (settings.name or name_of_now()))
     dataset = load_dataset(settings)
     settings = replace(settings, data_dir=str(resolved(settings.data_dir)))  # --resume may be called from elsewhere
-    with running_ray(), stopping_on_signals() as signals:
+    with running_ray():
         folder = make_folder(output_dir, settings.name)
         with holding(folder):
             try:
@@ -235,7 +237,7 @@ def new_search(settings: Settings) -> int:
                 raise
             search = Search(folder, settings, in_words, searched(space), fingerprint(dataset), trials)
             write_search(search)
-            return run_trials(search, dataset, signals)
+            return run_trials(search, dataset)
 
 
 def resume_search(asked: Settings) -> int:
@@ -266,42 +268,45 @@ def resume_search(asked: Settings) -> int:
         search.trials = {name: search.trials.get(name) or config for name, config in drawn.items()}
         if finished:
             return wrap_up(search, dataset)
-        with running_ray(), stopping_on_signals() as signals:
+        with running_ray():
             check_all_nodes_see(folder)
             write_search(search)
-            return run_trials(search, dataset, signals)
+            return run_trials(search, dataset)
 
 
-def run_trials(search: Search, dataset: Dataset, signals: list[int]) -> int:
+def run_trials(search: Search, dataset: Dataset) -> int:
     """Run the trials of a search that are not finished, then wrap it up, and return the exit code."""
-    fit(search, dataset, MODELS_KEPT)
-    write_search(search)  # the seconds, before the repeats' are added
-    results = read_results(search)
-    if not signals and not are_left(results):
-        repeats = repeats_of(search, results)
-        fit(repeats, dataset, models_kept=0)
-        search.seconds = repeats.seconds
+    try:
+        fit(search, dataset, MODELS_KEPT)
+        results = read_results(search)
+        if not are_left(results):
+            repeats = repeats_of(search, results)
+            write_search(search)  # with its seconds, for a kill during the repeats
+            try:
+                fit(repeats, dataset, models_kept=0)
+            finally:
+                search.seconds = repeats.seconds
+    except KeyboardInterrupt:
+        results = read_results(search)
+        write_results(results, search.folder)
+        print(recap(results, search), best_so_far(results), sep="\n", flush=True)
+        raise
+    finally:
         write_search(search)
-    if not signals:
-        return wrap_up(search, dataset)
-    write_results(results, search.folder)
-    print(recap(results, search))
-    print(best_so_far(results))
-    print(f"Interrupted. To go on: {resume_command(search.folder)}")
-    return 128 + signals[0]
+    return wrap_up(search, dataset)
 
 
 def fit(search: Search, dataset: Dataset, models_kept: int) -> None:
     """Run the trials of a search that are not finished, if any, and count the seconds."""
     if is_finished(read_results(search)):
         return
-    start = time.monotonic()
+    start, interrupted = time.monotonic(), threading.Event()
     search.folder.mkdir(exist_ok=True)
-    resources, at_once, search.resource_usage = share_resources(search.settings, len(search.trials))
-    with folder_for_ray(search.folder) as ray_folder:
-        new_tuner(search, dataset, models_kept, resources, at_once, ray_folder).fit()
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Tune has ended, and would no longer stop on it
-    search.seconds += time.monotonic() - start
+    try:
+        with folder_for_ray(search.folder) as ray_folder:
+            run_in_thread(new_tuner(search, dataset, models_kept, ray_folder, interrupted).fit, interrupted)
+    finally:
+        search.seconds += time.monotonic() - start
 
 
 def wrap_up(search: Search, dataset: Dataset | None) -> int:
@@ -335,23 +340,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 done; 2 bad input, after one sentence on stderr; 130, 143 or 129 interrupted by Ctrl-C, SIGTERM or SIGHUP;
         1 every trial failed, the weights of the best one are lost, or the disk is full.
     """
-    try:
-        settings = parse_args(argv, __doc__)
-        if settings.list:
-            print(list_searches(resolved(settings.output_dir)))
-            return 0
-        return new_search(settings) if settings.resume is None else resume_search(settings)
-    except SystemExit as end:  # of parse_args, which has said why
-        return end.code
-    except InputError as error:
-        print_error(error)
-        return 2
-    except OSError as error:  # the disk is full, or gone
-        print_error(error)
-        return 1
-    except KeyboardInterrupt as interrupt:
-        print("Interrupted.", file=sys.stderr)
-        return 128 + (interrupt.args or (signal.SIGINT,))[0]
+    with printing_safely(), interrupted_by_signals() as signals:
+        try:
+            settings = parse_args(argv, __doc__)
+            if settings.list:
+                print(list_searches(resolved(settings.output_dir)))
+                return 0
+            return new_search(settings) if settings.resume is None else resume_search(settings)
+        except SystemExit as end:  # of parse_args, which has said why
+            return end.code
+        except InputError as error:
+            print_error(error)
+            return 2
+        except OSError as error:  # the disk is full, or gone
+            print_error(error)
+            return 1
+        except KeyboardInterrupt:
+            return 128 + signals[0]
 
 
 if __name__ == "__main__":

@@ -188,8 +188,8 @@ def check_settings(settings: Settings) -> None:
     gpus = settings.gpus_per_trial
     if gpus is not None and not (0 <= gpus <= 1 or (1 < gpus < math.inf and gpus == int(gpus))):
         raise ValueError(f"--gpus-per-trial is {gpus}, but must be from 0 to 1, or a whole number")
-    if "RAY_ADDRESS" not in os.environ:  # of a cluster, Ray knows the sizes
-        for key, count in (("cpus_per_trial", os.cpu_count), ("gpus_per_trial", count_gpus)):
+    if not cluster_address():  # whose sizes Ray knows
+        for key, count in (("cpus_per_trial", count_cpus), ("gpus_per_trial", count_gpus)):
             value = getattr(settings, key)
             if value and value > (available := count()):
                 raise ValueError(f"{flag(key)} is {value}, but this machine has {available}: ask for fewer")
@@ -205,6 +205,19 @@ def check_name(name: str) -> None:
             f"--name is {name!r}, but must be a plain name for a folder, of 1 to 200 bytes, without / or \\ or a "
             "leading dot"
         )
+
+
+def cluster_address() -> str | None:
+    """Return the address of the Ray cluster that RAY_ADDRESS says to join, or None for a Ray of the search's own."""
+    address = os.environ.get("RAY_ADDRESS", "").strip()
+    return None if address in ("", "local") else address
+
+
+def count_cpus() -> int:
+    """Return how many CPUs this process may use."""
+    from data import usable_cpus  # here, for it takes two seconds
+
+    return usable_cpus()
 
 
 def count_gpus() -> int:

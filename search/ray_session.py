@@ -3,7 +3,9 @@
 import contextlib
 import logging
 import os
+import secrets
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,29 +13,31 @@ from pathlib import Path
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from data import InputError
-from search.command_line import Settings
+from data import InputError, usable_cpus
+from search.command_line import Settings, cluster_address
 
 CODE = Path(__file__).resolve().parents[1]
-CODE_OF_A_TRIAL = ("data.py", "model.py", "train.py", "search")
+LONGEST_TEMP_DIR = 40  # bytes: below it are Ray's sockets, whose paths may have 107
 
 
 def is_news(record: logging.LogRecord) -> bool:
     """Filter what Ray logs: what main says itself, in this script's terms, is no news."""
-    said = (
-        "Stop signal received",
-        "Trials did not complete",
-        "Experiment has been interrupted",
-        "Token authentication",
-        "Failed to fetch metrics",
-    )
+    said = ("Trials did not complete", "Token authentication", "Failed to fetch metrics")
     return not record.getMessage().startswith(said)
 
 
 @contextlib.contextmanager
 def running_ray() -> Iterator[None]:
-    """Start Ray, or join the cluster that RAY_ADDRESS names, and leave it as it was found."""
+    """Start Ray, or join the cluster that RAY_ADDRESS names, and leave it as it was found.
+
+    Raises:
+        InputError: it cannot be started or joined.
+    """
     if ray.is_initialized():
+        if "working_dir" not in ray.get_runtime_context().runtime_env:
+            raise InputError(
+                "Ray runs here already, and would have trials import other code: call ray.shutdown() first"
+            )
         yield
         return
     for name in (
@@ -42,26 +46,55 @@ def running_ray() -> Iterator[None]:
         "ray._private.authentication.authentication_token_setup",
     ):
         logging.getLogger(name).addFilter(is_news)
-    # Not Ray's own default, which waits for minutes for a cluster of which but a stale file is left.
-    address = os.environ.get("RAY_ADDRESS", "local")
-    environment = None
-    if address != "local":  # the nodes of a cluster need not have this program: Ray brings what trials run
-        others = [f"/{path.name}" for path in CODE.iterdir() if path.name not in CODE_OF_A_TRIAL]
-        environment = {"working_dir": str(CODE), "excludes": others}
+    address = cluster_address()
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
-            address,
-            runtime_env=environment,
+            **({"address": address} if address else options_of_own()),
+            runtime_env=code_of_trials(),
             log_to_driver=False,
             logging_level=logging.WARNING,
             include_dashboard=False,
         )
-    except ConnectionError as error:
-        raise InputError(f"no Ray cluster answers at RAY_ADDRESS {address}: start it, or unset RAY_ADDRESS") from error
+    except (ConnectionError, ValueError) as error:
+        if address:
+            raise InputError(
+                f"no Ray cluster answers at RAY_ADDRESS {address!r}: start one there, or unset RAY_ADDRESS"
+            ) from error
+        raise InputError(f"Ray cannot be started: {str(error).splitlines()[0]}") from error
+    signal.signal(signal.SIGTERM, handler)  # Ray has set one of its own
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def code_of_trials() -> dict:
+    """Return the runtime environment by which Ray brings every trial a copy of the code beside hparam_search.py.
+
+    Without it, a trial would import what lies in the working directory: another train.py, or none.
+    """
+    others = [path.name for path in CODE.iterdir() if path.suffix != ".py" and not (path / "__init__.py").exists()]
+    return {"working_dir": str(CODE), "excludes": [f"/{name}" for name in others]}
+
+
+def options_of_own() -> dict:
+    """Return the arguments of ray.init for a Ray of this search's own.
+
+    Raises:
+        InputError: there is no folder that its sockets can lie in.
+    """
+    if "RAY_AUTH_MODE" not in os.environ:
+        # Without one, Ray writes it into the home folder, which a user of a container may lack.
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    wanted = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    for place in (wanted, "/tmp"):
+        if len(os.fsencode(place)) <= LONGEST_TEMP_DIR and os.access(place, os.W_OK | os.X_OK):
+            return {"address": "local", "num_cpus": usable_cpus(), "_temp_dir": str(Path(place, "ray"))}
+    raise InputError(
+        f"TMPDIR is {wanted}, but Ray needs a folder that can be written to, of at most {LONGEST_TEMP_DIR} characters, "
+        "for its sockets: set TMPDIR to one"
+    )
 
 
 @contextlib.contextmanager
@@ -69,7 +102,7 @@ def folder_for_ray(search_folder: Path) -> Iterator[Path]:
     """Make a folder for what Ray writes while a search runs; nothing is ever read from it, and it goes in the end."""
     for path in search_folder.glob(".ray_*"):  # of a process that was killed
         shutil.rmtree(path, ignore_errors=True)
-    place = search_folder if "RAY_ADDRESS" in os.environ else None  # all nodes of a cluster must see it
+    place = search_folder if cluster_address() else None  # all nodes of a cluster must see it
     with tempfile.TemporaryDirectory(prefix=".ray_", dir=place, ignore_cleanup_errors=True) as folder:
         yield Path(folder)
 

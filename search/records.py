@@ -179,7 +179,7 @@ def holding(folder: Path) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, OSError):
-        print(f"Interrupted. To go on: {resume_command(folder)}")
+        print(f"Interrupted. To go on: {resume_command(folder)}", flush=True)
         raise
     finally:
         os.close(descriptor)

@@ -1,36 +1,79 @@
-"""What Ctrl-C, SIGTERM and a closed terminal do."""
+"""What Ctrl-C, SIGTERM, a closed terminal and a batch system's warning do: README's table has it in words."""
 
 import contextlib
 import os
+import queue
 import signal
-import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+LAST_SECONDS = 12  # for what is to be done after a signal
 
 
 @contextlib.contextmanager
-def stopping_on_signals() -> Iterator[list[int]]:
-    """On Ctrl-C, SIGTERM or SIGHUP have Ray Tune stop the trials and save the search; yields the signals that came.
+def interrupted_by_signals() -> Iterator[list[int]]:
+    """Have signals raise KeyboardInterrupt in the main thread; yields those that came.
 
-    A second signal raises KeyboardInterrupt. Within running_ray only, for Ray sets a handler of its own as it starts.
+    What the process ignores already, as under nohup, it goes on ignoring. If what is within has not ended LAST_SECONDS
+    after a signal, because it waits for processes that have had the same signal, this process exits.
     """
-    received = []
+    received, to_watch, ended = [], queue.SimpleQueue(), threading.Event()
 
-    def stop(number: int, frame: object) -> None:
+    def interrupt(number: int, frame: object) -> None:
         received.append(number)
-        if number == signal.SIGHUP:  # the terminal is gone: what is printed must go elsewhere
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, 1)
-            os.dup2(nowhere, 2)
-        # SIGUSR1 is what Tune, once it runs, ends on in good order, as it would on SIGINT.
-        if len(received) > 1 or not callable(signal.getsignal(signal.SIGUSR1)):
-            raise KeyboardInterrupt(number)
-        print("\nStopping the trials, in some 10 s; press Ctrl-C again to leave at once.", file=sys.stderr)
-        signal.raise_signal(signal.SIGUSR1)
+        to_watch.put(number)
+        raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    def watch() -> None:
+        number = to_watch.get()
+        if not ended.wait(LAST_SECONDS):
+            os._exit(128 + number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # no other may set handlers
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, interrupt)
+    threading.Thread(target=watch, daemon=True).start()
     try:
         yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        ended.set()
+        to_watch.put(0)
+
+
+def run_in_thread(function: Callable[[], object], interrupted: threading.Event) -> None:
+    """Run what Ray may keep waiting, and hear signals meanwhile.
+
+    Args:
+        function: gets some seconds to end once interrupted is set, then it is left to itself.
+        interrupted: is set on KeyboardInterrupt, which is then raised.
+
+    Raises:
+        BaseException: what the function raises.
+    """
+    outcome = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            function()
+        except BaseException as error:
+            outcome.put(error)
+        else:
+            outcome.put(None)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        if (error := outcome.get()) is not None:
+            # Where all processes of a job get a signal, Ray's may have ended before this one has got it.
+            threading.Event().wait(1)
+            raise error
+    except KeyboardInterrupt:
+        interrupted.set()
+        with contextlib.suppress(queue.Empty):
+            outcome.get(timeout=LAST_SECONDS / 3)
+        raise

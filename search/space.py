@@ -1,5 +1,6 @@
 """What may be searched: checking, drawing and describing a space of hyperparameters."""
 
+import copy
 import inspect
 import math
 from collections.abc import Sequence
@@ -12,6 +13,20 @@ from data import InputError
 from train import CONFIG_KEYS
 
 MAX_TRIALS = 100_000
+
+
+def plain(entry: object) -> object:
+    """Return a value or an entry of a space with Python's numbers and lists in place of NumPy's, tuples and ranges."""
+    if hasattr(entry, "tolist"):
+        return entry.tolist()
+    if isinstance(entry, list | tuple | range):
+        return [plain(value) for value in entry]
+    if isinstance(entry, dict):
+        return {key: plain(value) for key, value in entry.items()}
+    if isinstance(entry, Categorical | Float | Integer):
+        entry = copy.copy(entry)
+        vars(entry).update({key: plain(value) for key, value in vars(entry).items() if key != "sampler"})
+    return entry
 
 
 def check_param_space(space: dict) -> None:
@@ -50,10 +65,11 @@ def check_value(key: str, value: object) -> None:
 
 def possible_values(entry: object) -> list:
     """Return all values that an entry of param_space can take, or the ends of a range; of a function, none."""
+    entry = plain(entry)
     if isinstance(entry, dict) and set(entry) == {"grid_search"}:
-        return list(entry["grid_search"]) if isinstance(entry["grid_search"], list | tuple) else []
+        return entry["grid_search"] if isinstance(entry["grid_search"], list) else []
     if isinstance(entry, Categorical):
-        return list(entry.categories)
+        return entry.categories
     if isinstance(entry, Integer):
         return [entry.lower, entry.upper - 1]
     if isinstance(entry, Float):
@@ -81,6 +97,7 @@ def draw_trials(
             raise InputError(f"first_trials[{i}] is {values!r}, but must be a dict of hyperparameters")
         if unsearched := [key for key in values if key not in searched(space)]:
             raise InputError(f"first_trials[{i}] has {unsearched[0]!r}, which is not searched: leave it away")
+    space = plain(space)
     grids = [entry["grid_search"] for entry in space.values() if isinstance(entry, dict)]
     count = num_samples * math.prod(map(len, grids))
     if count > MAX_TRIALS:
@@ -105,7 +122,7 @@ def draw_trials(
         raise InputError(f"param_space cannot be drawn from: {type(error).__name__}: {error}") from error
     trials = {}
     for i, config in enumerate(drawn):
-        config = {key: value.item() if isinstance(value, np.generic) else value for key, value in config.items()}
+        config = plain(config)
         for key, value in config.items():
             check_value(key, value)
         trials[trial_name(i)] = config

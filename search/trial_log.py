@@ -1,6 +1,7 @@
 """What happens when a trial reports: its log, its errors and TensorBoard's events are written, and room is made."""
 
 import re
+import threading
 import time
 from pathlib import Path
 
@@ -35,10 +36,19 @@ class TrialLog(tune.Callback):
         models_kept: how many finished trials keep their weights.
         progress: what shows how far they are.
         reasons: trial id → why the stopper ended it.
+        interrupted: once it is set, Tune's thread ends, and leaves the trials as they are.
     """
 
-    def __init__(self, search: Search, models_kept: int, progress: Progress, reasons: dict[str, str]) -> None:
+    def __init__(
+        self,
+        search: Search,
+        models_kept: int,
+        progress: Progress,
+        reasons: dict[str, str],
+        interrupted: threading.Event,
+    ) -> None:
         self.folder, self.models_kept, self.progress, self.reasons = search.folder, models_kept, progress, reasons
+        self.interrupted = interrupted
         results = read_results(search)
         self.configs = search.trials
         self.rows = {row["name"]: row for row in results}
@@ -49,6 +59,15 @@ class TrialLog(tune.Callback):
         self.prune([row for row in results if row["status"] in FINISHED])
         self.board = Board(search, results)
         self.unwritten = {}  # trial name → text that found no room on the disk
+
+    def __getstate__(self) -> dict:
+        """Pickle nothing: Tune would keep it, but a search is resumed from its own records."""
+        return {}
+
+    def on_step_begin(self, iteration: int, trials: list, **info: object) -> None:
+        if self.interrupted.is_set():
+            self.on_experiment_end(trials)
+            raise SystemExit
 
     def on_trial_start(self, iteration: int, trials: list, trial: object, **info: object) -> None:
         self.show(trials)
