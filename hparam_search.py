@@ -337,7 +337,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
     Returns:
-        0 done; 2 bad input, after one sentence on stderr; 130, 143 or 129 interrupted by Ctrl-C, SIGTERM or SIGHUP;
+        0 done; 2 bad input, after one sentence on stderr; 128 + n interrupted by signal n, 130 by Ctrl-C;
         1 every trial failed, the weights of the best one are lost, or the disk is full.
     """
     with printing_safely(), interrupted_by_signals() as signals:

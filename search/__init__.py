@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 
 from search.command_line import cluster_address
 
@@ -11,6 +12,10 @@ for stream in ("stdin", "stdout", "stderr"):
         nowhere = os.open(os.devnull, os.O_RDWR)
         os.set_inheritable(nowhere, True)
         setattr(sys, stream, os.fdopen(nowhere, "r" if stream == "stdin" else "w"))
+
+# A container's user may have no home, without which Ray cannot be imported.
+if os.path.expanduser("~") == "~":  # noqa: PTH111
+    os.environ["HOME"] = tempfile.gettempdir()
 
 # What Ray is told through its environment, which it reads when it is imported.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 PROGRAM = "hparam_search.py"
-DEFAULTS = {"num_samples": 3}
+DEFAULTS = {"num_samples": 3, "data_dir": "data"}
 QUICK_DEFAULTS = {"dataset": "synthetic", "num_samples": 2}
 SCHEDULERS = {  # → the flags that it takes
     "asha": ("grace_period", "reduction_factor", "brackets"),
@@ -28,7 +28,7 @@ class Settings:
     """What was asked for: a search, or with `resume` another's continuation, which has that search's settings."""
 
     dataset: str = "cifar100"  # or folder, synthetic
-    data_dir: str = "data"
+    data_dir: str | None = None  # None: where the search that is resumed has its images
     output_dir: str = "outputs"
     name: str | None = None  # None: of the time
     num_samples: int | None = None  # None: as many as the search that is resumed
@@ -88,20 +88,26 @@ def parse_args(argv: Sequence[str] | None = None, description: str | None = None
     add("--quick", action="store_true", help="a small search, in about a minute on two cores")
     add = parser.add_argument_group("on which images").add_argument
     add("--dataset", choices=("cifar100", "folder", "synthetic"), help="default cifar100")
-    add("--data-dir", metavar="PATH", help="where CIFAR-100 is or is put, or the folder with train/ and test/; data")
+    add(
+        "--data-dir",
+        metavar="PATH",
+        type=os.path.expanduser,
+        help="where CIFAR-100 is or is put, or the folder with train/ and test/; data",
+    )
     add = parser.add_argument_group("which trials are stopped").add_argument
     add("--scheduler", choices=SCHEDULERS, help="default asha")
     add("--grace-period", metavar="N", type=int, help="epochs before a trial is compared with others")
     add("--reduction-factor", metavar="F", type=float, help="of those compared, one in so many goes on")
     add("--brackets", metavar="N", type=int, help="of ASHA, with grace periods of their own")
     add = parser.add_argument_group("where").add_argument
-    add("--output-dir", metavar="PATH", help="default outputs")
+    add("--output-dir", metavar="PATH", type=os.path.expanduser, help="default outputs")
     add("--name", help="of the search's folder there; default search_<date>_<time>")
     add("--cpus-per-trial", metavar="N", type=int, help="default: all are shared out")
     add("--gpus-per-trial", metavar="F", type=float, help="default 1 where there are GPUs; 0.5 shares")
     add = parser.add_argument_group("searches that are there").add_argument
-    add("--resume", metavar="PATH", help="continue the search in that folder; more --num-samples, --repeats "
-        "and --time-budget can be asked for")  # fmt: skip
+    add("--resume", metavar="PATH", type=os.path.expanduser,
+        help="continue the search in that folder; more --num-samples, --repeats and --time-budget can be asked for, "
+        "and --data-dir where the images have moved")  # fmt: skip
     add("--list", action="store_true", help="show the searches in --output-dir, and their best")
     add("--help", "-h", action="help", help="show this")
     given = vars(parser.parse_args(argv))
@@ -160,7 +166,7 @@ def check_flags(given: dict) -> None:
             raise ValueError(f"{flag(key)} is {given[key]!r}, but must be a path that can be printed")
     if "list" in given and (others := set(given) - {"list", "output_dir"}):
         raise ValueError(f"--list takes no other flag than --output-dir: leave {flag(min(others))} away")
-    if "resume" in given and (others := set(given) - {"resume", *ENLARGED}):
+    if "resume" in given and (others := set(given) - {"resume", "data_dir", *ENLARGED}):
         raise ValueError(f"--resume takes every setting from the search it continues: leave {flag(min(others))} away")
     scheduler = given.get("scheduler", "asha")
     for key in SCHEDULERS["asha"]:

@@ -26,7 +26,7 @@ from pathlib import Path
 from data import Dataset, InputError, fingerprint
 from search.command_line import ENLARGED, Settings, flag
 from search.space import check_param_space, trial_name
-from search.trial import WEIGHTS_FILE, checkpoint_path, of_same_epoch, replacing, saved_weights
+from search.trial import UNSUPPORTED, WEIGHTS_FILE, checkpoint_path, of_same_epoch, replacing, saved_weights
 from train import METRICS
 
 SEARCH_FILE, PARAMS_FILE, LOG_FILE, ERROR_FILE = "search.json", "params.json", "result.json", "error.txt"
@@ -172,11 +172,8 @@ def holding(folder: Path) -> Iterator[None]:
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise InputError(f"{folder} is being searched by another process: wait for its end, or stop it") from error
-    try:
+        if not lock(descriptor, fcntl.LOCK_EX):
+            raise InputError(f"another process is running {folder}: wait for it to finish, or stop it")
         yield
     except (KeyboardInterrupt, OSError):
         print(f"Interrupted. To go on: {resume_command(folder)}", flush=True)
@@ -189,12 +186,21 @@ def is_held(folder: Path) -> bool:
     """Tell whether a process runs the search in folder."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        return not lock(descriptor, fcntl.LOCK_SH)
     finally:
         os.close(descriptor)
-    return False
+
+
+def lock(descriptor: int, kind: int) -> bool:
+    """Lock a folder, and tell whether that is done; where the file system has no locks, it counts as done."""
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+    return True
 
 
 def write_search(search: Search) -> None:
@@ -236,17 +242,20 @@ def read_search(folder: Path) -> Search:
 
 
 def enlarged(settings: Settings, asked: Settings) -> Settings:
-    """Return a search's settings with the larger ones of ENLARGED that its continuation asks for.
+    """Return a search's settings with what its continuation asks for: larger ones of ENLARGED, images that moved.
 
     Raises:
-        InputError: they are smaller.
+        InputError: they are smaller, or it has no images that could move.
     """
     changes = {key: getattr(asked, key) for key in ENLARGED if getattr(asked, key) is not None}
+    if asked.data_dir and settings.dataset == "synthetic":
+        raise InputError(f"--data-dir {asked.data_dir} is of no use to a search on synthetic images: remove it")
+    moved = {"data_dir": str(resolved(asked.data_dir))} if asked.data_dir else {}
     for key, value in changes.items():
         before = getattr(settings, key)
         if before is not None and value < before:
             raise InputError(f"{flag(key)} is {value:g}, but the search was asked for {before:g}: give at least that")
-    return replace(settings, **changes)
+    return replace(settings, **changes, **moved)
 
 
 def check_same_space(search: Search, in_words: dict[str, str]) -> None:

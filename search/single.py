@@ -1,9 +1,9 @@
 """One config trained again, without Ray, and a model used: the command line of train.py."""
 
 import argparse
+import os
 import shlex
 import shutil
-import signal
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -16,7 +16,9 @@ import torch
 from data import Dataset, InputError, fingerprint, read_images, read_picture
 from search.command_line import Parser, check_name, flag, print_error
 from search.model_folder import CONFIG_FILE, load_model, read_description, write_model_folder
+from search.output import printing_safely
 from search.records import check_free, resolved, sealed, shown, unsealed, write_whole
+from search.signals import interrupted_by_signals
 from search.space import check_param_space
 from search.trial import WEIGHTS_FILE, replacing, run_trial, saved_weights
 from train import CONFIG_KEYS, best_device, evaluate, evaluation_batches, predict
@@ -60,15 +62,26 @@ def parse_args(argv: Sequence[str] | None) -> dict:
         add_help=False,
     )
     add = parser.add_argument_group("training").add_argument
-    add("--from", metavar="FOLDER", help="a model's folder, outputs/NAME/best_model, whose config is trained again")
+    add(
+        "--from",
+        metavar="FOLDER",
+        type=os.path.expanduser,
+        help="a model's folder, outputs/NAME/best_model, whose config is trained again",
+    )
     add("--full", action="store_true", help="on training and validation images together, to the last epoch")
     add("--dataset", choices=("cifar100", "folder", "synthetic"), help="default: the images that the model had")
-    add("--data-dir", metavar="PATH", help="default: where the model had its images from")
-    add("--output-dir", metavar="PATH", help="default outputs")
+    add("--data-dir", metavar="PATH", type=os.path.expanduser, help="default: where the model had its images from")
+    add("--output-dir", metavar="PATH", type=os.path.expanduser, help="default outputs")
     add("--name", help="of the new model's folder there; default retrained_<date>_<time>")
     add = parser.add_argument_group("predicting").add_argument
-    add("--predict", metavar="PICTURE", nargs="+", help=f"print the {CLASSES_SHOWN} likeliest classes of each picture")
-    add("--model", metavar="FOLDER", help="a model's folder")
+    add(
+        "--predict",
+        metavar="PICTURE",
+        nargs="+",
+        type=os.path.expanduser,
+        help=f"print the {CLASSES_SHOWN} likeliest classes of each picture",
+    )
+    add("--model", metavar="FOLDER", type=os.path.expanduser, help="a model's folder")
     add("--help", "-h", action="help", help="show this")
     names = textwrap.fill(", ".join(map(flag, CONFIG_KEYS)), 76, break_on_hyphens=False)
     group = parser.add_argument_group("hyperparameters in place of the config's", names)
@@ -203,24 +216,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line of train.py and return its exit code.
 
     Returns:
-        0 done; 2 bad input, after one sentence on stderr; 130 interrupted; 1 the disk is full.
+        0 done; 2 bad input, after one sentence on stderr; 128 + n interrupted by signal n; 1 the disk is full.
     """
-    try:
-        given = parse_args(argv)
-        if "predict" in given:
-            predict_pictures(given["predict"], Path(given["model"]))
-            return 0
-        return train_again(given)
-    except SystemExit as end:
-        return end.code
-    except ValueError as error:  # an InputError, or of check_name
-        print_error(error, PROGRAM)
-        return 2
-    except OSError as error:
-        print_error(error, PROGRAM)
-        return 1
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+    with printing_safely(), interrupted_by_signals() as signals:
+        try:
+            given = parse_args(argv)
+            if "predict" in given:
+                predict_pictures(given["predict"], Path(given["model"]))
+                return 0
+            return train_again(given)
+        except SystemExit as end:
+            return end.code
+        except ValueError as error:  # an InputError, or of check_name
+            print_error(error, PROGRAM)
+            return 2
+        except OSError as error:
+            print_error(error, PROGRAM)
+            return 1
+        except KeyboardInterrupt:
+            return 128 + signals[0]
 
 
 if __name__ == "__main__":

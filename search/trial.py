@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -19,6 +20,8 @@ from ray import tune
 from data import Dataset
 from train import Training, best_device, new_training, train_epochs
 
+# How file systems such as SMB, sshfs and Lustre say that they cannot flush a folder, or lock one.
+UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY, errno.EBADF, errno.ENOLCK)
 WEIGHTS_FILE, METRICS_FILE = "weights.pt", "metrics.json"
 
 
@@ -51,10 +54,13 @@ def replacing(target: Path) -> Iterator[Path]:
 
 
 def flush(path: Path) -> None:
-    """Have a file, or what a folder lists, on the disk, for a power cut to find it there."""
+    """Have a file, or what a folder lists, on the disk, for a power cut to find it there, if the file system can."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
     finally:
         os.close(descriptor)
 
