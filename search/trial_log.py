@@ -157,5 +157,9 @@ def error_sentence(text: str, config: dict) -> str:
             f"out of memory with {sizes}: make these smaller, or let fewer trials run at once, by "
             "--gpus-per-trial 1 where they share a GPU, else by --cpus-per-trial"
         )
+    if "failed to import on the worker" in text and (
+        cause := re.search(r"^\w+Error: .+", text.split("on the worker")[1], re.M)
+    ):
+        return f"its code cannot be imported there ({cause[0]}): install what it lacks, or put it beside train.py"
     # Of an exception the last line tells; of a process that died, the first.
     return lines[-1] if re.match(r"[\w.]+(Error|Exception)\b", lines[-1]) else lines[0]
