@@ -71,15 +71,15 @@ class Dataset:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
-    def __reduce__(self) -> tuple:
-        # Ray maps NumPy arrays from its object store into every process without a copy; tensors it would copy.
-        return _from_arrays, tuple(v.numpy() if isinstance(v, Tensor) else v for v in vars(self).values())
+
+def save_dataset(dataset: Dataset, path: Path) -> None:
+    """Write a dataset into a file, for map_dataset in other processes."""
+    torch.save(vars(dataset), path)
 
 
-def _from_arrays(*fields: object) -> Dataset:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*not writable")  # and nobody writes to it
-        return Dataset(*(torch.from_numpy(v) if isinstance(v, np.ndarray) else v for v in fields))
+def map_dataset(path: Path) -> Dataset:
+    """Return the dataset in a file, whose images all processes of a machine share, in its page cache."""
+    return Dataset(**torch.load(path, mmap=True, weights_only=True))
 
 
 def fingerprint(dataset: Dataset) -> dict[str, str]:

@@ -22,12 +22,13 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
-from data import Dataset, InputError, fingerprint, read_images
+from data import Dataset, InputError, fingerprint, read_images, save_dataset
 from search.early_stopping import EarlyStopping
 from search.importance import conclusions, rungs
 from search.output import printing_safely
@@ -145,11 +146,12 @@ def new_stopper(max_epochs: int, time_left: float | None) -> tune.Stopper:
 def new_tuner(
     search: Search, dataset: Dataset, models_kept: int, ray_folder: Path, interrupted: threading.Event
 ) -> tune.Tuner:
-    """Return the Tuner of those trials of a search that are not finished; Ray's own files go into ray_folder."""
+    """Return the Tuner of those trials of a search that are not finished; what only they need goes into ray_folder."""
     resources, at_once, search.resource_usage = share_resources(search.settings, len(search.trials))
-    trainable = tune.with_parameters(
-        train_cifar, dataset=dataset, search_folder=str(search.folder), checkpoint_period=CHECKPOINT_PERIOD
-    )
+    images = ray_folder / "images.pt"
+    save_dataset(dataset, images)
+    # Not by Ray's object store: where that has died, this process would be ended before it can say how to go on.
+    trainable = partial(train_cifar, images=images, search_folder=search.folder, checkpoint_period=CHECKPOINT_PERIOD)
     trials_left = TrialsLeft(search, search_space(search.settings), STARTUP_TRIALS)
     progress = Progress(PROGRESS_PERIOD, search.seconds)
     max_epochs = trials_left.trials[0][1]["epochs"]  # as many for all
@@ -286,7 +288,7 @@ def run_trials(search: Search, dataset: Dataset) -> int:
                 fit(repeats, dataset, models_kept=0)
             finally:
                 search.seconds = repeats.seconds
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, ConnectionError):
         results = read_results(search)
         write_results(results, search.folder)
         print(recap(results, search), best_so_far(results), sep="\n", flush=True)

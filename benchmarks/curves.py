@@ -10,7 +10,6 @@ a CSV of each recipe, a row an epoch. Stopped, it goes on with the configs that 
 import argparse
 import csv
 import multiprocessing
-import os
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -20,7 +19,7 @@ import torch
 from ray import tune
 
 from benchmarks.recipes import first_classes
-from data import Dataset, read_images
+from data import Dataset, read_images, usable_cpus
 from hparam_search import BASELINE_RECIPE, param_space
 from search.records import write_whole
 from search.space import draw_trials
@@ -76,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=param_space["epochs"])
     parser.add_argument("--samples", type=int, default=15, help="draws for each pair of widths")
     parser.add_argument("--recipe", choices=RECIPES, action="append", help="repeatable; default: all")
-    parser.add_argument("--workers", type=int, default=1 if torch.cuda.is_available() else os.cpu_count())
+    parser.add_argument("--workers", type=int, default=1 if torch.cuda.is_available() else usable_cpus())
     parser.add_argument("--output", type=Path, default=FOLDER)
     args = parser.parse_args(argv)
     images = read_images(args.dataset, args.data_dir, {})

@@ -26,7 +26,7 @@ import torchvision
 
 import hparam_search
 from benchmarks.throughput import WIDTHS
-from data import make_synthetic
+from data import make_synthetic, usable_cpus
 from train import best_device, new_training, train_epochs
 
 PYTHON = sys.executable
@@ -197,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"--- {name}: {failed.get(name, 'done')}, {time.monotonic() - start:.0f} s\n", flush=True)
         if args.json:
             Path(args.json).write_text(json.dumps(results))
-    device = torch.cuda.get_device_name() if on_gpu else f"{platform.processor()} CPU, {os.cpu_count()} cores"
+    device = torch.cuda.get_device_name() if on_gpu else f"{platform.processor()} CPU, {usable_cpus()} cores"
     print(f"{device}; torch {torch.__version__}, torchvision {torchvision.__version__}, Ray {ray.__version__}\n")
     print("| figure | aim | measured |\n| --- | --- | --- |")
     for row in rows(results) + [(name, "", error) for name, error in failed.items()]:

@@ -11,7 +11,7 @@ image once, and then only reports. The searches:
     100 × 5, 1000 × 5, to see whether a trial costs more where there are many
 
 Memory is what /proc says: the driver's peak, and the highest that a trial's process had for itself (anonymous pages,
-without what it maps from Ray's object store).
+without the images, which it maps from a file).
 """
 
 import argparse
@@ -30,7 +30,7 @@ import torch
 from ray import tune
 
 import hparam_search
-from data import Dataset
+from data import Dataset, map_dataset
 from train import METRICS
 
 IMAGES = 12_000  # for training, 37 MB: with much more, Ray refuses the closure of Tune's defaults
@@ -56,10 +56,15 @@ def blank_images() -> Dataset:
     )  # fmt: skip
 
 
-def idle_trial(config: dict, dataset: Dataset, search_folder: str, checkpoint_period: float = 0) -> None:
+def idle_trial(config: dict, images: Path, search_folder: Path, checkpoint_period: float) -> None:
+    """Stand in for train_cifar."""
+    report_idly(config, map_dataset(images), search_folder)
+
+
+def report_idly(config: dict, dataset: Dataset, folder: Path) -> None:
     """Report every epoch, with a loss that falls alike in all trials, so that none is stopped."""
     dataset.train_images.max()
-    (Path(search_folder) / f"{os.getpid()}.memory").write_text(str(status("RssAnon")))
+    (folder / f"{os.getpid()}.memory").write_text(str(status("RssAnon")))
     for epoch in range(1, config["epochs"] + 1):
         tune.report(REPORT | {"epoch": epoch, "loss": 10 - 0.01 * epoch})
 
@@ -79,7 +84,7 @@ def tune_search(trials: int, epochs: int, dataset: Dataset, folder: Path) -> Non
     (folder / "it").mkdir()
 
     def trial(config: dict) -> None:
-        idle_trial(config, dataset, str(folder / "it"))
+        report_idly(config, dataset, folder / "it")
 
     tune.Tuner(
         tune.with_resources(trial, {"cpu": 1}),

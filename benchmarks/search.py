@@ -13,7 +13,6 @@ import contextlib
 import csv
 import io
 import json
-import os
 import statistics
 import subprocess
 import tempfile
@@ -27,7 +26,7 @@ import torch
 import hparam_search
 from benchmarks.overhead import status
 from benchmarks.throughput import baseline_steps, new_model, seconds_of, take
-from data import Dataset
+from data import Dataset, usable_cpus
 from train import best_device
 
 BASELINE_STEPS = 100
@@ -112,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the searches, and print a table, or a line of JSON each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     on_gpu = torch.cuda.is_available()
-    at_once = [1, 2, 3, 4] if on_gpu else [1, os.cpu_count()]
+    at_once = [1, 2, 3, 4] if on_gpu else [1, usable_cpus()]
     parser.add_argument("--at-once", type=int, nargs="+", default=at_once, help="trials; default %(default)s")
     parser.add_argument("--widths", type=int, nargs=2, metavar=("H_1", "H_2"), help="of every trial; default: searched")
     parser.add_argument("--baseline-recipe", action="store_true", help="train as the baseline did")
@@ -130,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("at once   seconds   epochs spent   saved   images/s   GPU busy   validation   test", flush=True)
     results = []
     for count in args.at_once:
-        share = ["--gpus-per-trial", str(1 / count)] if on_gpu else ["--cpus-per-trial", str(os.cpu_count() // count)]
+        share = ["--gpus-per-trial", str(1 / count)] if on_gpu else ["--cpus-per-trial", str(usable_cpus() // count)]
         result = {"at_once": count} | run_search(rest + share, dataset)
         results.append(result)
         if args.json:

@@ -99,12 +99,17 @@ def options_of_own() -> dict:
 
 @contextlib.contextmanager
 def folder_for_ray(search_folder: Path) -> Iterator[Path]:
-    """Make a folder for what Ray writes while a search runs; nothing is ever read from it, and it goes in the end."""
+    """Make a folder for what Ray and the trials need only while a search runs: nothing of it is read on --resume."""
     for path in search_folder.glob(".ray_*"):  # of a process that was killed
         shutil.rmtree(path, ignore_errors=True)
-    place = search_folder if cluster_address() else None  # all nodes of a cluster must see it
-    with tempfile.TemporaryDirectory(prefix=".ray_", dir=place, ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(prefix=".ray_", dir=search_folder, ignore_cleanup_errors=True) as folder:
         yield Path(folder)
+
+
+def own_node_lives() -> bool:
+    """Tell whether Ray's processes on this machine live, as far as Ray has noticed."""
+    here = ray.get_runtime_context().get_node_id()
+    return any(node["Alive"] for node in ray.nodes() if node["NodeID"] == here)
 
 
 def check_all_nodes_see(folder: Path) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from ray import tune
 
-from data import Dataset
+from data import Dataset, map_dataset
 from train import Training, best_device, new_training, train_epochs
 
 # How file systems such as SMB, sshfs and Lustre say that they cannot flush a folder, or lock one.
@@ -234,8 +234,8 @@ def run_trial(
     return training
 
 
-def train_cifar(config: dict, dataset: Dataset, search_folder: str, checkpoint_period: float) -> None:
-    """Run one trial under Ray Tune, in search_folder/<trial name>: see run_trial."""
+def train_cifar(config: dict, images: Path, search_folder: Path, checkpoint_period: float) -> None:
+    """Run one trial under Ray Tune on the dataset in the file images, in search_folder/<trial name>: see run_trial."""
     torch.set_num_threads(max(1, int(tune.get_context().get_trial_resources().head_cpus)))
-    folder = Path(search_folder) / tune.get_context().get_trial_name()
-    run_trial(config, dataset, folder, checkpoint_period, tune.report)
+    folder = search_folder / tune.get_context().get_trial_name()
+    run_trial(config, map_dataset(images), folder, checkpoint_period, tune.report)

@@ -8,6 +8,7 @@ from pathlib import Path
 from ray import tune
 
 from search.progress import Progress
+from search.ray_session import own_node_lives
 from search.records import (
     ERROR_FILE,
     FINISHED,
@@ -22,6 +23,8 @@ from search.records import (
 )
 from search.tensorboard import Board
 from train import METRICS
+
+NODE_PERIOD = 5  # seconds, between two looks at whether Ray lives
 
 
 class TrialLog(tune.Callback):
@@ -49,6 +52,7 @@ class TrialLog(tune.Callback):
     ) -> None:
         self.folder, self.models_kept, self.progress, self.reasons = search.folder, models_kept, progress, reasons
         self.interrupted = interrupted
+        self.looked = time.monotonic()
         results = read_results(search)
         self.configs = search.trials
         self.rows = {row["name"]: row for row in results}
@@ -68,6 +72,11 @@ class TrialLog(tune.Callback):
         if self.interrupted.is_set():
             self.on_experiment_end(trials)
             raise SystemExit
+        if time.monotonic() - self.looked >= NODE_PERIOD:
+            self.looked = time.monotonic()
+            if not own_node_lives():  # Tune would wait for another for ever
+                self.on_experiment_end(trials)
+                raise ConnectionError("Ray has died on this machine, perhaps for lack of memory: resume the search")
 
     def on_trial_start(self, iteration: int, trials: list, trial: object, **info: object) -> None:
         self.show(trials)
