@@ -317,11 +317,11 @@ def usable_cpus() -> int:
                 continue
             root = Path("/sys/fs/cgroup", controllers and "cpu")
             for group in {root, *(root / path.strip("/")).parents, root / path.strip("/")}:
-                count = min(count, _cpu_quota(group))
+                count = min(count, cpu_quota(group))
     return count
 
 
-def _cpu_quota(group: Path) -> float:
+def cpu_quota(group: Path) -> float:
     """Return how many CPUs a cgroup, of version 1 or 2, may use at once, at least 1."""
     for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
         with contextlib.suppress(OSError, ValueError):  # no such file; no quota ("max")

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 
 from search.records import FINISHED, Search, best_first, read_log
-from search.report import COLUMNS
+from search.report import COLUMNS, shown_value
 
 # Of 7 trials, only a rank correlation above 0.9 would stand out from chance among four hyperparameters.
 MIN_TRIALS = 8
@@ -30,27 +30,30 @@ def conclusions(search: Search, results: list[dict]) -> list[str]:
         results: of read_results.
     """
     tried = {key: what for key, what in search.searched.items() if what}
+    finished = [row for row in results if row["status"] in FINISHED]
     if not tried:
         return []
-    finished = [row for row in results if row["status"] in FINISHED]
-    lines = []
     if len(finished) < MIN_TRIALS:
-        lines.append(f"What mattered: too few trials to tell ({len(finished)}, of at least {MIN_TRIALS}).")
-    else:
-        epoch, accuracies = accuracies_at_equal_epochs(search, finished)
-        shown, others = [], []
-        for key, what in tried.items():
-            values = [row["config"][key] for row in finished]
-            size, chance, text = effect(values, accuracies, "values" in what)
-            (shown if chance < SIGNIFICANCE / len(tried) else others).append((-size, f"{key} {text}", key))
-        about = f"accuracy at epoch {epoch} of {len(finished)} trials"
-        if shown:
-            lines.append(f"What mattered ({about}): {', '.join(text for _, text, _ in sorted(shown))}.")
-        if others:
-            names = ", ".join(key for _, _, key in sorted(others))
-            lines.append(f"Not told from chance{'' if shown else f' ({about})'}: {names}.")
-    if (ranking := best_first(results)) and (edges := at_the_edge(ranking[0]["config"], tried)):
-        lines.append(f"Best at the edge of the space (widen it): {', '.join(edges)}.")
+        return [f"What mattered: needs at least {MIN_TRIALS} finished trials ({len(finished)} so far)."]
+    epoch, accuracies = accuracies_at_equal_epochs(search, finished)
+    significance = SIGNIFICANCE / len(tried)
+    lines, shown, others, edges = [], [], [], []
+    for key, what in tried.items():
+        values = [row["config"][key] for row in finished]
+        size, chance, text = effect(values, accuracies, "values" in what)
+        (shown if chance < significance else others).append((-size, f"{key} {text}", key))
+        if (ranking := best_first(results)) and (end := end_of_range(best := ranking[0]["config"][key], what)):
+            rises = (unit(ranks(np.array(values))) @ unit(ranks(accuracies)) > 0) == (end == "upper")
+            if rises and effect(values, accuracies, levels=False)[1] < significance:  # by chance, it is often there
+                edges.append(f"{key} {shown_value(best)} ({end})")
+    about = f"accuracy at epoch {epoch} of {len(finished)} trials"
+    if shown:
+        lines.append(f"What mattered ({about}): {', '.join(text for _, text, _ in sorted(shown))}.")
+    if others:
+        names = ", ".join(key for _, _, key in sorted(others))
+        lines.append(f"No significant effect{'' if shown else f' ({about})'}: {names}.")
+    if edges:
+        lines.append(f"Best at an end of its range, consider widening: {', '.join(edges)}.")
     return [textwrap.shorten(line, COLUMNS, placeholder=" …") for line in lines]
 
 
@@ -136,20 +139,13 @@ def effect(values: list, accuracies: np.ndarray, levels: bool) -> tuple[float, f
     return size, chance, f"{size:.2f} (best {best})"
 
 
-def at_the_edge(config: dict, tried: dict[str, dict]) -> list[str]:
-    """Return, in words, the values of a config that are among the smallest or largest that were tried."""
-    found = []
-    for key, what in tried.items():
-        value, ends = config[key], what.get("values") or [what["lower"], what["upper"]]
-        if not all(type(end) in (int, float) for end in ends):
-            continue
-        low, high = min(ends), max(ends)
-        if "values" in what:
-            place = {low: 0.0, high: 1.0}.get(value, 0.5)
-        elif what["log"]:
-            place = math.log(value / low) / math.log(high / low)
-        else:
-            place = (value - low) / (high - low)
-        if min(place, 1 - place) <= EDGE:
-            found.append(f"{key} {value:.3g}" + (" ↓" if place < 0.5 else " ↑"))
-    return found
+def end_of_range(value: float, what: dict) -> str | None:
+    """Return "upper" or "lower" where a value is among the largest or smallest of three or more numbers tried."""
+    ends = what.get("values") or [what["lower"], what["upper"]]
+    if not all(type(end) in (int, float) for end in ends) or ("values" in what and len(set(ends)) < 3):
+        return None
+    low, high = min(ends), max(ends)
+    if "values" in what:
+        return {low: "lower", high: "upper"}.get(value)
+    place = math.log(value / low) / math.log(high / low) if what["log"] else (value - low) / (high - low)
+    return "lower" if place <= EDGE else "upper" if place >= 1 - EDGE else None

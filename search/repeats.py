@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -35,27 +36,35 @@ def compared(repeats: Search) -> list[str]:
 
     Of a trial, its best accuracy counts. The search's own runs do not: they were chosen for having done well. Each
     config is held against the first by Student's t-test with the variance pooled over all, and Bonferroni's correction.
+    A config that diverged with any seed comes after those that did not, and is not held against them.
     """
-    accuracies = {}
+    accuracies, diverged = {}, Counter()
     for row in read_results(repeats):
         if row["status"] in FINISHED:
-            accuracies.setdefault(row["name"].split("_seed_")[0], []).append(row["best_accuracy"])
+            name = row["name"].split("_seed_")[0]
+            diverged[name] += row["status"] == "DIVERGED"
+            accuracies.setdefault(name, []).append(row["best_accuracy"])
     accuracies = {name: values for name, values in accuracies.items() if len(values) > 1}
     if not accuracies:
         return []
-    ranking = sorted(accuracies, key=lambda name: -statistics.mean(accuracies[name]))
-    first, freedom = accuracies[ranking[0]], sum(len(values) - 1 for values in accuracies.values())
-    variance = sum((len(values) - 1) * statistics.variance(values) for values in accuracies.values()) / freedom
-    lines = [f"With {len(first)} other seeds each, the best accuracies (mean ± standard deviation):"]
-    for name in ranking:
-        values, told = accuracies[name], ""
-        if name != ranking[0]:
+    stable = [name for name in accuracies if not diverged[name]]
+    stable.sort(key=lambda name: -statistics.mean(accuracies[name]))
+    freedom = sum(len(accuracies[name]) - 1 for name in stable)
+    squares = sum((len(accuracies[name]) - 1) * statistics.variance(accuracies[name]) for name in stable)
+    lines = [
+        f"With {max(map(len, accuracies.values()))} other seeds each, the best accuracies (mean ± standard deviation):"
+    ]
+    for name in stable:
+        first, values, judgement = accuracies[stable[0]], accuracies[name], ""
+        if name != stable[0]:
             difference = statistics.mean(first) - statistics.mean(values)
-            error = math.sqrt(variance * (1 / len(first) + 1 / len(values)))
+            error = math.sqrt(squares / freedom * (1 / len(first) + 1 / len(values)))
             chance = two_sided(difference / error, freedom) if error else float(difference == 0)
-            worse = chance < SIGNIFICANCE / (len(ranking) - 1)
-            told = "  worse than the first" if worse else "  not told from the first"
-        lines.append(f"  {name}  {statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}{told}")
+            worse = chance < SIGNIFICANCE / (len(stable) - 1)
+            judgement = "  significantly worse" if worse else "  not significantly different"
+        lines.append(f"  {name}  {statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}{judgement}")
+    for name in sorted(set(accuracies) - set(stable), key=lambda name: diverged[name]):
+        lines.append(f"  {name}  diverged with {diverged[name]} of {len(accuracies[name])} seeds")
     return lines
 
 

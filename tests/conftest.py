@@ -1,6 +1,8 @@
 """Fixtures: Ray, started once, and small sets of images."""
 
 import csv
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +17,10 @@ from search.records import read_log
 from train import METRICS
 
 REPOSITORY = Path(hparam_search.__file__).parent
+# What starts a command with mounts of its own, where that can be done.
+NAMESPACE = ["unshare", "-rm"]
+if shutil.which("unshare") is None or subprocess.run([*NAMESPACE, "true"], check=False).returncode != 0:
+    NAMESPACE = []
 SMALL_IMAGES = {"num_train": 250, "num_test": 100, "num_classes": 5}
 
 

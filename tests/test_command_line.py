@@ -33,7 +33,7 @@ BAD_COMMANDS = [
     (["--name", "a\nb"], "--name is"),
     (["--quick", "--name", "taken"], "--name taken is taken"),
     (["--quick", "--output-dir", "file"], "choose another --output-dir"),
-    (["--dataset", "folder", "--data-dir", "nowhere"], "train is no folder"),
+    (["--dataset", "folder", "--data-dir", "nowhere"], "train is not a folder"),
     (["--list", "--seed", "1"], "--list takes no other flag than --output-dir: leave --seed away"),
     (["--list", "--resume", "it"], "leave --resume away"),
     (["--data-dir", "broken"], "fails its MD5 checksum"),
@@ -103,7 +103,7 @@ SENSIBLE = {"--dataset": ["synthetic", "folder"], "--data-dir": ["images"], "--n
 def test_any_command_line_ends_in_a_start_or_a_sentence(
     make_folder: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    images = make_folder({"train": {"a": 5}, "test": {"a": 1}})
+    images = make_folder({"train": {"a": 5, "b": 5}, "test": {"a": 1}})
     monkeypatch.chdir(tmp_path)
     small = data.make_synthetic(**SMALL_IMAGES)
     monkeypatch.setattr(data, "make_synthetic", lambda **_: small)

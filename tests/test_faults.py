@@ -32,14 +32,10 @@ from search.model_folder import load_model
 from search.records import FINISHED, read_log, read_results, read_search
 from search.space import trial_name
 from search.trial import WEIGHTS_FILE, save_weights, train_cifar
-from tests.conftest import REPOSITORY, SMALL_IMAGES, figures, make_small, read_csv, reported_epochs
+from tests.conftest import NAMESPACE, REPOSITORY, SMALL_IMAGES, figures, make_small, read_csv, reported_epochs
 from train import evaluate, evaluation_batches
 
 LONG = ["--quick", "--max-epochs", "14", "--num-samples"]
-# What starts a command with mounts of its own, where that can be done.
-NAMESPACE = ["unshare", "-rm"]
-if shutil.which("unshare") is None or subprocess.run([*NAMESPACE, "true"], check=False).returncode != 0:
-    NAMESPACE = []
 
 
 def last_checkpoints(folder: Path) -> dict[str, int]:

@@ -103,7 +103,7 @@ def test_whole_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
         (f"train_cifar_{row['trial_id']}", int(row["epochs"])) for row in rows
     }
     assert all((reason == "all epochs done") == (epoch == "4") for _, reason, epoch in ends)
-    assert "What mattered: too few trials to tell (4, of at least 8)." in out
+    assert "What mattered: needs at least 8 finished trials (4 so far)." in out
     assert f"test accuracy: {metrics['test_accuracy']:.4f}" in out
     saved = 16 - sum(int(row["epochs"]) for row in rows)
     assert f"Early stopping saved {saved} of 16 epochs." in out

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from search.command_line import Settings
-from search.importance import SIGNIFICANCE, at_the_edge, conclusions, effect, ranks, rungs
+from search.importance import SIGNIFICANCE, conclusions, effect, end_of_range, ranks, rungs
 from search.records import Search, append_line, read_results, sealed, write_params
 from tests.conftest import CONFIG, log_line
 
 SEARCHED = {
     "lr": {"lower": 1e-5, "upper": 0.1, "log": True},
-    "h_1": {"values": [4, 8]},
+    "h_1": {"values": [4, 8, 16]},
     "p_drop": {"lower": 0.1, "upper": 0.5, "log": False},
 }
 
@@ -46,29 +46,56 @@ def test_what_orders_the_trials_is_found_and_what_does_not_is_not(finished: Call
     search, results = finished(trials)
     lines = conclusions(search, results)
     assert lines[0] == "What mattered (accuracy at epoch 3 of 16 trials): lr +1.00."
-    assert set(lines[1].removeprefix("Not told from chance: ").rstrip(".").split(", ")) == {"h_1", "p_drop"}
+    assert set(lines[1].removeprefix("No significant effect: ").rstrip(".").split(", ")) == {"h_1", "p_drop"}
     assert max(map(len, lines)) <= 80
     assert len(lines) <= 3
 
 
-def test_levels_of_a_grid_are_compared_and_the_edge_is_told(finished: Callable) -> None:
+def test_levels_of_a_grid_are_compared(finished: Callable) -> None:
     rng = np.random.default_rng(0)
     trials = [
         ({"lr": 10 ** rng.uniform(-4, -2), "h_1": h_1, "p_drop": 0.3}, [0.2 + 0.3 * (h_1 == 8) + rng.uniform(0, 0.1)])
         for h_1, _ in itertools.product([4, 8], range(7))
     ]
     trials.append(({"lr": 0.099, "h_1": 4, "p_drop": 0.3}, [0.01]))  # diverged: the last
-    trials[-2][0]["p_drop"] = 0.11
     trials[-2][1][0] = 0.7
     lines = conclusions(*finished(trials))
     assert lines[0].startswith("What mattered (accuracy at epoch 1 of 15 trials): h_1 0.8")
     assert lines[0].endswith("(best 8).")
-    assert lines[-1] == "Best at the edge of the space (widen it): h_1 8 ↑, p_drop 0.11 ↓."
+
+
+@pytest.mark.parametrize(
+    ("values", "accuracies", "words"),
+    [
+        ({"h_1": [4, 8, 16]}, lambda config: config["h_1"], "h_1 16 (upper)"),
+        ({"h_1": [4, 8, 16]}, lambda config: -config["h_1"], "h_1 4 (lower)"),
+        ({"h_1": [4, 8, 16]}, lambda config: -abs(config["h_1"] - 8), None),
+        ({"h_1": [4, 16]}, lambda config: config["h_1"], "h_1 16 (upper)"),  # of a grid that has three
+        ({"p_drop": np.linspace(0.1, 0.5, 12)}, lambda config: config["p_drop"], "p_drop 0.5 (upper)"),
+        ({"p_drop": np.linspace(0.15, 0.45, 12)}, lambda config: config["p_drop"], None),
+        # The best is at the upper end, the next best at the lower one.
+        (
+            {"p_drop": np.linspace(0.1, 0.5, 12)},
+            lambda config: max(-config["p_drop"], 9 * config["p_drop"] - 4.3),
+            None,
+        ),
+    ],
+)
+def test_edges_are_told_only_where_accuracy_rises_towards_them(
+    values: dict, accuracies: Callable, words: str | None, finished: Callable
+) -> None:
+    ((key, ends),) = values.items()
+    configs = [{"lr": 1e-3, "h_1": 8, "p_drop": 0.3} | {key: ends[i % len(ends)]} for i in range(12)]
+    scores = [accuracies(config) for config in configs]
+    low, high = min(scores), max(scores)
+    trials = [(config, [0.1 + 0.8 * (s - low) / (high - low)]) for config, s in zip(configs, scores, strict=True)]
+    edges = [line for line in conclusions(*finished(trials)) if "end of its range" in line]
+    assert edges == ([f"Best at an end of its range, consider widening: {words}."] if words else [])
 
 
 def test_few_trials_tell_nothing(finished: Callable) -> None:
     trials = [({"lr": 10.0**-i, "h_1": 4, "p_drop": 0.3}, [0.5 - i / 20]) for i in range(1, 8)]
-    assert conclusions(*finished(trials))[0] == "What mattered: too few trials to tell (7, of at least 8)."
+    assert conclusions(*finished(trials))[0] == "What mattered: needs at least 8 finished trials (7 so far)."
 
 
 def test_chance_alone_stands_out_in_few_searches() -> None:
@@ -100,11 +127,29 @@ def test_ranks_share_ties() -> None:
     assert ranks(np.array([3.0, 1.0, 3.0, 2.0])).tolist() == [2.5, 0.0, 2.5, 1.0]
 
 
-def test_edges_of_ranges_grids_and_words() -> None:
-    tried = SEARCHED | {"schedule": {"values": ["cosine", "constant"]}, "h_2": {"values": [1, 2, 3]}}
-    middle = {"lr": 1e-3, "h_1": 4, "p_drop": 0.3, "schedule": "cosine", "h_2": 2}
-    assert at_the_edge(middle, tried) == ["h_1 4 ↓"]
-    assert at_the_edge(middle | {"h_1": 8, "lr": 1.2e-5, "h_2": 3}, tried) == ["lr 1.2e-05 ↓", "h_1 8 ↑", "h_2 3 ↑"]
+def test_ends_of_ranges_grids_and_words() -> None:
+    for value, what, end in (
+        (4, {"values": [4, 8, 16]}, "lower"),
+        (8, {"values": [4, 8, 16]}, None),
+        (8, {"values": [4, 8]}, None),  # of two, one is always at an end
+        (8, {"values": [4, 8, 8]}, None),
+        ("cosine", {"values": ["constant", "cosine", "one_cycle"]}, None),
+        (True, {"values": [True, False]}, None),
+        (1.2e-5, SEARCHED["lr"], "lower"),
+        (1e-3, SEARCHED["lr"], None),
+        (0.49, SEARCHED["p_drop"], "upper"),
+    ):
+        assert end_of_range(value, what) == end
+
+
+def test_edges_are_seldom_told_by_chance(finished: Callable) -> None:
+    rng, found = np.random.default_rng(0), 0
+    for _ in range(40):
+        draws = [(10 ** rng.uniform(-5, -1), int(rng.choice([4, 8, 16])), rng.uniform(0.1, 0.5)) for _ in range(8)]
+        configs = [dict(zip(("lr", "h_1", "p_drop"), draw, strict=True)) for draw in draws]
+        trials = [(config, [rng.uniform(0.1, 0.9)]) for config in configs]
+        found += any("end of its range" in line for line in conclusions(*finished(trials)))
+    assert found <= 2
 
 
 def test_rungs_tell_when_trials_ended_and_what_their_order_was_worth(finished: Callable) -> None:

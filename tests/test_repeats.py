@@ -40,12 +40,24 @@ def test_configs_are_compared_by_other_seeds_than_they_were_chosen_by(tmp_path: 
             folder = repeats.folder / f"{name}_seed_{seed}"
             write_params(folder, CONFIG | {"seed": seed})
             append_line(folder, sealed(log_line(1, accuracy=accuracy, done=True)) + "\n")
-    assert compared(repeats) == [
+    expected = [
         "With 2 other seeds each, the best accuracies (mean ± standard deviation):",
         "  t_3  0.8100 ± 0.0141",
-        "  t_1  0.8000 ± 0.0141  not told from the first",
-        "  t_2  0.1100 ± 0.0141  worse than the first",
+        "  t_1  0.8000 ± 0.0141  not significantly different",
+        "  t_2  0.1100 ± 0.0141  significantly worse",
     ]
+    assert compared(repeats) == expected
+    # A seed with which a config diverges does not count with its accuracy of before.
+    line = log_line(2, accuracy=0.1, loss=float("nan"), done=True)
+    for seed, earlier in ((1, 0.99), (2, 0.98)):
+        folder = repeats.folder / f"t_3_seed_{seed}"
+        (folder / "result.json").write_text(sealed(log_line(1, accuracy=earlier)) + "\n" + sealed(line) + "\n")
+        assert compared(repeats) == [
+            expected[0],
+            "  t_1  0.8000 ± 0.0141",
+            "  t_2  0.1100 ± 0.0141  significantly worse",
+            f"  t_3  diverged with {seed} of 2 seeds",
+        ]
 
 
 @pytest.mark.usefixtures("ray_started", "small_search")
