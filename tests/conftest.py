@@ -1,8 +1,12 @@
 """Fixtures: Ray, started once, and small sets of images."""
 
 import csv
+import multiprocessing
+import os
 import shutil
+import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -117,3 +121,65 @@ def make_folder(tmp_path: Path) -> Callable:
         return tmp_path
 
     return make
+
+
+# --- searches as processes of their own -------------------------------------------------------------------------------
+
+
+def wait_for(condition: Callable, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def last_checkpoints(folder: Path) -> dict[str, int]:
+    """Return, for each trial, the epoch of the newest state that its training can go on from."""
+    return {path.parent.name: int(path.stem.split("_")[1]) for path in sorted(folder.glob("*/training_*.pt"))}
+
+
+def processes_with(mark: str) -> list[int]:
+    """Return the processes that have a mark in their environment."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if mark.encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+def in_a_process(
+    environment: dict[str, str], arguments: list[str], output: Path, prepare: Callable | None, values: tuple
+) -> None:
+    """Run main as a process of its own, on a Ray that is there; what it prints goes into a file."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the shell may have had it ignored
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.environ |= environment
+    make_small(setattr)
+    if prepare:
+        prepare(*values)
+    os._exit(hparam_search.main(arguments))
+
+
+def start(
+    address: str, arguments: list[str], output: Path, prepare: Callable | None = None, *values: object
+) -> multiprocessing.Process:
+    """Start main in a process that joins a Ray which is there: quicker than a script is started."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.conftest"])
+    environment = {"RAY_ADDRESS": address, "RAY_AUTH_TOKEN": os.environ["RAY_AUTH_TOKEN"], "RAY_AUTH_MODE": "token"}
+    process = context.Process(target=in_a_process, args=(environment, arguments, output, prepare, values))
+    process.start()
+    return process
+
+
+@pytest.fixture(scope="session")
+def own_address(ray_started: None) -> str:
+    """Return the address of the tests' Ray."""
+    import ray  # here, for hparam_search sets what Ray reads when it is imported
+
+    return ray.get_runtime_context().gcs_address

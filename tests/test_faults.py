@@ -1,15 +1,12 @@
 """Searches that are killed, cut off, starved and damaged, for real: nothing that was reported may be lost."""
 
-import contextlib
 import json
 import math
-import multiprocessing
 import os
 import random
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -29,18 +26,25 @@ from data import make_synthetic
 from hparam_search import main
 from search import trial as trials
 from search.model_folder import load_model
-from search.records import FINISHED, read_log, read_results, read_search
+from search.records import read_log, read_results, read_search
 from search.space import trial_name
 from search.trial import WEIGHTS_FILE, save_weights, train_cifar
-from tests.conftest import NAMESPACE, REPOSITORY, SMALL_IMAGES, figures, make_small, read_csv, reported_epochs
+from tests.conftest import (
+    NAMESPACE,
+    REPOSITORY,
+    SMALL_IMAGES,
+    figures,
+    last_checkpoints,
+    processes_with,
+    read_csv,
+    reported_epochs,
+    start,
+    wait_for,
+)
 from train import evaluate, evaluation_batches
 
+TOKEN_MODE = {"RAY_AUTH_MODE": "token"}
 LONG = ["--quick", "--max-epochs", "14", "--num-samples"]
-
-
-def last_checkpoints(folder: Path) -> dict[str, int]:
-    """Return, for each trial, the epoch of the newest state that its training can go on from."""
-    return {path.parent.name: int(path.stem.split("_")[1]) for path in sorted(folder.glob("*/training_*.pt"))}
 
 
 def finished_logs(folder: Path) -> dict[str, bytes]:
@@ -49,19 +53,12 @@ def finished_logs(folder: Path) -> dict[str, bytes]:
     return {file.parent.name: file.read_bytes() for file in files}
 
 
-def wait_for(condition: Callable, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
-
-
 # --- trials that fail -------------------------------------------------------------------------------------------------
 
 
-def faulty(config: dict, dataset: object, search_folder: str, checkpoint_period: float) -> None:
+def faulty(config: dict, images: Path, search_folder: Path, checkpoint_period: float) -> None:
     """Train as train_cifar does, with a fault of its own in each of the first trials."""
-    trial, folder = tune.get_context().get_trial_name()[-1], Path(search_folder)
+    trial, folder = tune.get_context().get_trial_name()[-1], search_folder
     report_to_ray = tune.report
 
     def killed_in_epoch_3(metrics: dict) -> None:
@@ -85,7 +82,7 @@ def faulty(config: dict, dataset: object, search_folder: str, checkpoint_period:
     if trial == "3":
         trials.save_weights = without_room
     try:
-        train_cifar(config, dataset, search_folder, checkpoint_period)
+        train_cifar(config, images, search_folder, checkpoint_period)
     finally:
         tune.report, trials.save_weights = report_to_ray, save_weights
 
@@ -142,7 +139,7 @@ def lines_of(folder: Path, trial: int) -> list[dict]:
 def test_search_whose_trials_all_fail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    def fails(config: dict, dataset: object, search_folder: str, checkpoint_period: float) -> None:
+    def fails(config: dict, images: Path, search_folder: Path, checkpoint_period: float) -> None:
         out_of_memory = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
         raise [out_of_memory, RuntimeError("the reason why")][int(tune.get_context().get_trial_name()[-1])]
 
@@ -163,42 +160,12 @@ def test_search_whose_trials_all_fail(
 # --- the search killed ------------------------------------------------------------------------------------------------
 
 
-def in_a_process(address: str, arguments: list[str], output: Path, prepare: Callable | None, values: tuple) -> None:
-    """Run main as a process of its own, on the Ray at address; what it prints goes into a file."""
-    os.chdir(REPOSITORY)  # where trials import from; a test going on beside may have gone elsewhere
-    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    os.environ |= {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "token"}
-    make_small(setattr)
-    if prepare:
-        prepare(*values)
-    os._exit(main(arguments))
-
-
-def start(
-    address: str, arguments: list[str], output: Path, prepare: Callable | None = None, *values: object
-) -> multiprocessing.Process:
-    """Start main in a process that joins a Ray which is there: quicker than a script is started."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.test_faults"])
-    process = context.Process(target=in_a_process, args=(address, arguments, output, prepare, values))
-    process.start()
-    return process
-
-
-@pytest.fixture(scope="session")
-def own_address(ray_started: None) -> str:
-    """Return the address of the tests' Ray."""
-    return ray.get_runtime_context().gcs_address
-
-
 def start_node(mark: str, *arguments: str, within: Sequence[str] = ()) -> None:
     """Start a node of a cluster, of one CPU, as `ray start` does; its processes have the mark in their environment."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     subprocess.Popen(
         [*within, sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus", "1", *arguments],
-        env=environment | {"RAY_AUTH_MODE": "token", "MARK": mark},
+        env=environment | TOKEN_MODE | {"RAY_AUTH_TOKEN": os.environ["RAY_AUTH_TOKEN"], "MARK": mark},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -456,104 +423,6 @@ def test_any_damage_ends_in_a_sentence_and_in_no_figure_that_was_not_reported(
                 ):  # fmt: skip
                     assert row[column] in reported[row["trial_id"]][key] | {""}, (what, column)
     assert all(codes.count(code) > 5 for code in (0, 1, 2))
-
-
-SCRIPT = """
-import sys
-import hparam_search
-from tests.conftest import make_small
-make_small(setattr)
-sys.exit(hparam_search.main(sys.argv[1:]))
-"""
-
-
-def processes_with(mark: str) -> list[int]:
-    """Return the processes that have a mark in their environment."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if mark.encode() in path.read_bytes():
-                found.append(int(path.parent.name))
-        except OSError:
-            continue
-    return found
-
-
-def listening(pids: list[int]) -> set[str]:
-    """Return the addresses on which processes listen for TCP connections."""
-    sockets = set()
-    for pid in pids:
-        with contextlib.suppress(OSError):
-            sockets |= {str(path.readlink()) for path in Path(f"/proc/{pid}/fd").iterdir() if path.is_symlink()}
-    addresses = set()
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-            local, state, inode = (line.split()[i] for i in (1, 3, 9))
-            if state == "0A" and f"socket:[{inode}]" in sockets:
-                addresses.add(socket.inet_ntoa(bytes.fromhex(local.split(":")[0][-8:])[::-1]))
-    return addresses
-
-
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
-def test_searches_at_once_are_stopped_by_signals_and_resumed(
-    own_address: str,
-    small_search: None,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-) -> None:
-    signals = {"interrupted": signal.SIGINT, "terminated": signal.SIGTERM, "hung_up": signal.SIGHUP}
-    folders, output = {name: tmp_path / name for name in signals}, tmp_path / "output.txt"
-    command = [*LONG, "1", "--output-dir", str(tmp_path), "--name"]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    environment |= {"MARK": str(tmp_path), "PYTHONUNBUFFERED": "1"}
-    processes = {
-        name: subprocess.Popen(  # each with a Ray of its own, as a user's search has
-            [sys.executable, "-c", SCRIPT, *command, name],
-            cwd=REPOSITORY, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )
-        for name in ("terminated", "hung_up")
-    }  # fmt: skip
-    processes["interrupted"] = start(own_address, [*command, "interrupted"], output)
-
-    # What is running is left alone, and heard by this machine alone.
-    wait_for(lambda: last_checkpoints(folders["interrupted"]))
-    assert main(["--resume", str(folders["interrupted"])]) == 2
-    assert "is being searched by another process" in capsys.readouterr().err
-    assert main(["--quick", "--output-dir", str(tmp_path), "--name", "interrupted"]) == 2
-    assert "--name interrupted is taken" in capsys.readouterr().err
-
-    for name in signals:
-        wait_for(lambda folder=folders[name]: last_checkpoints(folder))
-        if name == "terminated":
-            assert listening(processes_with(f"MARK={tmp_path}")) == {"127.0.0.1"}
-        if name == "hung_up":
-            processes[name].stdout.close()  # as when the terminal is closed
-            processes[name].stderr.close()
-        os.kill(processes[name].pid, signals[name])
-    processes["interrupted"].join(60)
-    assert processes["interrupted"].exitcode == 130, output.read_text()
-    out, err = processes["terminated"].communicate(timeout=60)
-    assert processes["terminated"].returncode == 143, err
-    assert processes["hung_up"].wait(60) == 129
-    for name, printed in {"interrupted": output.read_text(), "terminated": out}.items():
-        assert printed.strip().splitlines()[-1].endswith(f"hparam_search.py --resume {folders[name]}")
-        assert "Traceback" not in printed + err
-    for folder in folders.values():
-        assert any(row["status"] not in FINISHED for row in read_csv(folder))
-        assert not (folder / "best_model").exists()
-    wait_for(lambda: not processes_with(f"MARK={tmp_path}"), 30)  # no orphans
-
-    # What has been edited since is refused.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hparam_search, "QUICK_SPACE", hparam_search.QUICK_SPACE | {"lr": tune.loguniform(1e-3, 1e-1)})
-        assert main(["--resume", str(folders["interrupted"])]) == 2
-        assert "param_space['lr'] is Float(lower=0.001" in capsys.readouterr().err
-        make_small(patch.setattr)
-        patch.setattr(hparam_search, "QUICK_IMAGES", {"num_train": 251, "num_test": 100, "num_classes": 5})
-        patch.setattr(hparam_search, "QUICK_SPACE", hparam_search.QUICK_SPACE | {"lr": tune.loguniform(1e-2, 1e-1)})
-        assert main(["--resume", str(folders["interrupted"])]) == 2
-        assert "the training images in" in capsys.readouterr().err
 
 
 # --- disk -------------------------------------------------------------------------------------------------------------

@@ -1,3 +1,4 @@
+import threading
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,7 @@ def test_log_cut_short_is_written_on(tmp_path: Path) -> None:
     folder = tmp_path / "train_cifar_00000"
     write_params(folder, CONFIG)
     append_line(folder, sealed(log_line(1)) + "\nnoise\n" + sealed(log_line(2))[:-30])
-    log = TrialLog(Search(tmp_path, Settings(), {}, {}, {}, {folder.name: CONFIG}), 5, Progress(30), {})
+    search = Search(tmp_path, Settings(), {}, {}, {}, {folder.name: CONFIG})
+    log = TrialLog(search, 5, Progress(30), {}, threading.Event())
     log.append(folder.name, log_line(2))
     assert read_log(folder) == ([log_line(1), log_line(2)], 1)
