@@ -3,9 +3,11 @@
 import contextlib
 import logging
 import os
+import re
 import secrets
 import shutil
 import signal
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,6 +51,9 @@ def running_ray() -> Iterator[None]:
     address = cluster_address()
     handler = signal.getsignal(signal.SIGTERM)
     try:
+        if address and (parts := re.fullmatch(r"\[?([^/]+?)\]?:(\d+)", address)):
+            # Where nobody listens, Ray would wait for minutes.
+            socket.create_connection((parts[1], int(parts[2])), timeout=5).close()
         ray.init(
             **({"address": address} if address else options_of_own()),
             runtime_env=code_of_trials(),
@@ -56,10 +61,10 @@ def running_ray() -> Iterator[None]:
             logging_level=logging.WARNING,
             include_dashboard=False,
         )
-    except (ConnectionError, ValueError) as error:
+    except (OSError, OverflowError, ValueError) as error:
         if address:
             raise InputError(
-                f"no Ray cluster answers at RAY_ADDRESS {address!r}: start one there, or unset RAY_ADDRESS"
+                f"no Ray cluster answers at RAY_ADDRESS {address!r}: start one there, or unset it"
             ) from error
         raise InputError(f"Ray cannot be started: {str(error).splitlines()[0]}") from error
     signal.signal(signal.SIGTERM, handler)  # Ray has set one of its own

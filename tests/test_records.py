@@ -1,6 +1,9 @@
 import contextlib
+import errno
+import fcntl
 import json
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ from data import InputError
 from search.records import (
     append_line,
     best_first,
+    holding,
     prune,
     read_log,
     read_params,
@@ -159,3 +163,27 @@ def test_search_of_another_version_is_refused(text: str, words: str, tmp_path: P
     (tmp_path / "search.json").write_text(text)
     with pytest.raises(InputError, match=words):
         read_search(tmp_path)
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.ENOLCK, errno.EIO])
+def test_file_systems_that_neither_flush_folders_nor_lock_are_put_up_with(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync = os.fsync
+
+    def fsync_of_files(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, os.strerror(code))
+        fsync(descriptor)
+
+    def no_lock(descriptor: int, kind: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fsync_of_files)
+    monkeypatch.setattr(fcntl, "flock", no_lock)
+    broken = pytest.raises(OSError, match="Input/output") if code == errno.EIO else contextlib.nullcontext()
+    with broken:
+        write_whole(tmp_path / "file", "text")
+    assert (tmp_path / "file").read_text() == "text"
+    with broken, holding(tmp_path):
+        pass

@@ -133,7 +133,7 @@ def test_pictures_are_classified(model: Path, tmp_path: Path, capsys: pytest.Cap
         (["--predict", "PICTURE", "--model", "nowhere"], "nowhere holds no model"),
         (["--predict", "PICTURE", "--model", "OTHER"], "is not what this version writes ("),
         (["--predict", "PICTURE", "--model", "CUT"], "weights.pt is damaged, or of another model"),
-        (["--predict", "nothing.png", "--model", "MODEL"], "nothing.png is no file"),
+        (["--predict", "nothing.png", "--model", "MODEL"], "nothing.png is not a regular file"),
         (["--predict", "MODEL/config.json", "--model", "MODEL"], "config.json cannot be read as an image"),
         (["--from", "nowhere"], "nowhere holds no model"),
         (["--from", "OTHER"], "is not what this version writes ("),
@@ -141,7 +141,7 @@ def test_pictures_are_classified(model: Path, tmp_path: Path, capsys: pytest.Cap
         (["--from", "MODEL", "--epochs", "many"], "'epochs'] can be 'many', but must be a whole number"),
         (["--from", "MODEL", "--name", "it"], "is taken by"),
         (["--from", "MODEL", "--name", "../up"], "--name is '../up'"),
-        (["--from", "MODEL", "--dataset", "folder", "--data-dir", "nowhere"], "train is no folder"),
+        (["--from", "MODEL", "--dataset", "folder", "--data-dir", "nowhere"], "train is not a folder"),
     ],
 )
 def test_bad_commands_are_refused_in_one_sentence(

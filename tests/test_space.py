@@ -8,7 +8,7 @@ from ray import tune
 
 from data import InputError
 from hparam_search import BASELINE_RECIPE, param_space
-from search.space import check_param_space, draw_trials
+from search.space import check_param_space, described, draw_trials, plain, searched
 
 
 @pytest.mark.parametrize(
@@ -47,6 +47,33 @@ def test_good_param_spaces_are_not() -> None:
     check_param_space(
         {"seed": 0} | param_space | {"h_1": tune.qrandint(16, 64, 16), "lr": tune.sample_from(lambda _: 1)}
     )
+
+
+@pytest.mark.parametrize(
+    ("key", "numpy_entry", "entry"),
+    [
+        ("lr", tune.grid_search(np.array([0.5, 0.25])), tune.grid_search([0.5, 0.25])),
+        ("lr", tune.grid_search(list(np.array([0.5, 0.25]))), tune.grid_search([0.5, 0.25])),
+        ("h_1", tune.grid_search(range(16, 64, 16)), tune.grid_search([16, 32, 48])),
+        ("h_1", tune.grid_search((16, np.int32(32))), tune.grid_search([16, 32])),
+        ("batch_size", tune.choice(np.array([32, 64])), tune.choice([32, 64])),
+        ("nesterov", tune.choice([np.True_, np.False_]), tune.choice([True, False])),
+        ("lr", tune.loguniform(np.float64(2**-9), np.float32(0.5)), tune.loguniform(2**-9, 0.5)),
+        ("h_2", tune.randint(np.int64(8), np.uint8(99)), tune.randint(8, 99)),
+        ("lr", np.float32(0.5), 0.5),
+        ("batch_size", np.array(64), 64),
+        ("schedule", np.str_("cosine"), "cosine"),
+    ],
+)
+def test_numpy_in_a_space_is_as_good_as_python(key: str, numpy_entry: object, entry: object) -> None:
+    of_numpy, of_python = ({"seed": 0} | param_space | {key: value} for value in (numpy_entry, entry))
+    check_param_space(of_numpy)
+    trials = draw_trials(of_numpy, 2, 0)
+    assert trials == draw_trials(of_python, 2, 0)
+    assert json.loads(json.dumps(trials)) == trials
+    assert {type(config[key]) for config in trials.values()} <= {bool, int, float, str}
+    assert described(plain(of_numpy)) == described(of_python)
+    assert searched(of_numpy) == searched(of_python)
 
 
 def test_any_param_space_is_refused_or_drawn_from() -> None:
@@ -95,7 +122,7 @@ def test_first_trials_come_first_and_change_no_draw() -> None:
     space = {"seed": 0} | param_space
     draws = list(draw_trials(space, 3, 5).values())
     first = {"lr": 0.02, "h_1": 128, "p_drop": 0.3, "h_2": 512}
-    trials = list(draw_trials(space, 3, 5, [{"lr": 0.01}, first]).values())
+    trials = list(draw_trials(space, 3, 5, [{"lr": np.float64(0.01)}, first]).values())
     assert trials[2:] == draws
     assert trials[0]["lr"] == 0.01
     assert 0.1 <= trials[0]["p_drop"] <= 0.5
