@@ -73,8 +73,15 @@ class Dataset:
 
 
 def save_dataset(dataset: Dataset, path: Path) -> None:
-    """Write a dataset into a file, for map_dataset in other processes."""
-    torch.save(vars(dataset), path)
+    """Write a dataset into a file, for map_dataset in other processes.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        torch.save(vars(dataset), path)
+    except RuntimeError as error:  # as torch says it
+        raise OSError(f"{path} cannot be written ({str(error).splitlines()[0]}): make room there") from error
 
 
 def map_dataset(path: Path) -> Dataset:
@@ -291,8 +298,9 @@ def _read_parts(parts: list[list[str]]) -> Iterator[tuple[np.ndarray, int] | Inp
 
 
 def _send_parts(parts: list[list[str]], sender: multiprocessing.connection.Connection) -> None:
-    for part in parts:
-        sender.send(_read_part(part))
+    with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):  # the process that waits for them has it, too
+        for part in parts:
+            sender.send(_read_part(part))
 
 
 def _read_part(paths: list[str]) -> tuple[np.ndarray, int] | InputError:

@@ -67,7 +67,8 @@ def running_ray() -> Iterator[None]:
                 f"no Ray cluster answers at RAY_ADDRESS {address!r}: start one there, or unset it"
             ) from error
         raise InputError(f"Ray cannot be started: {str(error).splitlines()[0]}") from error
-    signal.signal(signal.SIGTERM, handler)  # Ray has set one of its own
+    with contextlib.suppress(ValueError):  # in the main thread, Ray has set one of its own
+        signal.signal(signal.SIGTERM, handler)
     try:
         yield
     finally:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from data import Dataset, InputError
+from data import Dataset, InputError, usable_cpus
 from search.command_line import methods_in_words
 from search.model_folder import load_model, read_metrics, write_model_folder
 from search.records import (
@@ -66,6 +66,7 @@ def save_best_model(results: list[dict], dataset: Dataset, source: dict, folder:
     if (folder / BEST_MODEL).exists() and not read_metrics(folder / BEST_MODEL):
         print(f"{shown(folder / BEST_MODEL)} is damaged, and made again.", file=sys.stderr)
     device, ranking = best_device(), best_first(results)
+    torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
     for best in ranking:
         weights = folder / (best["checkpoint"] or "") / WEIGHTS_FILE
         if model := load_model(weights, best["config"], len(dataset.classes)):

@@ -33,7 +33,7 @@ def interrupted_by_signals() -> Iterator[list[int]]:
     before = {}
     if threading.current_thread() is threading.main_thread():  # no other may set handlers
         before = {number: signal.getsignal(number) for number in SIGNALS}
-        before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+        before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
     for number in before:
         signal.signal(number, interrupt)
     threading.Thread(target=watch, daemon=True).start()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from data import Dataset, InputError, fingerprint, read_images, read_picture
+from data import Dataset, InputError, fingerprint, read_images, read_picture, usable_cpus
 from search.command_line import Parser, check_name, flag, print_error
 from search.model_folder import CONFIG_FILE, load_model, read_description, write_model_folder
 from search.output import printing_safely
@@ -221,6 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with printing_safely(), interrupted_by_signals() as signals:
         try:
             given = parse_args(argv)
+            torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
             if "predict" in given:
                 predict_pictures(given["predict"], Path(given["model"]))
                 return 0
