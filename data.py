@@ -33,16 +33,16 @@ VALIDATION_FRACTION = 0.2
 # A constant, not the search's seed, so that figures of searches with different seeds stay comparable.
 SPLIT_SEED = 0
 CROP_PADDING = 4  # pixels
-IMAGES_AT_ONCE = 1024  # that are cropped, flipped and normalised; 13 MB
+IMAGES_AT_ONCE = 1024  # augmented and normalised together; 13 MB
 # The smallest class of which 20 % is a whole image.
 MIN_IMAGES_PER_CLASS = 5
 DOWNLOAD_TIMEOUT = 10  # seconds without an answer
-PICTURES_FOR_READERS = 5_000  # fewer are read here, for starting processes would take longer
+PICTURES_FOR_READERS = 5_000  # below this, starting processes takes longer than reading
 MAX_READERS = 16  # processes that read a folder's pictures
-PICTURES_AT_ONCE = 16  # that a process reads before it sends them
-STALLED_AFTER = 120  # seconds for these
-MAX_PIXELS = 50_000_000  # of a picture, which takes 150 MB when it is decoded
-BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # two tags of a TIFF, and a value of the second
+PICTURES_AT_ONCE = 16  # read, then sent, by a process
+STALLED_AFTER = 120  # seconds without an answer
+MAX_PIXELS = 50_000_000  # per picture; 150 MB when decoded
+BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # two TIFF tags, and a value of the second
 # What desktops, archives and network disks leave in folders, besides hidden files.
 LITTER = {
     "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "@recycle", "#recycle", "#snapshot",
@@ -85,7 +85,7 @@ def save_dataset(dataset: Dataset, path: Path) -> None:
 
 
 def map_dataset(path: Path) -> Dataset:
-    """Return the dataset in a file, whose images all processes of a machine share, in its page cache."""
+    """Map a dataset file; all processes on a machine share its images in the page cache."""
     return Dataset(**torch.load(path, mmap=True, weights_only=True))
 
 
@@ -181,8 +181,8 @@ def _download_cifar100(data_dir: Path) -> "CIFAR100":
 def load_folder(data_dir: str | Path) -> Dataset:
     """Read `<data_dir>/train/<class>/*` and `<data_dir>/test/<class>/*`, see read_picture, and print what was resized.
 
-    Names that differ only in their Unicode form, as macOS and Linux write them, are one class. What desktops and
-    archives leave behind, hidden files among it, is ignored at any depth.
+    Names that differ only in their Unicode form, as macOS and Linux write them, are one class. Hidden
+    files and other desktop and archive litter are ignored at any depth.
 
     Raises:
         InputError: a folder is missing or empty, a picture cannot be read, there are fewer than 2 classes, a class has
@@ -228,7 +228,7 @@ def _list_pictures(folder: Path) -> dict[str, list[str]]:
         for path, folders, files in os.walk(entry, followlinks=True):
             real = os.path.realpath(path)
             if real in seen:
-                raise InputError(f"{path} leads to {real}, which is read already: remove that link")
+                raise InputError(f"{path} leads to {real}, which was already read; remove the link")
             seen.add(real)
             folders[:] = sorted(name for name in folders if not _is_litter(name))
             # Every other file counts as a picture, so that one that cannot be read is named rather than skipped.
@@ -246,7 +246,7 @@ def _is_litter(name: str) -> bool:
 
 
 def _read_pictures(paths: list[str], folder: str) -> Tensor:
-    """Return pictures as uint8 (N, 32, 32, 3), read by several processes where they are many."""
+    """Return pictures as uint8 (N, 32, 32, 3), read by several processes if there are many."""
     parts = [paths[i : i + PICTURES_AT_ONCE] for i in range(0, len(paths), PICTURES_AT_ONCE)]
     images, resized = np.empty((len(paths), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8), 0
     for i, part in enumerate(_read_parts(parts) if len(paths) > PICTURES_FOR_READERS else map(_read_part, parts)):
@@ -267,7 +267,7 @@ def _read_pictures(paths: list[str], folder: str) -> Tensor:
 def _read_parts(parts: list[list[str]]) -> Iterator[tuple[np.ndarray, int] | InputError]:
     """Yield _read_part of all parts, in order, from processes that send them through pipes.
 
-    A DataLoader would send tensors through /dev/shm, where a container has room for 64 MB, and wait for more for ever.
+    A DataLoader sends tensors through /dev/shm, which holds 64 MB in a container, and hangs when it is full.
 
     Raises:
         InputError: a process died or stalled.
@@ -278,19 +278,19 @@ def _read_parts(parts: list[list[str]]) -> Iterator[tuple[np.ndarray, int] | Inp
             receiver, sender = multiprocessing.Pipe(duplex=False)
             reader = multiprocessing.Process(target=_send_parts, args=(parts[i::count], sender), daemon=True)
             reader.start()
-            sender.close()  # here, so that the reader's end of the pipe ends with it
+            sender.close()  # so that recv() gets EOF if the reader dies
             readers.append((reader, receiver))
         for i, part in enumerate(parts):
             reader, receiver = readers[i % count]
-            which = f"the process that reads the images from {part[0]} to {part[-1]}"
+            which = f"the process reading {part[0]} to {part[-1]}"
             if not receiver.poll(STALLED_AFTER):
-                raise InputError(f"{which} has not answered for {STALLED_AFTER} s: check that disk and these files")
+                raise InputError(f"{which} has not answered for {STALLED_AFTER} s; check the disk and these files")
             try:
                 yield receiver.recv()
             except EOFError as error:
                 reader.join()
                 raise InputError(
-                    f"{which} died with exit code {reader.exitcode}: check these files, and that there is enough memory"
+                    f"{which} died with exit code {reader.exitcode}; check these files and the free memory"
                 ) from error
     finally:
         for reader, _ in readers:
@@ -298,7 +298,7 @@ def _read_parts(parts: list[list[str]]) -> Iterator[tuple[np.ndarray, int] | Inp
 
 
 def _send_parts(parts: list[list[str]], sender: multiprocessing.connection.Connection) -> None:
-    with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):  # the process that waits for them has it, too
+    with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):  # the parent gets it too, or has died
         for part in parts:
             sender.send(_read_part(part))
 
@@ -307,7 +307,7 @@ def _read_part(paths: list[str]) -> tuple[np.ndarray, int] | InputError:
     """Return pictures as uint8 (N, 32, 32, 3) and how many were resized, or what is wrong with one of them."""
     try:
         pictures = [_load_picture(path) for path in paths]
-    except InputError as error:  # raised in another process, it would come with a traceback
+    except InputError as error:  # raised in a reader, it would print a traceback
         return error
     size = (IMAGE_SIZE, IMAGE_SIZE)
     resized = sum(picture.size != size for picture in pictures)
@@ -318,7 +318,7 @@ def _read_part(paths: list[str]) -> tuple[np.ndarray, int] | InputError:
 def usable_cpus() -> int:
     """Return how many CPUs this process may use: those of its affinity (taskset, SLURM), and of its cgroup's quota."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError):  # no Linux
+    with contextlib.suppress(OSError):  # not Linux
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
             if controllers and "cpu" not in controllers.split(","):
@@ -330,7 +330,7 @@ def usable_cpus() -> int:
 
 
 def cpu_quota(group: Path) -> float:
-    """Return how many CPUs a cgroup, of version 1 or 2, may use at once, at least 1."""
+    """Return the CPU quota of a cgroup (v1 or v2), at least 1; inf if it has none."""
     for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
         with contextlib.suppress(OSError, ValueError):  # no such file; no quota ("max")
             quota, period = " ".join((group / name).read_text() for name in names).split()
@@ -342,11 +342,10 @@ def cpu_quota(group: Path) -> float:
 def read_picture(path: str | Path) -> Tensor:
     """Return a picture in any format that Pillow opens as uint8 (32, 32, 3), resized where need be.
 
-    Grey levels of 16 bits are scaled to 8, what is transparent shows white, and a photograph's EXIF says which side is
-    up.
+    16-bit grey levels are scaled to 8, transparency becomes white, and EXIF orientation is applied.
 
     Raises:
-        InputError: it is none, has over 50 million pixels, or has floats or 32-bit integers, whose range is unknown.
+        InputError: not an image, over 50 million pixels, or one of floats or 32-bit integers, whose range is unknown.
     """
     part = _read_part([str(path)])
     if isinstance(part, InputError):
@@ -357,7 +356,7 @@ def read_picture(path: str | Path) -> Tensor:
 def _load_picture(path: str) -> Image.Image:
     """Return a picture as RGB."""
     if not Path(path).is_file():
-        raise InputError(f"{path} is not a regular file: remove or replace it")  # a pipe would be waited for
+        raise InputError(f"{path} is not a regular file: remove or replace it")  # opening a pipe would block
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what Pillow warns of is refused below, or harmless
@@ -380,16 +379,14 @@ def _to_rgb(picture: Image.Image, path: str) -> Image.Image:
     elif picture.mode == "I" and picture.format in ("PNG", "PPM"):
         bits = 16
     elif picture.mode in ("I", "F"):
-        raise InputError(
-            f"{path} has grey levels of 32 bits, whose range is unknown: convert it to 8 or 16 bits, or remove it"
-        )
-    with contextlib.suppress(Exception):  # damaged EXIF turns nothing
+        raise InputError(f"{path} has 32-bit values of unknown range; convert it to 8 or 16 bits, or remove it")
+    with contextlib.suppress(Exception):  # ignore damaged EXIF
         picture = ImageOps.exif_transpose(picture)
     if bits > 8:
         top, levels = 2**bits - 1, np.asarray(picture).astype(np.uint32)
         transparent = picture.info.get("transparency")
         scaled = (levels * 255 + top // 2) // top
-        if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:  # of 8 bits, Pillow inverts these itself
+        if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:  # Pillow inverts only 8-bit ones
             scaled = 255 - scaled
         picture = Image.fromarray(scaled.astype(np.uint8))
         if transparent is not None:

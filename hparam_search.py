@@ -146,11 +146,11 @@ def new_stopper(max_epochs: int, time_left: float | None) -> tune.Stopper:
 def new_tuner(
     search: Search, dataset: Dataset, models_kept: int, ray_folder: Path, interrupted: threading.Event
 ) -> tune.Tuner:
-    """Return the Tuner of those trials of a search that are not finished; what only they need goes into ray_folder."""
+    """Return a Tuner for a search's unfinished trials; their temporary files go into ray_folder."""
     resources, at_once, search.resource_usage = share_resources(search.settings, len(search.trials))
     images = ray_folder / "images.pt"
     save_dataset(dataset, images)
-    # Not by Ray's object store: where that has died, this process would be ended before it can say how to go on.
+    # Not through Ray's object store: if that dies, this process ends before it can print how to resume.
     trainable = partial(train_cifar, images=images, search_folder=search.folder, checkpoint_period=CHECKPOINT_PERIOD)
     trials_left = TrialsLeft(search, search_space(search.settings), STARTUP_TRIALS)
     progress = Progress(PROGRESS_PERIOD, search.seconds)
@@ -283,7 +283,7 @@ def run_trials(search: Search, dataset: Dataset) -> int:
         results = read_results(search)
         if not are_left(results):
             repeats = repeats_of(search, results)
-            write_search(search)  # with its seconds, for a kill during the repeats
+            write_search(search)  # saves the seconds in case of a kill
             try:
                 fit(repeats, dataset, models_kept=0)
             finally:
@@ -326,7 +326,7 @@ def wrap_up(search: Search, dataset: Dataset | None) -> int:
     repeats = repeats_of(search, results)
     if search.settings.time_budget and are_left([*results, *read_results(repeats)]):
         more = f"--time-budget {2 * search.settings.time_budget:g}s"
-        print(f"The time budget is spent. To go on: {resume_command(search.folder)} {more}")
+        print(f"The time budget is spent. To resume: {resume_command(search.folder)} {more}")
     if not metrics:
         print("No trial has a model, so there is no best model.", file=sys.stderr)
         return 1
@@ -340,7 +340,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0 done; 2 bad input, after one sentence on stderr; 128 + n interrupted by signal n, 130 by Ctrl-C;
-        1 every trial failed, the weights of the best one are lost, or the disk is full.
+        1 every trial failed, the weights of the best one are lost, the disk is full, or Ray died.
     """
     with printing_safely(), interrupted_by_signals() as signals:
         try:
@@ -349,12 +349,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(list_searches(resolved(settings.output_dir)))
                 return 0
             return new_search(settings) if settings.resume is None else resume_search(settings)
-        except SystemExit as end:  # of parse_args, which has said why
+        except SystemExit as end:  # parse_args has printed why
             return end.code
         except InputError as error:
             print_error(error)
             return 2
-        except OSError as error:  # the disk is full, or gone
+        except OSError as error:  # a full or lost disk, dead Ray
             print_error(error)
             return 1
         except KeyboardInterrupt:

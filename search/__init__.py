@@ -1,4 +1,4 @@
-"""The machinery of a search, a room a question; here, what must come before all else is imported."""
+"""The parts of a search; this file does what must precede all other imports."""
 
 import os
 import sys
@@ -6,7 +6,7 @@ import tempfile
 
 from search.command_line import cluster_address
 
-# Of a stream that was closed, the next file to be opened would get the number, and what a library prints with it.
+# Otherwise the next file opened would get a closed stream's descriptor, and with it what libraries print.
 for stream in ("stdin", "stdout", "stderr"):
     if getattr(sys, stream) is None:
         nowhere = os.open(os.devnull, os.O_RDWR)
@@ -17,7 +17,7 @@ for stream in ("stdin", "stdout", "stderr"):
 if os.path.expanduser("~") == "~":  # noqa: PTH111
     os.environ["HOME"] = tempfile.gettempdir()
 
-# What Ray is told through its environment, which it reads when it is imported.
+# Environment variables, which Ray reads when it is imported.
 
 # In its newer output, Ray shows a box about its own folder whatever verbose says.
 os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
@@ -33,7 +33,7 @@ if not cluster_address():
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 # The results are local: no reports to Ray's makers.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-# What is still asked of Ray after its end, by a thread that was left to itself, must not start another one.
+# A call from an abandoned thread after Ray's shutdown must not start a new Ray.
 os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
 # Ray would say that it leaves .git behind; which files go to the nodes of a cluster, ray_session says.
 os.environ.setdefault("RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES", "")

@@ -106,8 +106,8 @@ def parse_args(argv: Sequence[str] | None = None, description: str | None = None
     add("--gpus-per-trial", metavar="F", type=float, help="default 1 where there are GPUs; 0.5 shares")
     add = parser.add_argument_group("searches that are there").add_argument
     add("--resume", metavar="PATH", type=os.path.expanduser,
-        help="continue the search in that folder; more --num-samples, --repeats and --time-budget can be asked for, "
-        "and --data-dir where the images have moved")  # fmt: skip
+        help="resume the search in that folder; --num-samples, --repeats and --time-budget can be raised, and "
+        "--data-dir changed if the images moved")  # fmt: skip
     add("--list", action="store_true", help="show the searches in --output-dir, and their best")
     add("--help", "-h", action="help", help="show this")
     given = vars(parser.parse_args(argv))

@@ -44,7 +44,7 @@ def conclusions(search: Search, results: list[dict]) -> list[str]:
         (shown if chance < significance else others).append((-size, f"{key} {text}", key))
         if (ranking := best_first(results)) and (end := end_of_range(best := ranking[0]["config"][key], what)):
             rises = (unit(ranks(np.array(values))) @ unit(ranks(accuracies)) > 0) == (end == "upper")
-            if rises and effect(values, accuracies, levels=False)[1] < significance:  # by chance, it is often there
+            if rises and effect(values, accuracies, levels=False)[1] < significance:  # chance often puts it there
                 edges.append(f"{key} {shown_value(best)} ({end})")
     about = f"accuracy at epoch {epoch} of {len(finished)} trials"
     if shown:
@@ -53,7 +53,7 @@ def conclusions(search: Search, results: list[dict]) -> list[str]:
         names = ", ".join(key for _, _, key in sorted(others))
         lines.append(f"No significant effect{'' if shown else f' ({about})'}: {names}.")
     if edges:
-        lines.append(f"Best at an end of its range, consider widening: {', '.join(edges)}.")
+        lines.append(f"Best near the end of its range; consider widening: {', '.join(edges)}.")
     return [textwrap.shorten(line, COLUMNS, placeholder=" …") for line in lines]
 
 
@@ -140,7 +140,7 @@ def effect(values: list, accuracies: np.ndarray, levels: bool) -> tuple[float, f
 
 
 def end_of_range(value: float, what: dict) -> str | None:
-    """Return "upper" or "lower" where a value is among the largest or smallest of three or more numbers tried."""
+    """Return "upper" or "lower" if a value is near that end of a range, or at that of a grid of 3 or more numbers."""
     ends = what.get("values") or [what["lower"], what["upper"]]
     if not all(type(end) in (int, float) for end in ends) or ("values" in what and len(set(ends)) < 3):
         return None

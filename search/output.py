@@ -1,4 +1,4 @@
-"""What is printed may go nowhere: that must never cost a search."""
+"""Output that cannot be written must never stop a search."""
 
 import contextlib
 import os
@@ -8,7 +8,7 @@ from typing import TextIO
 
 
 class Output:
-    """A text stream that prints as "?" what it cannot encode, and drops what nobody can read any more."""
+    """A text stream that replaces what it cannot encode with "?" and drops what it cannot write."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -30,7 +30,7 @@ class Output:
 
 @contextlib.contextmanager
 def printing_safely() -> Iterator[None]:
-    """Let no failure of stdout or stderr reach what prints within, nor Python as it exits."""
+    """Suppress errors of stdout and stderr within the block, and as Python exits."""
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = map(Output, streams)
     try:

@@ -19,7 +19,7 @@ from data import InputError, usable_cpus
 from search.command_line import Settings, cluster_address
 
 CODE = Path(__file__).resolve().parents[1]
-LONGEST_TEMP_DIR = 40  # bytes: below it are Ray's sockets, whose paths may have 107
+LONGEST_TEMP_DIR = 40  # bytes; the paths of Ray's sockets below it may have 107
 
 
 def is_news(record: logging.LogRecord) -> bool:
@@ -37,9 +37,7 @@ def running_ray() -> Iterator[None]:
     """
     if ray.is_initialized():
         if "working_dir" not in ray.get_runtime_context().runtime_env:
-            raise InputError(
-                "Ray runs here already, and would have trials import other code: call ray.shutdown() first"
-            )
+            raise InputError("Ray is already running, without this program's code; call ray.shutdown() first")
         yield
         return
     for name in (
@@ -52,7 +50,7 @@ def running_ray() -> Iterator[None]:
     handler = signal.getsignal(signal.SIGTERM)
     try:
         if address and (parts := re.fullmatch(r"\[?([^/]+?)\]?:(\d+)", address)):
-            # Where nobody listens, Ray would wait for minutes.
+            # If nobody listens there, Ray would wait for minutes.
             socket.create_connection((parts[1], int(parts[2])), timeout=5).close()
         ray.init(
             **({"address": address} if address else options_of_own()),
@@ -64,10 +62,10 @@ def running_ray() -> Iterator[None]:
     except (OSError, OverflowError, ValueError) as error:
         if address:
             raise InputError(
-                f"no Ray cluster answers at RAY_ADDRESS {address!r}: start one there, or unset it"
+                f"no Ray cluster answers at RAY_ADDRESS {address!r}; start one there, or unset it"
             ) from error
         raise InputError(f"Ray cannot be started: {str(error).splitlines()[0]}") from error
-    with contextlib.suppress(ValueError):  # in the main thread, Ray has set one of its own
+    with contextlib.suppress(ValueError):  # not the main thread; in that, ray.init replaced it
         signal.signal(signal.SIGTERM, handler)
     try:
         yield
@@ -76,9 +74,9 @@ def running_ray() -> Iterator[None]:
 
 
 def code_of_trials() -> dict:
-    """Return the runtime environment by which Ray brings every trial a copy of the code beside hparam_search.py.
+    """Return the runtime environment that gives each trial a copy of the code beside hparam_search.py.
 
-    Without it, a trial would import what lies in the working directory: another train.py, or none.
+    Without it, a trial would import from the working directory: another train.py, or none.
     """
     others = [path.name for path in CODE.iterdir() if path.suffix != ".py" and not (path / "__init__.py").exists()]
     return {"working_dir": str(CODE), "excludes": [f"/{name}" for name in others]}
@@ -88,24 +86,24 @@ def options_of_own() -> dict:
     """Return the arguments of ray.init for a Ray of this search's own.
 
     Raises:
-        InputError: there is no folder that its sockets can lie in.
+        InputError: no folder suits its sockets.
     """
     if "RAY_AUTH_MODE" not in os.environ:
-        # Without one, Ray writes it into the home folder, which a user of a container may lack.
+        # Otherwise Ray writes a token into the home folder, which a container user may lack.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     wanted = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     for place in (wanted, "/tmp"):
         if len(os.fsencode(place)) <= LONGEST_TEMP_DIR and os.access(place, os.W_OK | os.X_OK):
             return {"address": "local", "num_cpus": usable_cpus(), "_temp_dir": str(Path(place, "ray"))}
     raise InputError(
-        f"TMPDIR is {wanted}, but Ray needs a folder that can be written to, of at most {LONGEST_TEMP_DIR} characters, "
-        "for its sockets: set TMPDIR to one"
+        f"Ray cannot put its sockets into {wanted}; set TMPDIR to a writable folder with a path of at most "
+        f"{LONGEST_TEMP_DIR} bytes"
     )
 
 
 @contextlib.contextmanager
 def folder_for_ray(search_folder: Path) -> Iterator[Path]:
-    """Make a folder for what Ray and the trials need only while a search runs: nothing of it is read on --resume."""
+    """Make a folder for files needed only while a search runs; --resume never reads it."""
     for path in search_folder.glob(".ray_*"):  # of a process that was killed
         shutil.rmtree(path, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=".ray_", dir=search_folder, ignore_cleanup_errors=True) as folder:
@@ -113,7 +111,7 @@ def folder_for_ray(search_folder: Path) -> Iterator[Path]:
 
 
 def own_node_lives() -> bool:
-    """Tell whether Ray's processes on this machine live, as far as Ray has noticed."""
+    """Return whether Ray considers its node on this machine alive."""
     here = ray.get_runtime_context().get_node_id()
     return any(node["Alive"] for node in ray.nodes() if node["NodeID"] == here)
 

@@ -173,10 +173,10 @@ def holding(folder: Path) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         if not lock(descriptor, fcntl.LOCK_EX):
-            raise InputError(f"another process is running {folder}: wait for it to finish, or stop it")
+            raise InputError(f"another process is running {folder}; wait for it to finish, or stop it")
         yield
     except (KeyboardInterrupt, OSError):
-        print(f"Interrupted. To go on: {resume_command(folder)}", flush=True)
+        print(f"Interrupted. To resume: {resume_command(folder)}", flush=True)
         raise
     finally:
         os.close(descriptor)
@@ -192,7 +192,7 @@ def is_held(folder: Path) -> bool:
 
 
 def lock(descriptor: int, kind: int) -> bool:
-    """Lock a folder, and tell whether that is done; where the file system has no locks, it counts as done."""
+    """Lock a folder and return whether that worked; True if the file system has no locks."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -242,14 +242,14 @@ def read_search(folder: Path) -> Search:
 
 
 def enlarged(settings: Settings, asked: Settings) -> Settings:
-    """Return a search's settings with what its continuation asks for: larger ones of ENLARGED, images that moved.
+    """Return a search's settings with the changes asked for on --resume: raised ENLARGED ones, moved images.
 
     Raises:
-        InputError: they are smaller, or it has no images that could move.
+        InputError: a value shrinks, or the images are synthetic.
     """
     changes = {key: getattr(asked, key) for key in ENLARGED if getattr(asked, key) is not None}
     if asked.data_dir and settings.dataset == "synthetic":
-        raise InputError(f"--data-dir {asked.data_dir} is of no use to a search on synthetic images: remove it")
+        raise InputError(f"--data-dir {asked.data_dir} cannot be combined with synthetic images; remove it")
     moved = {"data_dir": str(resolved(asked.data_dir))} if asked.data_dir else {}
     for key, value in changes.items():
         before = getattr(settings, key)

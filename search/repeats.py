@@ -36,7 +36,7 @@ def compared(repeats: Search) -> list[str]:
 
     Of a trial, its best accuracy counts. The search's own runs do not: they were chosen for having done well. Each
     config is held against the first by Student's t-test with the variance pooled over all, and Bonferroni's correction.
-    A config that diverged with any seed comes after those that did not, and is not held against them.
+    A config that diverged with any seed ranks last and is not compared with the others.
     """
     accuracies, diverged = {}, Counter()
     for row in read_results(repeats):

@@ -15,8 +15,8 @@ LAST_SECONDS = 12  # for what is to be done after a signal
 def interrupted_by_signals() -> Iterator[list[int]]:
     """Have signals raise KeyboardInterrupt in the main thread; yields those that came.
 
-    What the process ignores already, as under nohup, it goes on ignoring. If what is within has not ended LAST_SECONDS
-    after a signal, because it waits for processes that have had the same signal, this process exits.
+    Signals already ignored, as under nohup, stay ignored. If the block is still running LAST_SECONDS after a signal,
+    for example because it waits for processes that got it too, this process exits.
     """
     received, to_watch, ended = [], queue.SimpleQueue(), threading.Event()
 
@@ -47,10 +47,10 @@ def interrupted_by_signals() -> Iterator[list[int]]:
 
 
 def run_in_thread(function: Callable[[], object], interrupted: threading.Event) -> None:
-    """Run what Ray may keep waiting, and hear signals meanwhile.
+    """Run a function in a thread, so that this one can handle signals.
 
     Args:
-        function: gets some seconds to end once interrupted is set, then it is left to itself.
+        function: has a few seconds to end once interrupted is set, then it is abandoned.
         interrupted: is set on KeyboardInterrupt, which is then raised.
 
     Raises:
@@ -69,7 +69,7 @@ def run_in_thread(function: Callable[[], object], interrupted: threading.Event) 
     threading.Thread(target=run, daemon=True).start()
     try:
         if (error := outcome.get()) is not None:
-            # Where all processes of a job get a signal, Ray's may have ended before this one has got it.
+            # If a whole job is signalled, Ray's processes may end before this one gets the signal.
             threading.Event().wait(1)
             raise error
     except KeyboardInterrupt:

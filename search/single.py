@@ -66,11 +66,11 @@ def parse_args(argv: Sequence[str] | None) -> dict:
         "--from",
         metavar="FOLDER",
         type=os.path.expanduser,
-        help="a model's folder, outputs/NAME/best_model, whose config is trained again",
+        help="model folder whose config is retrained, e.g. outputs/NAME/best_model",
     )
     add("--full", action="store_true", help="on training and validation images together, to the last epoch")
     add("--dataset", choices=("cifar100", "folder", "synthetic"), help="default: the images that the model had")
-    add("--data-dir", metavar="PATH", type=os.path.expanduser, help="default: where the model had its images from")
+    add("--data-dir", metavar="PATH", type=os.path.expanduser, help="(default: where the images of the model were)")
     add("--output-dir", metavar="PATH", type=os.path.expanduser, help="default outputs")
     add("--name", help="of the new model's folder there; default retrained_<date>_<time>")
     add = parser.add_argument_group("predicting").add_argument
@@ -167,7 +167,7 @@ def train_again(given: dict) -> int:
     except KeyboardInterrupt:
         given |= {"name": name}
         again = ["--full" if key == "full" else f"{flag(key)}={value}" for key, value in given.items()]
-        print(f"Interrupted. To go on: {shlex.join(['python', PROGRAM, *again])}")
+        print(f"Interrupted. To resume: {shlex.join(['python', PROGRAM, *again])}")
         raise
     best = max(saved_weights(work).items(), key=lambda entry: entry[1].get("accuracy", -1), default=None)
     if best is None:  # without validation images, the last epoch's

@@ -16,7 +16,7 @@ MAX_TRIALS = 100_000
 
 
 def plain(entry: object) -> object:
-    """Return a value or an entry of a space with Python's numbers and lists in place of NumPy's, tuples and ranges."""
+    """Return a value or space entry with NumPy values, tuples and ranges as Python numbers and lists."""
     if hasattr(entry, "tolist"):
         return entry.tolist()
     if isinstance(entry, list | tuple | range):

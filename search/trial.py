@@ -54,7 +54,7 @@ def replacing(target: Path) -> Iterator[Path]:
 
 
 def flush(path: Path) -> None:
-    """Have a file, or what a folder lists, on the disk, for a power cut to find it there, if the file system can."""
+    """Flush a file, or a folder's entries, to disk to survive a power cut, if the file system can."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

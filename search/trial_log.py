@@ -24,7 +24,7 @@ from search.records import (
 from search.tensorboard import Board
 from train import METRICS
 
-NODE_PERIOD = 5  # seconds, between two looks at whether Ray lives
+NODE_PERIOD = 5  # seconds between checks that Ray is alive
 
 
 class TrialLog(tune.Callback):
@@ -74,9 +74,9 @@ class TrialLog(tune.Callback):
             raise SystemExit
         if time.monotonic() - self.looked >= NODE_PERIOD:
             self.looked = time.monotonic()
-            if not own_node_lives():  # Tune would wait for another for ever
+            if not own_node_lives():  # Tune would wait forever
                 self.on_experiment_end(trials)
-                raise ConnectionError("Ray has died on this machine, perhaps for lack of memory: resume the search")
+                raise ConnectionError("Ray died on this machine, perhaps out of memory; resume the search")
 
     def on_trial_start(self, iteration: int, trials: list, trial: object, **info: object) -> None:
         self.show(trials)
@@ -169,6 +169,6 @@ def error_sentence(text: str, config: dict) -> str:
     if "failed to import on the worker" in text and (
         cause := re.search(r"^\w+Error: .+", text.split("on the worker")[1], re.M)
     ):
-        return f"its code cannot be imported there ({cause[0]}): install what it lacks, or put it beside train.py"
+        return f"cannot import its code ({cause[0]}); install the missing package, or put it beside train.py"
     # Of an exception the last line tells; of a process that died, the first.
     return lines[-1] if re.match(r"[\w.]+(Error|Exception)\b", lines[-1]) else lines[0]

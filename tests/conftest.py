@@ -21,7 +21,7 @@ from search.records import read_log
 from train import METRICS
 
 REPOSITORY = Path(hparam_search.__file__).parent
-# What starts a command with mounts of its own, where that can be done.
+# Runs a command in its own mount namespace, if allowed.
 NAMESPACE = ["unshare", "-rm"]
 if shutil.which("unshare") is None or subprocess.run([*NAMESPACE, "true"], check=False).returncode != 0:
     NAMESPACE = []
@@ -134,7 +134,7 @@ def wait_for(condition: Callable, seconds: float = 120) -> None:
 
 
 def last_checkpoints(folder: Path) -> dict[str, int]:
-    """Return, for each trial, the epoch of the newest state that its training can go on from."""
+    """Return, for each trial, the epoch of the newest state that can be resumed."""
     return {path.parent.name: int(path.stem.split("_")[1]) for path in sorted(folder.glob("*/training_*.pt"))}
 
 
@@ -168,7 +168,7 @@ def in_a_process(
 def start(
     address: str, arguments: list[str], output: Path, prepare: Callable | None = None, *values: object
 ) -> multiprocessing.Process:
-    """Start main in a process that joins a Ray which is there: quicker than a script is started."""
+    """Start main in a process that joins a running Ray: faster than starting a script."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.conftest"])
     environment = {"RAY_ADDRESS": address, "RAY_AUTH_TOKEN": os.environ["RAY_AUTH_TOKEN"], "RAY_AUTH_MODE": "token"}

@@ -288,7 +288,7 @@ def test_grey_levels_are_scaled_by_their_depth(tmp_path: Path) -> None:
     assert (read_picture(save_ramp(tmp_path, "white.tif", 16, {262: 0})) - expected.flip(1)).abs().max() <= 1
     for dtype in ("int32", "float32"):
         Image.fromarray((RAMP * 1000).astype(dtype)).save(tmp_path / "wide.tif")
-        with pytest.raises(InputError, match=r"wide.tif has grey levels of 32 bits, whose range is unknown: convert"):
+        with pytest.raises(InputError, match=r"wide.tif has 32-bit values of unknown range; convert"):
             read_picture(tmp_path / "wide.tif")
 
 
@@ -302,7 +302,7 @@ def test_what_is_transparent_shows_white(tmp_path: Path) -> None:
     icon.convert("LA").save(tmp_path / "la.png")
     for name in ("rgba.png", "rgba.webp", "la.png"):
         assert torch.equal(read_picture(tmp_path / name), expected), name
-    # By a colour that is transparent, of a palette too.
+    # Transparent colours, also in palettes.
     opaque = Image.fromarray(np.where(alpha == 255, 0, 200).astype("uint8"))
     opaque.save(tmp_path / "grey.png", transparency=200)
     opaque.convert("P").save(tmp_path / "palette.png", transparency=200)
@@ -398,7 +398,7 @@ def test_many_images_are_read_by_several_processes(make_folder: Callable, monkey
 
 @pytest.mark.parametrize(
     ("number", "words"),
-    [(signal.SIGKILL, "died with exit code -9: check these"), (signal.SIGSTOP, "has not answered for 1 s: check")],
+    [(signal.SIGKILL, "died with exit code -9; check these"), (signal.SIGSTOP, "has not answered for 1 s; check")],
 )
 def test_readers_that_die_or_stall_are_named(
     number: int, words: str, make_folder: Callable, monkeypatch: pytest.MonkeyPatch
@@ -412,7 +412,7 @@ def test_readers_that_die_or_stall_are_named(
     monkeypatch.setattr(multiprocessing.Process, "start", start_and_signal)
     monkeypatch.setattr(data, "STALLED_AFTER", 1)
     first, last = folder / "train" / "a" / "000.png", folder / "train" / "a" / "015.png"
-    with pytest.raises(InputError, match=f"the images from {first} to {last} {words}"):
+    with pytest.raises(InputError, match=f"the process reading {first} to {last} {words}"):
         load_folder(folder)
     deadline = time.monotonic() + 5
     while multiprocessing.active_children():
@@ -602,7 +602,7 @@ def test_any_folder_is_read_or_refused(tmp_path: Path) -> None:
         ("bomb", "0.png has more than 50,000,000 pixels"),
         ("cut", "0.png cannot be read as an image"),
         ("pipe", "0.png is not a regular file"),
-        ("to its folder", "is read already: remove that link"),
+        ("to its folder", "was already read; remove the link"),
     ],
 )
 def test_files_that_are_no_use_are_named(put: str, words: str, make_folder: Callable) -> None:

@@ -58,7 +58,7 @@ def test_time_budget_ends_a_search_in_good_order(
     assert search(tmp_path / "it", "--num-samples", 2, "--scheduler", "none", "--time-budget", "0.001s") == 1
     printed = capsys.readouterr()
     command = f"{resume_command(tmp_path / 'it')} --time-budget 0.002s"
-    assert f"The time budget is spent. To go on: {command}\n" in printed.out
+    assert f"The time budget is spent. To resume: {command}\n" in printed.out
     assert "No trial has a model" in printed.err
     assert main(["--resume", str(tmp_path / "it")]) == 2
     assert f"the --time-budget of {tmp_path / 'it'}, 0s, is spent: give a larger one." in capsys.readouterr().err

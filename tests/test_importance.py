@@ -90,7 +90,7 @@ def test_edges_are_told_only_where_accuracy_rises_towards_them(
     low, high = min(scores), max(scores)
     trials = [(config, [0.1 + 0.8 * (s - low) / (high - low)]) for config, s in zip(configs, scores, strict=True)]
     edges = [line for line in conclusions(*finished(trials)) if "end of its range" in line]
-    assert edges == ([f"Best at an end of its range, consider widening: {words}."] if words else [])
+    assert edges == ([f"Best near the end of its range; consider widening: {words}."] if words else [])
 
 
 def test_few_trials_tell_nothing(finished: Callable) -> None:

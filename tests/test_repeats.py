@@ -47,7 +47,7 @@ def test_configs_are_compared_by_other_seeds_than_they_were_chosen_by(tmp_path: 
         "  t_2  0.1100 ± 0.0141  significantly worse",
     ]
     assert compared(repeats) == expected
-    # A seed with which a config diverges does not count with its accuracy of before.
+    # A diverged seed's earlier accuracy does not count.
     line = log_line(2, accuracy=0.1, loss=float("nan"), done=True)
     for seed, earlier in ((1, 0.99), (2, 0.98)):
         folder = repeats.folder / f"t_3_seed_{seed}"

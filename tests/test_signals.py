@@ -1,4 +1,4 @@
-"""Searches that are told to stop, in every way that tells them."""
+"""Searches stopped by every kind of signal."""
 
 import contextlib
 import os

@@ -95,7 +95,7 @@ def test_killed_training_goes_on(model: Path, tmp_path: Path, capsys: pytest.Cap
             lines += [line] if line.startswith("epoch") else []
         process.send_signal(number)
         rest = process.communicate()[0]
-    assert "Interrupted. To go on: python train.py --from=" in rest
+    assert "Interrupted. To resume: python train.py --from=" in rest
     assert "--name=killed" in rest
     assert not (tmp_path / "killed").exists()
     assert main(arguments) == 0

@@ -71,7 +71,7 @@ def test_address_without_a_cluster_is_refused(
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     monkeypatch.setattr("ray.init", lambda address, **_: pytest.fail("Ray waits") if ":" in address[5:] else refuse())
     assert main([*COMMAND, "--output-dir", str(tmp_path)]) == 2
-    sentence = f"hparam_search.py: no Ray cluster answers at RAY_ADDRESS {address!r}: start one there, or unset it.\n"
+    sentence = f"hparam_search.py: no Ray cluster answers at RAY_ADDRESS {address!r}; start one there, or unset it.\n"
     assert capsys.readouterr().err == sentence
 
 
@@ -96,12 +96,12 @@ def test_temporary_folder_for_sockets(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path / ("long" * 20)))
     assert options_of_own()["_temp_dir"] == "/tmp/ray"
     monkeypatch.setattr("search.ray_session.os.access", lambda *_: False)
-    with pytest.raises(hparam_search.InputError, match=r"TMPDIR is .*longlong.*: set TMPDIR to one"):
+    with pytest.raises(hparam_search.InputError, match=r"sockets into .*longlong.*; set TMPDIR to a writable folder"):
         options_of_own()
 
 
 def test_home_that_is_missing_and_streams_that_are_closed(tmp_path: Path) -> None:
-    # Where nobody knows a home, Python leaves ~ as it is. What is opened later must not get number 1 or 2.
+    # Without a home, Python leaves ~ as it is. What is opened later must not get number 1 or 2.
     script = "import search, sys; from pathlib import Path; f = open(sys.argv[1], 'w')"
     script += "; print(f.fileno(), Path.home(), file=f)"
     command = f'exec "{sys.executable}" -c "{script}" {tmp_path}/out <&- >&- 2>&-'
