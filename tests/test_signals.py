@@ -15,7 +15,7 @@ from ray import tune
 import hparam_search
 from hparam_search import main
 from search.records import FINISHED
-from tests.conftest import REPOSITORY, last_checkpoints, make_small, processes_with, read_csv, start, wait_for
+from tests.conftest import REPOSITORY, make_small, processes_with, read_csv, reported_epochs, start, wait_for
 
 COMMAND = ["--quick", "--num-samples", "1", "--scheduler", "none"]
 SCRIPT = """
@@ -65,7 +65,7 @@ def test_searches_whose_processes_are_all_told_to_stop(tmp_path: Path) -> None:
     try:
         for name, process in processes.items():
             mark = f"MARK={tmp_path}/{name}"
-            wait_for(lambda name=name, process=process: last_checkpoints(tmp_path / name) or process.poll() is not None)
+            wait_for(lambda name=name, process=process: reported_epochs(tmp_path / name) or process.poll() is not None)
             if name == "all_at_once":
                 assert listening(processes_with(mark)) == {"127.0.0.1"}
                 os.killpg(process.pid, signal.SIGTERM)
@@ -105,7 +105,7 @@ def test_searches_are_interrupted_or_go_on(
         command = [*COMMAND, "--output-dir", str(tmp_path), "--name", name]
         prepare, epochs = (ignore_hangups, 20) if name == "nohup" else (keep_on, 500)
         processes[name] = start(own_address, [*command, "--max-epochs", str(epochs)], output, prepare)
-        wait_for(lambda name=name: last_checkpoints(tmp_path / name))
+        wait_for(lambda name=name: reported_epochs(tmp_path / name))
         if name == "interrupted":  # what is running is left alone
             assert main(["--resume", str(tmp_path / name)]) == 2
             assert "another process is running" in capsys.readouterr().err
