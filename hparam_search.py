@@ -250,8 +250,8 @@ def resume_search(asked: Settings) -> int:
         results = read_results(search)
         for row in results:
             if row["unreadable"]:
-                lines = f"{row['unreadable']} damaged lines in {row['name']}/{LOG_FILE}"
-                print(f"{lines} are passed over, and what they told is trained again.", file=sys.stderr)
+                lines = f"{row['unreadable']} unreadable lines in {row['name']}/{LOG_FILE}"
+                print(f"Skipping {lines}; those epochs will be retrained.", file=sys.stderr)
         before, search.settings = search.settings, enlarged(search.settings, asked)
         finished = is_finished(results) and search.settings.num_samples == before.num_samples
         finished = finished and is_finished(read_results(repeats_of(search, results)))

@@ -157,7 +157,7 @@ def train_epochs(training: Training, config: dict, dataset: Dataset, device: tor
     """Train and validate, an epoch at a time, from training.epoch + 1 to config["epochs"].
 
     Between two epochs `training` may be saved. Everything random in an epoch is drawn from (config["seed"], epoch), so
-    that a restored trial goes on as one that was never interrupted.
+    that a restored trial continues as if it had never been interrupted.
 
     Yields:
         The METRICS of an epoch: epoch (from 1), loss and accuracy (validation; mean cross-entropy in nats, and a

@@ -4,7 +4,7 @@
     python -m benchmarks.curves --dataset folder --data-dir data/imagenet32-a --classes 20 --h-1 8 16 --h-2 32 64
 
 Every config is trained to its last epoch, with the default recipe and with the baseline's, and benchmarks/curves/ gets
-a CSV of each recipe, a row an epoch. Stopped, it goes on with the configs that are not there yet.
+a CSV of each recipe, a row an epoch. If it was stopped, it continues with the configs that are missing.
 """
 
 import argparse

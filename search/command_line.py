@@ -68,7 +68,7 @@ def parse_args(argv: Sequence[str] | None = None, description: str | None = None
     Raises:
         SystemExit: with 2 after a sentence on flags that do not exist or make no sense; with 0 after --help.
     """
-    # A flag that was not given must be told from one given with its default: --quick and --resume ask.
+    # --quick and --resume must distinguish a flag that was not given from one given with its default.
     parser = Parser(
         prog=PROGRAM,
         usage="%(prog)s [FLAG ...]",
@@ -118,7 +118,7 @@ def parse_args(argv: Sequence[str] | None = None, description: str | None = None
         check_settings(settings)
         if settings.dataset == "synthetic" and "data_dir" in given:
             raise ValueError(
-                f"--data-dir {given['data_dir']} has no use with --dataset synthetic: leave one of them away"
+                f"--data-dir {given['data_dir']} cannot be combined with --dataset synthetic; remove one of them"
             )
     except ValueError as error:
         print_error(error)
@@ -140,7 +140,7 @@ def seconds(text: str) -> float:
     except (KeyError, ValueError):
         span = math.nan
     if not 0 < span < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no time span, such as 90s, 30m or 2h")
+        raise argparse.ArgumentTypeError(f"invalid duration {text!r} (use e.g. 90s, 30m or 2h)")
     return span
 
 
@@ -165,14 +165,14 @@ def check_flags(given: dict) -> None:
         if not given.get(key, "").isprintable():
             raise ValueError(f"{flag(key)} is {given[key]!r}, but must be a path that can be printed")
     if "list" in given and (others := set(given) - {"list", "output_dir"}):
-        raise ValueError(f"--list takes no other flag than --output-dir: leave {flag(min(others))} away")
+        raise ValueError(f"--list only accepts --output-dir; remove {flag(min(others))}")
     if "resume" in given and (others := set(given) - {"resume", "data_dir", *ENLARGED}):
-        raise ValueError(f"--resume takes every setting from the search it continues: leave {flag(min(others))} away")
+        raise ValueError(f"--resume reuses the settings of the original search; remove {flag(min(others))}")
     scheduler = given.get("scheduler", "asha")
     for key in SCHEDULERS["asha"]:
         if key in given and key not in SCHEDULERS[scheduler]:
             raise ValueError(
-                f"{flag(key)} {given[key]} has no use with --scheduler {scheduler}: leave one of them away"
+                f"{flag(key)} {given[key]} cannot be combined with --scheduler {scheduler}; remove one of them"
             )
 
 

@@ -36,7 +36,7 @@ class EarlyStopping(tune.Stopper):
         before = [loss for e, loss in losses.items() if e <= epoch - self.patience]
         since = [loss for e, loss in losses.items() if epoch - self.patience < e <= epoch]
         if not math.isfinite(result["loss"]):
-            self.reasons[trial_id] = "its loss is no number any more"
+            self.reasons[trial_id] = "its loss became NaN or infinite"
         elif epoch >= self.max_epochs:
             self.reasons[trial_id] = "all epochs done"
         elif result["seconds"] >= self.max_seconds:

@@ -136,7 +136,7 @@ def check_free(folder: Path) -> None:
     except OSError as error:
         raise InputError(f"{folder.parent} cannot be made ({error.strerror}): choose another --output-dir") from error
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError(f"{parent} is no folder that can be written to: choose another --output-dir")
+        raise InputError(f"{parent} is not a writable folder; choose another --output-dir")
 
 
 def name_of_now() -> str:

@@ -1,4 +1,4 @@
-"""How Tune goes on with a search: with the trials that are left, and a scheduler that knows what went before."""
+"""How Tune resumes a search: with the trials that are left, and a scheduler that knows what went before."""
 
 import contextlib
 import heapq

@@ -39,7 +39,7 @@ def distributions(space: dict) -> dict:
         except ValueError as error:
             raise InputError(
                 f"param_space[{key!r}] is {described_entry(entry)}, which Optuna cannot draw from: make it another "
-                "range, a choice or a grid, or leave --search optuna away"
+                "range, a choice or a grid, or remove --search optuna"
             ) from error
     return found
 

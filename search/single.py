@@ -90,7 +90,7 @@ def parse_args(argv: Sequence[str] | None) -> dict:
     given = vars(parser.parse_args(argv))
     training = [key for key in given if key not in ("predict", "model")]
     if "predict" in given and training:
-        raise InputError(f"--predict trains nothing: leave {flag(training[0])} away")
+        raise InputError(f"{flag(training[0])} cannot be combined with --predict; remove one of them")
     if ("predict" in given) != ("model" in given):
         raise InputError("--predict and --model go together: give the pictures and the model's folder")
     if "predict" not in given and "from" not in given:

@@ -96,7 +96,7 @@ def draw_trials(
         if not isinstance(values, dict):
             raise InputError(f"first_trials[{i}] is {values!r}, but must be a dict of hyperparameters")
         if unsearched := [key for key in values if key not in searched(space)]:
-            raise InputError(f"first_trials[{i}] has {unsearched[0]!r}, which is not searched: leave it away")
+            raise InputError(f"first_trials[{i}] has {unsearched[0]!r}, which is not searched; remove it")
     space = plain(space)
     grids = [entry["grid_search"] for entry in space.values() if isinstance(entry, dict)]
     count = num_samples * math.prod(map(len, grids))

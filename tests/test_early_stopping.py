@@ -25,7 +25,7 @@ def test_early_stopping_tells_why() -> None:
     for name, result, reason in (
         ("a", {"epoch": 20, "loss": 1.0, "seconds": 1}, "all epochs done"),
         ("b", {"epoch": 2, "loss": 1.0, "seconds": 1000}, "its 1,000 seconds are over"),
-        ("c", {"epoch": 2, "loss": float("nan"), "seconds": 1}, "its loss is no number any more"),
+        ("c", {"epoch": 2, "loss": float("nan"), "seconds": 1}, "its loss became NaN or infinite"),
     ):
         assert stopper(name, result)
         assert stopper.reasons[name] == reason

@@ -129,7 +129,10 @@ def test_pictures_are_classified(model: Path, tmp_path: Path, capsys: pytest.Cap
         (["--no-such-flag"], "--no-such-flag"),
         (["--predict", "PICTURE"], "--predict and --model go together"),
         (["--model", "MODEL"], "--predict and --model go together"),
-        (["--predict", "PICTURE", "--model", "MODEL", "--full"], "--predict trains nothing: leave --full away"),
+        (
+            ["--predict", "PICTURE", "--model", "MODEL", "--full"],
+            "--full cannot be combined with --predict; remove one of them",
+        ),
         (["--predict", "PICTURE", "--model", "nowhere"], "nowhere holds no model"),
         (["--predict", "PICTURE", "--model", "OTHER"], "is not what this version writes ("),
         (["--predict", "PICTURE", "--model", "CUT"], "weights.pt is damaged, or of another model"),
