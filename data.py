@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import math
 import multiprocessing
-import multiprocessing.connection
 import os
 import socket
 import sys
@@ -16,6 +15,7 @@ import unicodedata
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,7 +79,8 @@ def save_dataset(dataset: Dataset, path: Path) -> None:
         OSError: it cannot be written.
     """
     try:
-        torch.save(vars(dataset), path)
+        # Of a part of a larger tensor, torch would save the whole.
+        torch.save({key: v.clone() if isinstance(v, Tensor) else v for key, v in vars(dataset).items()}, path)
     except RuntimeError as error:  # as torch says it
         raise OSError(f"{path} cannot be written ({str(error).splitlines()[0]}): make room there") from error
 
@@ -225,7 +226,7 @@ def _list_pictures(folder: Path) -> dict[str, list[str]]:
         if not entry.is_dir() or _is_litter(entry.name):
             continue
         paths = found.setdefault(unicodedata.normalize("NFC", entry.name), [])
-        for path, folders, files in os.walk(entry, followlinks=True):
+        for path, folders, files in os.walk(entry, onerror=_refuse, followlinks=True):
             real = os.path.realpath(path)
             if real in seen:
                 raise InputError(f"{path} leads to {real}, which was already read; remove the link")
@@ -239,6 +240,10 @@ def _list_pictures(folder: Path) -> dict[str, list[str]]:
         if not paths:
             raise InputError(f"{folder / name} has no images: add some, or remove the folder")
     return found
+
+
+def _refuse(error: OSError) -> None:
+    raise error
 
 
 def _is_litter(name: str) -> bool:
@@ -276,7 +281,8 @@ def _read_parts(parts: list[list[str]]) -> Iterator[tuple[np.ndarray, int] | Inp
     try:
         for i in range(count):
             receiver, sender = multiprocessing.Pipe(duplex=False)
-            reader = multiprocessing.Process(target=_send_parts, args=(parts[i::count], sender), daemon=True)
+            inherited = [receiver, *(other for _, other in readers)]
+            reader = multiprocessing.Process(target=_send_parts, args=(parts[i::count], sender, inherited), daemon=True)
             reader.start()
             sender.close()  # so that recv() gets EOF if the reader dies
             readers.append((reader, receiver))
@@ -287,7 +293,7 @@ def _read_parts(parts: list[list[str]]) -> Iterator[tuple[np.ndarray, int] | Inp
                 raise InputError(f"{which} has not answered for {STALLED_AFTER} s; check the disk and these files")
             try:
                 yield receiver.recv()
-            except EOFError as error:
+            except (EOFError, OSError) as error:  # between two messages, or within one
                 reader.join()
                 raise InputError(
                     f"{which} died with exit code {reader.exitcode}; check these files and the free memory"
@@ -297,7 +303,9 @@ def _read_parts(parts: list[list[str]]) -> Iterator[tuple[np.ndarray, int] | Inp
             reader.kill()
 
 
-def _send_parts(parts: list[list[str]], sender: multiprocessing.connection.Connection) -> None:
+def _send_parts(parts: list[list[str]], sender: Connection, inherited: list[Connection]) -> None:
+    for receiver in inherited:  # or this process would wait forever for a parent that was killed
+        receiver.close()
     with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):  # the parent gets it too, or has died
         for part in parts:
             sender.send(_read_part(part))
@@ -380,11 +388,18 @@ def _to_rgb(picture: Image.Image, path: str) -> Image.Image:
         bits = 16
     elif picture.mode in ("I", "F"):
         raise InputError(f"{path} has 32-bit values of unknown range; convert it to 8 or 16 bits, or remove it")
+    if (transparent := picture.info.get("transparency")) is not None and picture.format == "PNG":
+        # Pillow scales the pixels to 8 bits, but not the colour that is transparent.
+        scale = {"1": 255, "L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}.get(picture.tile[0][3], 1)
+        if isinstance(transparent, tuple):
+            picture.info["transparency"] = tuple(int(value * scale) for value in transparent)
+        elif isinstance(transparent, int):
+            picture.info["transparency"] = int(transparent * scale)
+    picture.load()  # outside the next line, which would hide damage
     with contextlib.suppress(Exception):  # ignore damaged EXIF
         picture = ImageOps.exif_transpose(picture)
     if bits > 8:
         top, levels = 2**bits - 1, np.asarray(picture).astype(np.uint32)
-        transparent = picture.info.get("transparency")
         scaled = (levels * 255 + top // 2) // top
         if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:  # Pillow inverts only 8-bit ones
             scaled = 255 - scaled

@@ -142,7 +142,7 @@ def effect(values: list, accuracies: np.ndarray, levels: bool) -> tuple[float, f
 def end_of_range(value: float, what: dict) -> str | None:
     """Return "upper" or "lower" if a value is near that end of a range, or at that of a grid of 3 or more numbers."""
     ends = what.get("values") or [what["lower"], what["upper"]]
-    if not all(type(end) in (int, float) for end in ends) or ("values" in what and len(set(ends)) < 3):
+    if not all(type(end) in (int, float) for end in ends) or len(set(ends)) < (3 if "values" in what else 2):
         return None
     low, high = min(ends), max(ends)
     if "values" in what:

@@ -12,7 +12,7 @@ class Output:
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
-        if hasattr(stream, "reconfigure"):
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # it flushes what is buffered
             stream.reconfigure(errors="replace")
 
     def write(self, text: str) -> int:
@@ -23,6 +23,9 @@ class Output:
     def flush(self) -> None:
         with contextlib.suppress(OSError, ValueError):
             self.stream.flush()
+
+    def isatty(self) -> bool:
+        return not self.stream.closed and self.stream.isatty()
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.stream, name)

@@ -19,6 +19,7 @@ from data import InputError, usable_cpus
 from search.command_line import Settings, cluster_address
 
 CODE = Path(__file__).resolve().parents[1]
+code_brought: list[str] = []  # copies of it that Ray has been given by this process
 LONGEST_TEMP_DIR = 40  # bytes; the paths of Ray's sockets below it may have 107
 
 
@@ -36,7 +37,7 @@ def running_ray() -> Iterator[None]:
         InputError: it cannot be started or joined.
     """
     if ray.is_initialized():
-        if "working_dir" not in ray.get_runtime_context().runtime_env:
+        if ray.get_runtime_context().runtime_env.get("working_dir") not in code_brought:
             raise InputError("Ray is already running, without this program's code; call ray.shutdown() first")
         yield
         return
@@ -59,6 +60,10 @@ def running_ray() -> Iterator[None]:
             logging_level=logging.WARNING,
             include_dashboard=False,
         )
+        code_brought.append(ray.get_runtime_context().runtime_env["working_dir"])
+    except SystemExit:  # by the handler of SIGTERM that Ray sets as it starts
+        signal.signal(signal.SIGTERM, handler)
+        signal.raise_signal(signal.SIGTERM)
     except (OSError, OverflowError, ValueError) as error:
         if address:
             raise InputError(
@@ -78,7 +83,7 @@ def code_of_trials() -> dict:
 
     Without it, a trial would import from the working directory: another train.py, or none.
     """
-    others = [path.name for path in CODE.iterdir() if path.suffix != ".py" and not (path / "__init__.py").exists()]
+    others = [path.name for path in CODE.iterdir() if path.suffix != ".py" and not os.path.exists(path / "__init__.py")]  # noqa: PTH110
     return {"working_dir": str(CODE), "excludes": [f"/{name}" for name in others]}
 
 

@@ -13,7 +13,7 @@ LAST_SECONDS = 12  # for what is to be done after a signal
 
 @contextlib.contextmanager
 def interrupted_by_signals() -> Iterator[list[int]]:
-    """Have signals raise KeyboardInterrupt in the main thread; yields those that came.
+    """Have the first signal raise KeyboardInterrupt in the main thread, and ignore later ones; yields what came.
 
     Signals already ignored, as under nohup, stay ignored. If the block is still running LAST_SECONDS after a signal,
     for example because it waits for processes that got it too, this process exits.
@@ -21,9 +21,10 @@ def interrupted_by_signals() -> Iterator[list[int]]:
     received, to_watch, ended = [], queue.SimpleQueue(), threading.Event()
 
     def interrupt(number: int, frame: object) -> None:
-        received.append(number)
-        to_watch.put(number)
-        raise KeyboardInterrupt
+        if not received:  # others may come with it, or be sent by someone impatient
+            received.append(number)
+            to_watch.put(number)
+            raise KeyboardInterrupt
 
     def watch() -> None:
         number = to_watch.get()

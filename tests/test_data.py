@@ -45,7 +45,7 @@ from data import (
     stratified_split,
 )
 from hparam_search import param_space
-from tests.conftest import NAMESPACE, REPOSITORY
+from tests.conftest import NAMESPACE, REPOSITORY, processes_with, wait_for
 from train import new_training, train_epochs
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -312,8 +312,36 @@ def test_what_is_transparent_shows_white(tmp_path: Path) -> None:
     expected = torch.from_numpy(np.where(alpha == 255, 0, 255)).unsqueeze(-1).expand(-1, -1, 3)
     for name in ("grey.png", "palette.png", "palette.gif", "rgb.png"):
         assert torch.equal(read_picture(tmp_path / name), expected), name
+    # All pixels of the transparent colour, in depths that Pillow does not write.
+    for depth, colour, pixels, key in (
+        (1, 0, b"\0\0\0\0", b"\0\0"),
+        (1, 0, b"\xff\xff\xff\xff", b"\0\1"),
+        (2, 0, b"\x55" * 8, b"\0\1"),
+        (4, 0, b"\x55" * 16, b"\0\5"),
+        (16, 2, b"\x12\x34\x56\x78\x9a\xbc" * 32, b"\x12\x34\x56\x78\x9a\xbc"),
+    ):
+        header = struct.pack(">IIBBBBB", 32, 32, depth, colour, 0, 0, 0)
+        chunks = (b"IHDR", header), (b"tRNS", key), (b"IDAT", zlib.compress((b"\0" + pixels) * 32)), (b"IEND", b"")
+        parts = [struct.pack(">I", len(c)) + n + c + struct.pack(">I", zlib.crc32(n + c)) for n, c in chunks]
+        (tmp_path / "few.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+        assert (read_picture(tmp_path / "few.png") == 255).all(), (depth, key)
     save_ramp(tmp_path, "sixteen.png", 16, transparency=0)
     assert read_picture(tmp_path / "sixteen.png")[0, :2, 0].tolist() == [255, 8]
+
+
+def test_damaged_pixels_are_refused(tmp_path: Path) -> None:
+    Image.effect_noise((40, 40), 90).convert("RGB").save(tmp_path / "noise.png")
+    content, refused = bytearray((tmp_path / "noise.png").read_bytes()), 0
+    for place in range(60, len(content) - 20, 97):
+        damaged = bytes(content[:place]) + bytes([content[place] ^ 16]) + bytes(content[place + 1 :])
+        (tmp_path / "noise.png").write_bytes(damaged)
+        try:
+            Image.open(tmp_path / "noise.png").convert("RGB")
+        except Exception:  # of Pillow
+            refused += 1
+            with pytest.raises(InputError, match=r"noise.png cannot be read as an image"):
+                read_picture(tmp_path / "noise.png")
+    assert refused > 10
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -417,6 +445,25 @@ def test_readers_that_die_or_stall_are_named(
     deadline = time.monotonic() + 5
     while multiprocessing.active_children():
         assert time.monotonic() < deadline
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
+def test_readers_do_not_outlive_a_search_that_is_killed(
+    make_folder: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = many_images(make_folder, monkeypatch)
+    script = f"""
+import data, os, signal, time
+data.PICTURES_FOR_READERS = 100
+data.usable_cpus = lambda: 2
+parts = data._read_parts([[{str(folder / "train" / "a" / "000.png")!r}] * 16] * 100)
+next(parts)
+time.sleep(0.5)  # until they wait for the pipes
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    environment = os.environ | {"MARK": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, env=environment, check=False)
+    wait_for(lambda: not processes_with(f"MARK={tmp_path}"), 10)
 
 
 @pytest.mark.skipif(not NAMESPACE, reason="no mount namespaces here, for a small /dev/shm")

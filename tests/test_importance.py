@@ -136,6 +136,7 @@ def test_ends_of_ranges_grids_and_words() -> None:
         ("cosine", {"values": ["constant", "cosine", "one_cycle"]}, None),
         (True, {"values": [True, False]}, None),
         (1.2e-5, SEARCHED["lr"], "lower"),
+        (64, {"lower": 64, "upper": 64, "log": False}, None),  # as tune.randint(64, 65) has it
         (1e-3, SEARCHED["lr"], None),
         (0.49, SEARCHED["p_drop"], "upper"),
     ):
