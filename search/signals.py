@@ -69,7 +69,11 @@ def run_in_thread(function: Callable[[], object], interrupted: threading.Event) 
 
     threading.Thread(target=run, daemon=True).start()
     try:
-        if (error := outcome.get()) is not None:
+        while True:  # a signal that another thread gets does not wake this one
+            with contextlib.suppress(queue.Empty):
+                error = outcome.get(timeout=0.5)
+                break
+        if error is not None:
             # If a whole job is signalled, Ray's processes may end before this one gets the signal.
             threading.Event().wait(1)
             raise error

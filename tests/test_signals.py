@@ -55,7 +55,7 @@ def listening(pids: list[int]) -> set[str]:
 def test_searches_whose_processes_are_all_told_to_stop(tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     processes = {}
-    for name in ("all_at_once", "ray_first", "closed_terminal"):  # each has a Ray of its own, as a user's search has
+    for name in ("all_at_once", "ray_first"):  # each has a Ray of its own, as a user's search has
         command = [*COMMAND, "--max-epochs", "500", "--output-dir", str(tmp_path), "--name", name]
         processes[name] = subprocess.Popen(
             [sys.executable, "-c", SCRIPT, *command],
@@ -69,25 +69,19 @@ def test_searches_whose_processes_are_all_told_to_stop(tmp_path: Path) -> None:
             if name == "all_at_once":
                 assert listening(processes_with(mark)) == {"127.0.0.1"}
                 os.killpg(process.pid, signal.SIGTERM)
-            elif name == "ray_first":
+            else:
                 for pid in processes_with(mark):
                     if pid != process.pid:
                         with contextlib.suppress(ProcessLookupError):
                             os.kill(pid, signal.SIGKILL)
                 time.sleep(0.3)
                 process.terminate()
-            else:
-                process.stdout.close()
-                process.stderr.close()
-                os.killpg(process.pid, signal.SIGHUP)
-        assert processes["closed_terminal"].wait(30) == 129
-        for name in ("all_at_once", "ray_first"):
-            out, err = processes[name].communicate(timeout=30)
-            assert processes[name].returncode == 143, err
+        for name, process in processes.items():
+            out, err = process.communicate(timeout=30)
+            assert process.returncode == 143, err
             assert "Trial status: 1 UNFINISHED" in out
             assert out.strip().splitlines()[-1].endswith(f"hparam_search.py --resume {tmp_path / name}")
             assert "Traceback" not in out
-        for name in processes:
             assert [row["status"] for row in read_csv(tmp_path / name)] == ["UNFINISHED"]
             assert not (tmp_path / name / "best_model").exists()
         wait_for(lambda: not processes_with(f"MARK={tmp_path}/"), 30)  # no orphans
@@ -99,8 +93,10 @@ def test_searches_whose_processes_are_all_told_to_stop(tmp_path: Path) -> None:
 def test_searches_are_interrupted_or_go_on(
     own_address: str, small_search: None, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    processes, outputs = {}, {name: tmp_path / f"{name}.txt" for name in ("interrupted", "warned", "nohup")}
-    signals = {"interrupted": signal.SIGINT, "warned": signal.SIGUSR1, "nohup": signal.SIGHUP}
+    processes, outputs = {}, {name: tmp_path / f"{name}.txt" for name in ("interrupted", "warned", "hung_up", "nohup")}
+    signals = {"interrupted": signal.SIGINT, "warned": signal.SIGUSR1} | dict.fromkeys(
+        ("hung_up", "nohup"), signal.SIGHUP
+    )
     for name, output in outputs.items():
         command = [*COMMAND, "--output-dir", str(tmp_path), "--name", name]
         prepare, epochs = (ignore_hangups, 20) if name == "nohup" else (keep_on, 500)
@@ -113,7 +109,7 @@ def test_searches_are_interrupted_or_go_on(
             assert f"--name {name} is taken" in capsys.readouterr().err
         os.kill(processes[name].pid, signals[name])
         processes[name].join(60)
-    for name, code in {"interrupted": 130, "warned": 138, "nohup": 0}.items():
+    for name, code in {"interrupted": 130, "warned": 138, "hung_up": 129, "nohup": 0}.items():
         printed = outputs[name].read_text()
         assert processes[name].exitcode == code, printed
         assert "Traceback" not in printed
