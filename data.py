@@ -81,7 +81,7 @@ def save_dataset(dataset: Dataset, path: Path) -> None:
     try:
         # Of a part of a larger tensor, torch would save the whole.
         torch.save({key: v.clone() if isinstance(v, Tensor) else v for key, v in vars(dataset).items()}, path)
-    except RuntimeError as error:  # as torch says it
+    except (OSError, RuntimeError) as error:  # torch raises either
         raise OSError(f"{path} cannot be written ({str(error).splitlines()[0]}): make room there") from error
 
 

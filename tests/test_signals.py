@@ -108,7 +108,7 @@ def test_searches_are_interrupted_or_go_on(
             assert main(["--quick", "--output-dir", str(tmp_path), "--name", name]) == 2
             assert f"--name {name} is taken" in capsys.readouterr().err
         os.kill(processes[name].pid, signals[name])
-        processes[name].join(60)
+        processes[name].join(150)
     for name, code in {"interrupted": 130, "warned": 138, "hung_up": 129, "nohup": 0}.items():
         printed = outputs[name].read_text()
         assert processes[name].exitcode == code, printed
