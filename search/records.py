@@ -94,9 +94,16 @@ def checksum(content: dict) -> str:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that it is there whole or, if the process is killed, as it was."""
-    with replacing(path) as temporary:
-        temporary.write_text(text)
+    """Write a text file so that it is there whole or, if the process is killed, as it was.
+
+    Raises:
+        OSError: naming the file.
+    """
+    try:
+        with replacing(path) as temporary:
+            temporary.write_text(text)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written ({error.strerror}); make room there, then --resume") from error
 
 
 # --- a search's folder ------------------------------------------------------------------------------------------------
