@@ -359,7 +359,6 @@ def flip(content: bytes, generator: random.Random) -> bytes:
 # What may happen to a file's bytes.
 DAMAGES: dict[str, Callable[[bytes, random.Random], bytes | None]] = {
     "flipped": flip,
-    "flipped again": flip,
     "cut": lambda content, generator: content[: generator.randrange(len(content))],
     "swapped": lambda content, generator: b"".join(swap(content.splitlines(keepends=True), generator)),
     "doubled": lambda content, generator: b"".join(2 * line for line in content.splitlines(keepends=True)),
