@@ -151,9 +151,14 @@ def processes_with(mark: str) -> list[int]:
 
 
 def in_a_process(
-    environment: dict[str, str], arguments: list[str], output: Path, prepare: Callable | None, values: tuple
+    main: Callable,
+    environment: dict[str, str],
+    arguments: list[str],
+    output: Path,
+    prepare: Callable | None,
+    values: tuple,
 ) -> None:
-    """Run main as a process of its own, on a Ray that is there; what it prints goes into a file."""
+    """Run main as a process of its own; what it prints goes into a file."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the shell may have had it ignored
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
@@ -162,17 +167,22 @@ def in_a_process(
     make_small(setattr)
     if prepare:
         prepare(*values)
-    os._exit(hparam_search.main(arguments))
+    os._exit(main(arguments))
 
 
 def start(
     address: str, arguments: list[str], output: Path, prepare: Callable | None = None, *values: object
 ) -> multiprocessing.Process:
-    """Start main in a process that joins a running Ray: faster than starting a script."""
+    """Start a search in a process that joins a running Ray."""
+    environment = {"RAY_ADDRESS": address, "RAY_AUTH_TOKEN": os.environ["RAY_AUTH_TOKEN"], "RAY_AUTH_MODE": "token"}
+    return start_main(hparam_search.main, environment, arguments, output, prepare, values)
+
+
+def start_main(main: Callable, *arguments: object) -> multiprocessing.Process:
+    """Start in_a_process: faster than starting a script, which would import torch and Ray anew."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.conftest"])
-    environment = {"RAY_ADDRESS": address, "RAY_AUTH_TOKEN": os.environ["RAY_AUTH_TOKEN"], "RAY_AUTH_MODE": "token"}
-    process = context.Process(target=in_a_process, args=(environment, arguments, output, prepare, values))
+    process = context.Process(target=in_a_process, args=(main, *arguments))
     process.start()
     return process
 

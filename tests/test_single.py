@@ -9,11 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
+import search.single
 from data import make_synthetic
 from hparam_search import param_space
 from search.model_folder import load_model, read_description, read_metrics, write_model_folder
 from search.single import main
-from tests.conftest import REPOSITORY, SMALL_IMAGES
+from tests.conftest import REPOSITORY, SMALL_IMAGES, start_main, wait_for
 from train import evaluate, evaluation_batches, new_model
 
 CONFIG = param_space | {"seed": 3, "epochs": 4, "h_1": 4, "h_2": 16, "p_drop": 0.1, "lr": 0.02, "batch_size": 16}
@@ -78,23 +79,20 @@ def test_full_trains_on_all_images(model: Path, tmp_path: Path, monkeypatch: pyt
     assert whole.train_labels.bincount().tolist() == [50] * 5
 
 
+def save_every_epoch() -> None:
+    search.single.CHECKPOINT_PERIOD = 0
+
+
 def test_killed_training_goes_on(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert run("--from", model, "--epochs", 14, "--name", "whole", folder=tmp_path) == 0
-    script = (
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "  # in the background it is ignored
-        "import search.single; search.single.CHECKPOINT_PERIOD = 0; search.single.main({})"
-    )
     arguments = ["--from", str(model), "--epochs", "14", "--name", "killed", "--output-dir", str(tmp_path)]
-    command = [sys.executable, "-c", script.format(arguments)]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    for number in (signal.SIGKILL, signal.SIGINT):
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-        lines = []
-        while not lines or int(lines[-1].split()[1]) < (4 if number == signal.SIGKILL else 8):
-            line = process.stdout.readline()
-            lines += [line] if line.startswith("epoch") else []
-        process.send_signal(number)
-        rest = process.communicate()[0]
+    output = tmp_path / "output.txt"
+    for epoch, number in ((4, signal.SIGKILL), (8, signal.SIGINT)):
+        process = start_main(main, {}, arguments, output, save_every_epoch, ())
+        wait_for(lambda epoch=epoch: output.exists() and f"\nepoch {epoch:2} of" in output.read_text())
+        os.kill(process.pid, number)
+        process.join()
+    rest = output.read_text()
     assert "Interrupted. To resume: python train.py --from=" in rest
     assert "--name=killed" in rest
     assert not (tmp_path / "killed").exists()
