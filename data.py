@@ -328,12 +328,12 @@ def usable_cpus() -> int:
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with contextlib.suppress(OSError):  # not Linux
         for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
+            _, controllers, path = line.split(":", 2)  # in version 2 no controllers are named
             if controllers and "cpu" not in controllers.split(","):
                 continue
-            root = Path("/sys/fs/cgroup", controllers and "cpu")
-            for group in {root, *(root / path.strip("/")).parents, root / path.strip("/")}:
-                count = min(count, cpu_quota(group))
+            group = Path("/sys/fs/cgroup", "cpu" if controllers else "", path.strip("/"))
+            for ancestor in (group, *group.parents):  # the smallest quota holds
+                count = min(count, cpu_quota(ancestor))
     return count
 
 
@@ -381,35 +381,53 @@ def _load_picture(path: str) -> Image.Image:
 
 
 def _to_rgb(picture: Image.Image, path: str) -> Image.Image:
-    tags, bits = getattr(picture, "tag_v2", {}), 8
-    if picture.mode.startswith("I;16"):
-        bits = tags.get(BITS_PER_SAMPLE, (16,))[0]  # a TIFF may have 12
-    elif picture.mode == "I" and picture.format in ("PNG", "PPM"):
-        bits = 16
-    elif picture.mode in ("I", "F"):
-        raise InputError(f"{path} has 32-bit values of unknown range; convert it to 8 or 16 bits, or remove it")
-    if (transparent := picture.info.get("transparency")) is not None and picture.format == "PNG":
-        # Pillow scales the pixels to 8 bits, but not the colour that is transparent.
-        scale = {"1": 255, "L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}.get(picture.tile[0][3], 1)
-        if isinstance(transparent, tuple):
-            picture.info["transparency"] = tuple(int(value * scale) for value in transparent)
-        elif isinstance(transparent, int):
-            picture.info["transparency"] = int(transparent * scale)
+    """Return a picture as RGB of 8 bits, the right way up, on white."""
+    bits = _bits(picture, path)
+    inverted = getattr(picture, "tag_v2", {}).get(PHOTOMETRIC) == WHITE_IS_ZERO
+    if picture.format == "PNG":
+        _scale_transparent_colour(picture)
     picture.load()  # outside the next line, which would hide damage
     with contextlib.suppress(Exception):  # ignore damaged EXIF
         picture = ImageOps.exif_transpose(picture)
     if bits > 8:
-        top, levels = 2**bits - 1, np.asarray(picture).astype(np.uint32)
-        scaled = (levels * 255 + top // 2) // top
-        if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:  # Pillow inverts only 8-bit ones
-            scaled = 255 - scaled
-        picture = Image.fromarray(scaled.astype(np.uint8))
-        if transparent is not None:
-            picture.putalpha(Image.fromarray(255 * (levels != transparent).astype(np.uint8)))
+        picture = _to_8_bits(picture, bits, inverted)
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return picture.convert("RGB")
+
+
+def _bits(picture: Image.Image, path: str) -> int:
+    """Return how many bits a pixel's value has after Pillow has decoded it, or refuse one whose range is unknown."""
+    if picture.mode.startswith("I;16"):
+        return getattr(picture, "tag_v2", {}).get(BITS_PER_SAMPLE, (16,))[0]  # a TIFF may have 12
+    if picture.mode == "I" and picture.format in ("PNG", "PPM"):
+        return 16
+    if picture.mode in ("I", "F"):
+        raise InputError(f"{path} has 32-bit values of unknown range; convert it to 8 or 16 bits, or remove it")
+    return 8
+
+
+def _scale_transparent_colour(picture: Image.Image) -> None:
+    """Scale the transparent colour of a PNG as Pillow, which leaves it as it is, scales the pixels to 8 bits."""
+    colour = picture.info.get("transparency")
+    if isinstance(colour, int | tuple):  # bytes are a palette's
+        raw_mode = picture.tile[0][3]  # of the file: grey levels of 1, 2 or 4 bits, or RGB of 16
+        scale = {"1": 255, "L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}.get(raw_mode, 1)
+        scaled = [int(value * scale) for value in (colour if isinstance(colour, tuple) else [colour])]
+        picture.info["transparency"] = tuple(scaled) if isinstance(colour, tuple) else scaled[0]
+
+
+def _to_8_bits(picture: Image.Image, bits: int, inverted: bool) -> Image.Image:
+    """Return grey levels of 9 to 16 bits as L, or as LA where one of them is transparent."""
+    top, levels = 2**bits - 1, np.asarray(picture).astype(np.uint32)
+    scaled = (levels * 255 + top // 2) // top
+    if inverted:  # Pillow does so for 8 bits only
+        scaled = 255 - scaled
+    result = Image.fromarray(scaled.astype(np.uint8))
+    if (transparent := picture.info.get("transparency")) is not None:
+        result.putalpha(Image.fromarray(255 * (levels != transparent).astype(np.uint8)))
+    return result
 
 
 def make_synthetic(num_train: int = 50_000, num_test: int = 10_000, num_classes: int = 100, seed: int = 0) -> Dataset:

@@ -37,15 +37,17 @@ def conclusions(search: Search, results: list[dict]) -> list[str]:
         return [f"What mattered: needs at least {MIN_TRIALS} finished trials ({len(finished)} so far)."]
     epoch, accuracies = accuracies_at_equal_epochs(search, finished)
     significance = SIGNIFICANCE / len(tried)
+    best = next((row["config"] for row in best_first(results)), None)
     lines, shown, others, edges = [], [], [], []
     for key, what in tried.items():
         values = [row["config"][key] for row in finished]
-        size, chance, text = effect(values, accuracies, "values" in what)
-        (shown if chance < significance else others).append((-size, f"{key} {text}", key))
-        if (ranking := best_first(results)) and (end := end_of_range(best := ranking[0]["config"][key], what)):
-            rises = (unit(ranks(np.array(values))) @ unit(ranks(accuracies)) > 0) == (end == "upper")
-            if rises and effect(values, accuracies, levels=False)[1] < significance:  # chance often puts it there
-                edges.append(f"{key} {shown_value(best)} ({end})")
+        size, chance, text = effect(values, accuracies, levels="values" in what)
+        (shown if chance < significance else others).append((-abs(size), f"{key} {text}", key))
+        if best and (end := end_of_range(best[key], what)):
+            # By chance alone the best is often there: accuracy must rise towards it.
+            slope, chance, _ = effect(values, accuracies, levels=False)
+            if chance < significance and (slope > 0) == (end == "upper"):
+                edges.append(f"{key} {shown_value(best[key])} ({end})")
     about = f"accuracy at epoch {epoch} of {len(finished)} trials"
     if shown:
         lines.append(f"What mattered ({about}): {', '.join(text for _, text, _ in sorted(shown))}.")
@@ -125,16 +127,17 @@ def effect(values: list, accuracies: np.ndarray, levels: bool) -> tuple[float, f
         levels: compare the levels of a grid, rather than correlate ranks.
 
     Returns:
-        Its size, from 0 to 1; the probability that shuffled accuracies give as much; and the size in words.
+        Its size, from 0 to 1, or, of ranks, from -1 to 1; the probability that shuffled accuracies give as much; and
+        the size in words.
     """
     columns, order = axes(values, levels), unit(ranks(accuracies))
     # On the one axis of a range this is Spearman's rho; on a grid's, Pythagoras sums the variance between levels.
-    size = float(np.linalg.norm(order @ columns))
+    size = float(np.linalg.norm(order @ columns)) if levels else float(order @ columns[:, 0])
     shuffled = np.random.default_rng(0).permuted(np.tile(order, (PERMUTATIONS, 1)), axis=1)
-    as_large = np.linalg.norm(shuffled @ columns, axis=1) >= size - 1e-9
+    as_large = np.linalg.norm(shuffled @ columns, axis=1) >= abs(size) - 1e-9
     chance = (1 + as_large.sum()) / (1 + PERMUTATIONS)
     if not levels:
-        return size, chance, f"{float(order @ columns[:, 0]):+.2f}"
+        return size, chance, f"{size:+.2f}"
     best = max(set(values), key=lambda level: order[[value == level for value in values]].mean())
     return size, chance, f"{size:.2f} (best {best})"
 

@@ -83,7 +83,8 @@ def code_of_trials() -> dict:
 
     Without it, a trial would import from the working directory: another train.py, or none.
     """
-    others = [path.name for path in CODE.iterdir() if path.suffix != ".py" and not os.path.exists(path / "__init__.py")]  # noqa: PTH110
+    packages = {path.parent.name for path in CODE.glob("*/__init__.py")}
+    others = [path.name for path in CODE.iterdir() if path.suffix != ".py" and path.name not in packages]
     return {"working_dir": str(CODE), "excludes": [f"/{name}" for name in others]}
 
 

@@ -18,6 +18,7 @@ import hparam_search  # first, for it sets what Ray reads when it is imported
 from data import Dataset, make_synthetic
 from model import SmallResNet
 from search.records import read_log
+from search.signals import SIGNALS
 from train import METRICS
 
 REPOSITORY = Path(hparam_search.__file__).parent
@@ -159,7 +160,8 @@ def in_a_process(
     values: tuple,
 ) -> None:
     """Run main as a process of its own; what it prints goes into a file."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # the shell may have had it ignored
+    for number in SIGNALS:  # where the tests run under nohup, or in the background, some are ignored
+        signal.signal(number, signal.SIG_DFL)
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)

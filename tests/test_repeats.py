@@ -73,8 +73,8 @@ def test_best_trials_are_trained_again(
 
     # A finished search can be asked for them; here it is interrupted before they have begun, and goes on.
     fit = hparam_search.fit
-    monkeypatch.setattr(hparam_search, "fit", lambda search, *_, **__: signal.raise_signal(signal.SIGINT))
-    assert main(["--resume", str(tmp_path / "it"), "--repeats", "2"]) == 130
+    monkeypatch.setattr(hparam_search, "fit", lambda search, *_, **__: signal.raise_signal(signal.SIGTERM))
+    assert main(["--resume", str(tmp_path / "it"), "--repeats", "2"]) == 143
     monkeypatch.setattr(hparam_search, "fit", fit)
     capsys.readouterr()
     assert main(["--resume", str(tmp_path / "it")]) == 0
