@@ -138,9 +138,9 @@ def averaged_tensors(model: nn.Module) -> list[Tensor]:
     return [t.detach() for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
 
 
-def best_device() -> torch.device:
-    """Return the GPU that Ray gave this process, or the only one it sees, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def best_device(gpus: float = 1) -> torch.device:
+    """Return this process's GPU where there is one, and the process was given gpus > 0 of it; else the CPU."""
+    return torch.device("cuda" if gpus > 0 and torch.cuda.is_available() else "cpu")
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -213,13 +213,16 @@ class TrainStep:
     """A step of SGD, and one of the average, on a batch of images (B, 3, 32, 32) and int64 labels (B,).
 
     On a GPU forward, backward and SGD are captured as a CUDA graph, which is launched as one: kernel by kernel, the
-    launches of a small batch take longer than its arithmetic. All batches must then be of one size. Where that fails,
-    which training.notes then tells, and on a CPU the same step is taken eagerly.
+    launches of a small batch take longer than its arithmetic. All batches must then be of one size. On a CPU, and from
+    the first failed capture of a process on, which training.notes tells, the same step is taken eagerly.
 
     Attributes:
+        failure: why this process captures no more steps: torch may not recover its memory pools from a failed capture.
         sums: float32 (2,), on the device: the losses, in nats, and the number of images classified right, added up over
             the images of all steps since it was set to zero, as the weights were before each step.
     """
+
+    failure: str | None = None
 
     def __init__(self, training: Training, config: dict, device: torch.device) -> None:
         self.training, self.decay = training, config["ema_decay"]
@@ -231,6 +234,8 @@ class TrainStep:
         self.graphed = device.type == "cuda"
         self.graph, self.eager_steps = None, 0
         self.aside = side_stream(device) if self.graphed else None
+        if self.graphed and TrainStep.failure:
+            self.leave_graph_out()
 
     def __call__(self, images: Tensor, labels: Tensor, lr: float) -> None:
         for group in self.training.optimizer.param_groups:
@@ -288,12 +293,16 @@ class TrainStep:
             with torch.cuda.graph(self.graph, stream=self.aside):  # nothing is computed here
                 self.descend(self.images, self.labels)
         except RuntimeError as error:
-            self.graph, self.graphed = None, False
             # A capture that was broken off leaves its stream in place, and a generator that waits for its end.
             torch.cuda.set_stream(here)
             generator.graphsafe_set_state(before)
-            reason = str(error).splitlines()[0]
-            self.training.notes.append(f"trains slowly, for its step cannot be captured as a CUDA graph ({reason})")
+            TrainStep.failure = str(error).splitlines()[0]
+            self.leave_graph_out()
+
+    def leave_graph_out(self) -> None:
+        """Take all further steps eagerly, and note why."""
+        self.graph, self.graphed = None, False
+        self.training.notes.append(f"trains slowly: its step cannot be captured as a CUDA graph ({TrainStep.failure})")
 
 
 @functools.cache

@@ -16,7 +16,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from data import InputError, usable_cpus
-from search.command_line import Settings, cluster_address
+from search.command_line import Settings, cluster_address, count_gpus
 
 CODE = Path(__file__).resolve().parents[1]
 code_brought: list[str] = []  # copies of it that Ray has been given by this process
@@ -100,7 +100,9 @@ def options_of_own() -> dict:
     wanted = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     for place in (wanted, "/tmp"):
         if len(os.fsencode(place)) <= LONGEST_TEMP_DIR and os.access(place, os.W_OK | os.X_OK):
-            return {"address": "local", "num_cpus": usable_cpus(), "_temp_dir": str(Path(place, "ray"))}
+            # Ray counts what torch cannot use (a Mac's GPU), and nothing where NVIDIA's management library is missing.
+            counts = {"num_cpus": usable_cpus(), "num_gpus": count_gpus()}
+            return {"address": "local", **counts, "_temp_dir": str(Path(place, "ray"))}
     raise InputError(
         f"Ray cannot put its sockets into {wanted}; set TMPDIR to a writable folder with a path of at most "
         f"{LONGEST_TEMP_DIR} bytes"

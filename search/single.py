@@ -162,8 +162,11 @@ def train_again(given: dict) -> int:
             raise InputError(f"{shown(work)} is of another training: choose another --name, or remove it")
     work.mkdir(parents=True, exist_ok=True)
     write_whole(work / CONFIG_FILE, sealed(about_work))
+    device = best_device()
     try:
-        training = run_trial(config, dataset, work, CHECKPOINT_PERIOD, lambda m: print_epoch(m, config["epochs"]))
+        training = run_trial(
+            config, dataset, work, CHECKPOINT_PERIOD, lambda m: print_epoch(m, config["epochs"]), device
+        )
     except KeyboardInterrupt:
         given |= {"name": name}
         again = ["--full" if key == "full" else f"{flag(key)}={value}" for key, value in given.items()]
@@ -176,7 +179,6 @@ def train_again(given: dict) -> int:
             torch.save({key: tensor.cpu() for key, tensor in training.evaluated.state_dict().items()}, temporary)
     else:
         weights, metrics = best[0] / WEIGHTS_FILE, best[1]
-    device = best_device()
     model = load_model(weights, config, len(dataset.classes)).to(device, memory_format=torch.channels_last)
     test = evaluation_batches(dataset.test_images, dataset.test_labels, dataset.mean, dataset.std, device)
     test_loss, test_accuracy = evaluate(model, test)

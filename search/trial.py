@@ -6,12 +6,14 @@
 
 import contextlib
 import errno
+import functools
 import json
 import math
 import os
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import torch
@@ -187,7 +189,12 @@ def restore_training(config: dict, num_classes: int, device: torch.device, folde
 
 
 def run_trial(
-    config: dict, dataset: Dataset, folder: Path, checkpoint_period: float, report: Callable[[dict], None]
+    config: dict,
+    dataset: Dataset,
+    folder: Path,
+    checkpoint_period: float,
+    report: Callable[[dict], None],
+    device: torch.device,
 ) -> Training:
     """Train one trial, and report every epoch.
 
@@ -203,10 +210,10 @@ def run_trial(
         folder: the trial's.
         checkpoint_period: seconds.
         report: gets the metrics of an epoch (see train_epochs), with a "note" where there is something to tell.
+        device: where to train.
     """
     for path in (*folder.glob(".checkpoint_*"), *folder.glob(".training_*")):  # of a process killed while it wrote
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    device = best_device()
     training = restore_training(config, len(dataset.classes), device, folder)
 
     def tell(metrics: dict) -> None:
@@ -236,6 +243,26 @@ def run_trial(
 
 def train_cifar(config: dict, images: Path, search_folder: Path, checkpoint_period: float) -> None:
     """Run one trial under Ray Tune on the dataset in the file images, in search_folder/<trial name>: see run_trial."""
-    torch.set_num_threads(max(1, int(tune.get_context().get_trial_resources().head_cpus)))
+    resources = tune.get_context().get_trial_resources()
     folder = search_folder / tune.get_context().get_trial_name()
-    run_trial(config, map_dataset(images), folder, checkpoint_period, tune.report)
+
+    def run() -> bool:
+        torch.set_num_threads(max(1, int(resources.head_cpus)))
+        device = best_device(resources.required_resources.get("GPU", 0))
+        try:
+            run_trial(config, map_dataset(images), folder, checkpoint_period, tune.report, device)
+        except SystemExit:  # by which report stops a trial
+            return True
+        return False
+
+    if lasting_thread().apply(run):
+        raise SystemExit(0)
+
+
+@functools.cache
+def lasting_thread() -> ThreadPool:
+    """Return the one thread in which all trials of this process run.
+
+    Tune starts a thread for each, and in a new thread cuDNN tries out its algorithms anew.
+    """
+    return ThreadPool(1)

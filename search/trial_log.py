@@ -25,6 +25,13 @@ from search.tensorboard import Board
 from train import METRICS
 
 NODE_PERIOD = 5  # seconds between checks that Ray is alive
+OUT_OF_MEMORY = (
+    "MemoryError",  # Python's, and within OutOfMemoryError, Ray's and torch's
+    "can't allocate memory",  # torch's, on the CPU
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "unable to find an engine",  # cuDNN's
+)
 
 
 class TrialLog(tune.Callback):
@@ -160,7 +167,7 @@ def error_sentence(text: str, config: dict) -> str:
     """Return what a trial's traceback comes down to, and what to do where that is known."""
     last = text.split("Failure #")[-1].splitlines()[1:]  # of several attempts; the rest of the line is its time
     lines = [line.strip() for line in last if line.strip()] or ["no reason is known"]
-    if "OutOfMemoryError" in text or "MemoryError" in text or "can't allocate memory" in text:
+    if any(words in text for words in OUT_OF_MEMORY):
         sizes = ", ".join(f"{key} {config[key]}" for key in ("batch_size", "h_1", "h_2"))
         return (
             f"out of memory with {sizes}: make these smaller, or let fewer trials run at once, by "

@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -17,13 +18,14 @@ from hparam_search import BASELINE_RECIPE, main, param_space
 from search.records import read_log
 from search.trial import checkpoint_path, restore_training, save_training, save_weights
 from search.trial_log import error_sentence
-from tests.conftest import read_csv
-from train import EAGER_STEPS, TrainStep, evaluate, evaluation_batches, new_model, new_training, train_epochs
+from tests.conftest import REPOSITORY, figures, read_csv
+from train import EAGER_STEPS, Training, TrainStep, evaluate, evaluation_batches, new_model, new_training, train_epochs
 
 pytestmark = pytest.mark.gpu
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
-CONFIG = param_space | {"epochs": 3, "h_1": 8, "h_2": 32, "p_drop": 0.3, "lr": 0.02, "batch_size": 24, "seed": 5}
+# Such a rate that two trainings which differ by rounding errors stay together to the end.
+CONFIG = param_space | {"epochs": 3, "h_1": 8, "h_2": 32, "p_drop": 0.3, "lr": 5e-4, "batch_size": 24, "seed": 5}
 RECIPES = {
     "default": CONFIG,
     "baseline": CONFIG | BASELINE_RECIPE,
@@ -52,18 +54,34 @@ def little_memory() -> Iterator[None]:
     torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def run(config: dict, dataset: Dataset) -> tuple[list[dict], torch.Tensor, list[str]]:
-    """Return the metrics, the evaluated weights and the notes of a training from its start to its end."""
+@pytest.fixture(autouse=True)
+def deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+
+
+def weights(training: Training) -> torch.Tensor:
+    """Return the evaluated weights as one vector, without the statistics of batch norm."""
+    return torch.cat([weight.detach().flatten() for weight in training.evaluated.parameters()]).clone()
+
+
+def run(config: dict, dataset: Dataset) -> tuple[list[dict], torch.Tensor, torch.Tensor, list[str]]:
+    """Return the metrics, the weights at the start and at the end, and the notes of a training."""
     training = new_training(config, len(dataset.classes), GPU)
-    metrics = list(train_epochs(training, config, dataset, GPU))
-    return metrics, torch.cat([w.flatten().float() for w in training.evaluated.state_dict().values()]), training.notes
+    before = weights(training)
+    return list(train_epochs(training, config, dataset, GPU)), before, weights(training), training.notes
 
 
-def assert_alike(one: tuple[list[dict], torch.Tensor, list], other: tuple[list[dict], torch.Tensor, list]) -> None:
+def assert_alike(one: tuple, other: tuple) -> None:
+    """Compare two results of run. The limits are twice what rounding makes of it, and below what mistakes do."""
     for metrics, others in zip(one[0], other[0], strict=True):
         for key in ("loss", "train_loss"):
-            assert metrics[key] == pytest.approx(others[key], rel=0.03)
-    assert (one[1] - other[1]).norm() < 0.03 * other[1].norm()
+            assert metrics[key] == pytest.approx(others[key], rel=0.004)
+    assert (one[2] - other[2]).norm() < 0.12 * (other[2] - other[1]).norm()
+
+
+def batch_of(dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
+    images, labels = dataset.train_images.to(GPU), dataset.train_labels.to(GPU)
+    return next(Batches(images, labels, CONFIG["batch_size"], dataset.mean, dataset.std).epoch())
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -74,32 +92,83 @@ def test_captured_steps_are_the_eager_ones(
     captured = run(config, small_dataset)
     steps = config["epochs"] * max(1, len(small_dataset.train_images) // config["batch_size"])
     assert len(replays) == steps - EAGER_STEPS >= 5
-    assert captured[2] == []
+    assert captured[3] == []
     monkeypatch.setattr(TrainStep, "replay", TrainStep.descend)
     assert_alike(captured, run(config, small_dataset))
     assert len(replays) == steps - EAGER_STEPS
 
 
-def test_failed_capture_is_told_and_trains_eagerly(
+def test_one_captured_step_is_one_eager_step(small_dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = batch_of(small_dataset)
+
+    def steps() -> list[torch.Tensor]:
+        """Return how the weights and their average stood before the step that is captured, and after it."""
+        training = new_training(CONFIG, 5, GPU)
+        step = TrainStep(training, CONFIG, GPU)
+        for _ in range(EAGER_STEPS):
+            step(*batch, 0.01)
+        before = [*map(torch.clone, step.current), *map(torch.clone, step.averaged)]
+        step(*batch, 0.02)
+        assert (step.graph is None) == (TrainStep.replay is TrainStep.descend)
+        return [after - then for after, then in zip([*step.current, *step.averaged], before, strict=True)]
+
+    captured = steps()
+    monkeypatch.setattr(TrainStep, "replay", TrainStep.descend)
+    for moved, expected in zip(captured, steps(), strict=True):
+        assert (moved - expected).norm() <= 0.01 * expected.norm()
+
+
+def test_dropout_draws_anew_at_every_replay(
     small_dataset: Dataset, replays: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = run(CONFIG, small_dataset)
-    replays.clear()
-    descend = TrainStep.descend
+    batch = batch_of(small_dataset)
+    step = TrainStep(new_training(CONFIG, 5, GPU), CONFIG, GPU)
+
+    def losses(count: int) -> list[float]:
+        torch.manual_seed(7)
+        sums = []
+        for _ in range(count):
+            step.sums.zero_()
+            step(*batch, 0.0)  # the weights stay as they are
+            sums.append(step.sums[0].item())
+        return sums
+
+    losses(EAGER_STEPS)
+    captured = losses(5)
+    assert len(set(captured)) == len(replays) == 5
+    assert losses(5) == captured
+    monkeypatch.setattr(TrainStep, "replay", TrainStep.descend)
+    assert losses(5) == pytest.approx(captured, rel=1e-3)
+
+
+def print_failed_captures() -> None:
+    """Print, as JSON, what two trainings of one process come to whose steps cannot be captured, and the replays."""
+    dataset, descend, replays = make_synthetic(num_train=375, num_test=100, num_classes=5), TrainStep.descend, []
 
     def waiting(step: TrainStep, images: torch.Tensor, labels: torch.Tensor) -> None:
         descend(step, images, labels)
         step.sums.tolist()  # which no graph can hold
 
-    monkeypatch.setattr(TrainStep, "descend", waiting)
-    eager = run(CONFIG, small_dataset)
-    assert replays == []
-    assert len(eager[2]) == 1
-    assert eager[2][0].startswith("trains slowly, for its step cannot be captured as a CUDA graph (")
-    assert_alike(eager, expected)
-    monkeypatch.setattr(TrainStep, "descend", descend)
-    assert_alike(run(CONFIG, small_dataset), expected)  # and the next one in this process is captured again
-    assert replays
+    torch.backends.cudnn.deterministic = True
+    torch.cuda.CUDAGraph.replay = replays.append
+    TrainStep.descend = waiting
+    first = run(CONFIG, dataset)
+    TrainStep.descend = descend  # which could be captured
+    second = run(CONFIG, dataset)
+    print(json.dumps([[metrics, notes] for metrics, _, _, notes in (first, second)] + [len(replays)]))
+
+
+def test_failed_capture_is_told_and_the_process_trains_eagerly(small_dataset: Dataset) -> None:
+    # In a process of its own: it leaves torch's memory pools unusable (torch 2.11).
+    command = [sys.executable, "-c", "from tests.test_gpu import print_failed_captures as it; it()"]
+    *trainings, replays = json.loads(subprocess.check_output(command, text=True, cwd=REPOSITORY).splitlines()[-1])
+    assert replays == 0
+    expected, *_ = run(CONFIG, small_dataset)
+    for metrics, notes in trainings:
+        assert len(notes) == 1
+        assert notes[0].startswith("trains slowly: its step cannot be captured as a CUDA graph (")
+        for key in ("loss", "train_loss"):
+            assert [each[key] for each in metrics] == pytest.approx([each[key] for each in expected], rel=0.004)
 
 
 def test_no_wait_for_the_gpu_within_an_epoch(small_dataset: Dataset) -> None:
@@ -131,8 +200,7 @@ def test_restored_in_mid_run_and_loads_on_a_cpu(small_dataset: Dataset, tmp_path
     assert restored.notes == []
     metrics = [first, *train_epochs(restored, CONFIG, data, GPU)]
     assert [each["epoch"] for each in metrics] == [1, 2, 3]
-    weights = torch.cat([w.flatten().float() for w in restored.evaluated.state_dict().values()])
-    assert_alike((metrics, weights, []), expected)
+    assert_alike((metrics, None, weights(restored)), expected)
 
     path = checkpoint_path(tmp_path, 1) / "weights.pt"
     load = f"import torch; print(torch.load({str(path)!r}, weights_only=True)['classifier.bias'].device)"
@@ -148,11 +216,11 @@ def test_gpu_without_bfloat16(small_dataset: Dataset, replays: list, monkeypatch
     expected = run(CONFIG, small_dataset)
     replays.clear()
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
-    metrics, weights, notes = run(CONFIG, small_dataset)
+    metrics, _, after, notes = run(CONFIG, small_dataset)
     assert replays
     assert notes == []
     assert metrics[0]["train_loss"] == pytest.approx(expected[0][0]["train_loss"], rel=0.05)
-    assert torch.isfinite(weights).all()
+    assert torch.isfinite(after).all()
 
 
 def test_trials_in_a_row_leave_no_memory_taken(small_dataset: Dataset) -> None:
@@ -181,27 +249,24 @@ def test_out_of_memory_is_a_sentence_and_the_next_trial_trains(small_dataset: Da
     text = "Failure # 1 (occurred at)\n" + "".join(traceback.format_exception(error.value))
     assert error_sentence(text, large).startswith("out of memory with batch_size 3000, h_1 256, h_2 2048: make these")
     del error
-    metrics, _, notes = run(CONFIG, small_dataset)
+    metrics, _, _, notes = run(CONFIG, small_dataset)
     assert len(metrics) == 3
     assert notes == []
 
 
 def test_two_trials_share_the_gpu_through_a_search(tmp_path: Path) -> None:
-    command = [
-        "--quick",
-        "--gpus-per-trial",
-        "0.5",
-        "--max-epochs",
-        "12",
-        "--output-dir",
-        str(tmp_path),
-        "--name",
-        "it",
-    ]
-    assert main(command) == 0
-    rows = read_csv(tmp_path / "it")
-    assert {row["status"] for row in rows} == {"TERMINATED"}
-    times = [[line["time"] for line in read_log(path.parent)[0]] for path in (tmp_path / "it").glob("*/result.json")]
-    spans = sorted((min(of), max(of)) for of in times)
+    flags = ["--quick", "--gpus-per-trial", "0.5", "--scheduler", "none", "--max-epochs", "60"]
+    assert main([*flags, "--output-dir", str(tmp_path), "--name", "it"]) == 0
+    assert {row["status"] for row in read_csv(tmp_path / "it")} == {"TERMINATED"}
+    logs = [read_log(path.parent)[0] for path in (tmp_path / "it").glob("*/result.json")]
+    spans = sorted((log[0]["time"] - log[0]["seconds"], log[-1]["time"]) for log in logs)
     assert any(start < end for (_, end), (start, _) in itertools.pairwise(spans))  # two at once
     assert torch.load(tmp_path / "it" / "best_model" / "weights.pt", weights_only=True)["classifier.bias"].is_cpu
+
+
+def test_trials_without_a_gpu_train_on_the_cpu(tmp_path: Path) -> None:
+    flags = ["--quick", "--num-samples", "1", "--max-epochs", "1", "--cpus-per-trial", "1", "--output-dir"]
+    assert main([*flags, str(tmp_path), "--name", "given none", "--gpus-per-trial", "0"]) == 0
+    command = [sys.executable, "hparam_search.py", *flags, str(tmp_path), "--name", "sees none"]
+    subprocess.run(command, check=True, cwd=REPOSITORY, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    assert figures(tmp_path / "given none") == figures(tmp_path / "sees none")  # to the last digit

@@ -1,15 +1,18 @@
 import gc
 import math
 import resource
+import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from ray import tune
 from torch.nn import functional as F
 
-from data import Batches, Dataset
+from data import Batches, Dataset, save_dataset
 from hparam_search import BASELINE_RECIPE, param_space
 from model import SmallResNet
 from search.trial import (
@@ -20,8 +23,18 @@ from search.trial import (
     save_training,
     save_weights,
     saved_weights,
+    train_cifar,
 )
-from train import SCHEDULES, Training, evaluate, evaluation_batches, new_training, train_epochs, update_average
+from train import (
+    SCHEDULES,
+    Training,
+    best_device,
+    evaluate,
+    evaluation_batches,
+    new_training,
+    train_epochs,
+    update_average,
+)
 
 CPU = torch.device("cpu")
 CONFIG = param_space | {"epochs": 4, "h_1": 4, "h_2": 8, "p_drop": 0.3, "lr": 0.05, "batch_size": 32, "seed": 5}
@@ -252,6 +265,13 @@ def test_training_learns_and_reports_the_schedule(small_dataset: Dataset) -> Non
     assert all(each["images_per_second"] > 0 for each in metrics)
 
 
+def test_only_a_process_that_was_given_a_gpu_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert [best_device(gpus).type for gpus in (0, 0.5, 2)] == ["cpu", "cuda", "cuda"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert best_device().type == "cpu"
+
+
 def test_training_is_freed_when_it_is_left(small_dataset: Dataset) -> None:
     gc.disable()  # a GPU's memory would wait for it
     try:
@@ -263,3 +283,36 @@ def test_training_is_freed_when_it_is_left(small_dataset: Dataset) -> None:
         assert [reference() for reference in left] == [None] * 3
     finally:
         gc.enable()
+
+
+def test_trials_of_a_process_share_a_thread_and_leave_nothing(
+    small_dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resources = tune.PlacementGroupFactory([{"CPU": 1}])
+    context = SimpleNamespace(get_trial_resources=lambda: resources, get_trial_name=lambda: "it")
+    threads, left = set(), []
+
+    def restore(*arguments: object) -> Training:
+        training = restore_training(*arguments)
+        left.append(weakref.ref(training))
+        return training
+
+    def report(metrics: dict) -> None:  # as Tune's does for a trial that it stops
+        threads.add(threading.get_ident())
+        raise SystemExit(0)
+
+    monkeypatch.setattr(tune, "get_context", lambda: context)
+    monkeypatch.setattr(tune, "report", report)
+    monkeypatch.setattr("search.trial.restore_training", restore)
+    images = tmp_path / "images.pt"
+    save_dataset(small_dataset, images)
+    gc.disable()  # a GPU's memory would wait for it
+    try:
+        for _ in range(3):
+            with pytest.raises(SystemExit):
+                train_cifar(CONFIG, images, tmp_path, 30)
+        assert [training() for training in left] == [None] * 3
+    finally:
+        gc.enable()
+    assert len(threads) == 1
+    assert threading.get_ident() not in threads

@@ -16,6 +16,10 @@ from tests.conftest import CONFIG, log_line
         ("MemoryError", "out of memory with batch_size 64, h_1 4, h_2 8: make these smaller, or let fewer trials"),
         ("ray.exceptions.OutOfMemoryError: Task was killed", "out of memory with batch_size 64, h_1 4, h_2 8: make"),
         ("RuntimeError: DefaultCPUAllocator: can't allocate memory: you", "out of memory with batch_size 64"),
+        ("RuntimeError: CUDA error: out of memory\nCUDA kernel errors might be", "out of memory with batch_size 64"),
+        ("RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "out of memory"),
+        ("RuntimeError: FIND was unable to find an engine to execute this computation", "out of memory with batch"),
+        ("RuntimeError: GET was unable to find an engine to execute this computation", "out of memory with batch"),
         ("ValueError: the reason why\n", "ValueError: the reason why"),
     ],
 )  # fmt: skip
