@@ -25,7 +25,7 @@ import torch
 
 import hparam_search
 from benchmarks.overhead import status
-from benchmarks.throughput import baseline_steps, new_model, seconds_of, take
+from benchmarks.throughput import baseline_steps, example_config, new_model, seconds_of, take
 from data import Dataset, usable_cpus
 from train import best_device
 
@@ -40,9 +40,11 @@ def watching() -> Iterator[list[dict]]:
 
     def watch() -> None:
         while not over.wait(1):
-            names = {path.parent.name: path for path in Path("/proc").glob("[0-9]*/comm")}
-            workers = [pid for pid, path in names.items() if path.exists() and path.read_text().startswith("ray::")]
-            sample = {"worker_mb": max((status("RssAnon", pid) for pid in workers), default=0.0)}
+            sample = {"worker_mb": 0.0}
+            for path in Path("/proc").glob("[0-9]*/comm"):
+                with contextlib.suppress(OSError):  # the process may end meanwhile
+                    if path.read_text().startswith("ray::"):
+                        sample["worker_mb"] = max(sample["worker_mb"], status("RssAnon", path.parent.name))
             if torch.cuda.is_available():
                 line = subprocess.run(command, capture_output=True, text=True, check=False).stdout
                 with contextlib.suppress(ValueError):
@@ -99,7 +101,7 @@ def baseline_seconds(epochs: list[list[int]], batch_size: int, dataset: Dataset)
     """Return what the baseline's loop would train for (h_1, h_2, epochs) of each entry, one after the other."""
     device, seconds = best_device(), 0.0
     for h_1, h_2, count in epochs:
-        config = {"h_1": h_1, "h_2": h_2, "p_drop": 0.1, "lr": 0.01, "batch_size": batch_size, "seed": 0}
+        config = example_config(h_1, h_2, batch_size)
         steps = baseline_steps(new_model(config, dataset, device), config, dataset, device)
         take(steps, 10)
         a_step = seconds_of(lambda steps=steps: take(steps, BASELINE_STEPS), device) / BASELINE_STEPS
@@ -115,6 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--at-once", type=int, nargs="+", default=at_once, help="trials; default %(default)s")
     parser.add_argument("--widths", type=int, nargs=2, metavar=("H_1", "H_2"), help="of every trial; default: searched")
     parser.add_argument("--baseline-recipe", action="store_true", help="train as the baseline did")
+    parser.add_argument("--no-baseline", action="store_true", help="do not measure the baseline's loop")
     parser.add_argument("--json", action="store_true")
     args, rest = parser.parse_known_args(argv)
     rest = rest if on_gpu else ["--quick", *rest]
@@ -142,6 +145,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{result['val_accuracy']:12.4f} {result['test_accuracy']:6.4f}",
             flush=True,
         )
+    if args.no_baseline:
+        return
     best = min(results, key=lambda result: result["seconds"])
     batch_size = hparam_search.search_space(settings)["batch_size"]
     baseline = baseline_seconds(best["epochs"], batch_size, dataset)

@@ -33,7 +33,7 @@ from data import Batches, Dataset, make_synthetic
 from hparam_search import CHECKPOINT_PERIOD, param_space
 from model import SmallResNet
 from search.trial import prune_weights, save_training, save_weights
-from train import TrainStep, best_device, new_training, train_epochs
+from train import EAGER_STEPS, TrainStep, best_device, new_training, train_epochs
 
 WIDTHS = ((64, 512), (128, 1024))
 BASELINE_WORKERS = 8
@@ -52,6 +52,11 @@ class Pictures(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         return self.transform(Image.fromarray(self.images[i])), self.labels[i]
+
+
+def example_config(h_1: int, h_2: int, batch_size: int = 64) -> dict:
+    """Return a config of the search space with these widths."""
+    return param_space | {"h_1": h_1, "h_2": h_2, "p_drop": 0.1, "lr": 0.01, "batch_size": batch_size, "seed": 0}
 
 
 def seconds_of(work: Callable, device: torch.device) -> float:
@@ -109,19 +114,20 @@ def take(steps: Iterator, count: int) -> None:
         pass
 
 
-def measure(h_1: int, h_2: int, dataset: Dataset, rounds: int, batch_size: int, device: torch.device) -> dict:
-    """Return the figures of one pair of widths: images per second, ratios, and shares of an epoch."""
-    config = param_space | {"h_1": h_1, "h_2": h_2, "p_drop": 0.1, "lr": 0.01, "batch_size": batch_size, "seed": 0}
+def measure(config: dict, dataset: Dataset, rounds: int, with_baseline: bool, device: torch.device) -> dict:
+    """Return the figures of one config: images per second, ratios, and shares of an epoch."""
     config |= {"epochs": rounds + 1}
+    batch_size = config["batch_size"]
     count = len(dataset.train_images) // batch_size  # of whole batches, which all three loops train on
     training = new_training(config, len(dataset.classes), device)
     epochs = train_epochs(training, config, dataset, device)
-    baseline = baseline_steps(new_model(config, dataset, device), config, dataset, device)
-    alone = steps_alone(config, dataset, device)
+    others = {"step alone": steps_alone(config, dataset, device)}
+    if with_baseline:
+        others["baseline"] = baseline_steps(new_model(config, dataset, device), config, dataset, device)
     before = next(epochs)["seconds"]  # a first epoch and first steps, untimed: libraries choose their algorithms there
-    take(baseline, 2)
-    take(alone, 2)
-    rates, validation, weights, state = {"search": [], "baseline": [], "step alone": []}, [], [], []
+    for steps in others.values():
+        take(steps, EAGER_STEPS + 1 if device.type == "cuda" else 1)
+    rates, validation, weights, state = {name: [] for name in ("search", *others)}, [], [], []
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(rounds):
             metrics = next(epochs)
@@ -132,7 +138,7 @@ def measure(h_1: int, h_2: int, dataset: Dataset, rounds: int, batch_size: int, 
             weights.append(seconds_of(lambda: save_weights(training, Path(folder)), device))
             state.append(seconds_of(lambda: save_training(training, config, Path(folder)), device))
             prune_weights(Path(folder), metrics)
-            for name, steps in (("baseline", baseline), ("step alone", alone)):
+            for name, steps in others.items():
                 seconds = seconds_of(lambda steps=steps: take(steps, count), device)
                 rates[name].append(count * batch_size / seconds)
     parts = {
@@ -143,13 +149,13 @@ def measure(h_1: int, h_2: int, dataset: Dataset, rounds: int, batch_size: int, 
     parts["training state"] = statistics.median(state) * min(1, sum(parts.values()) / CHECKPOINT_PERIOD)
     ratios = {  # of the same round, so that what slows the machine for a while slows both
         name: statistics.median(own / other for own, other in zip(rates["search"], rates[name], strict=True))
-        for name in ("baseline", "step alone")
+        for name in others
     }
     return {
-        "h_1": h_1,
-        "h_2": h_2,
+        "h_1": config["h_1"],
+        "h_2": config["h_2"],
         "images_per_second": rates,
-        "over_baseline": ratios["baseline"],
+        "over_baseline": ratios.get("baseline"),
         "over_step_alone": ratios["step alone"],
         "seconds_an_epoch": parts,
         "validation_share": parts["validation"] / sum(parts.values()),
@@ -162,24 +168,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     device = best_device()
     on_gpu = device.type == "cuda"
-    parser.add_argument("--steps", type=int, default=600 if on_gpu else 3, help="a round, of each loop; %(default)s")
+    parser.add_argument("--steps", type=int, default=300 if on_gpu else 3, help="a round, of each loop; %(default)s")
     parser.add_argument("--rounds", type=int, default=5, help="default %(default)s")
     parser.add_argument("--batch-size", type=int, default=64, help="default %(default)s")
+    parser.add_argument("--no-baseline", action="store_true", help="leave the baseline's loop out")
+    parser.add_argument("--no-autotune", action="store_true", help="let cuDNN choose algorithms without timing them")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
+    if args.no_autotune:  # what train_epochs sets is then an attribute that nobody reads
+        type(torch.backends.cudnn).benchmark = False
     dataset = make_synthetic(num_train=args.steps * args.batch_size * 5 // 4, num_test=8, num_classes=8)
-    if not args.json:
-        print(f"{'widths':>9} {'search':>9} {'baseline':>9} {'step alone':>11}  images/s (median of {args.rounds})")
     for h_1, h_2 in WIDTHS:
-        figures = measure(h_1, h_2, dataset, args.rounds, args.batch_size, device)
+        config = example_config(h_1, h_2, args.batch_size)
+        figures = measure(config, dataset, args.rounds, not args.no_baseline, device)
         if args.json:
             print(json.dumps(figures), flush=True)
             continue
-        search, baseline, alone = (statistics.median(rates) for rates in figures["images_per_second"].values())
+        rates = figures["images_per_second"]
+        print(f"{h_1}/{h_2}:", *(f"{name} {statistics.median(of):.1f} images/s," for name, of in rates.items()))
+        if not args.no_baseline:
+            print(f"  {figures['over_baseline']:.2f} × baseline,", end="")
         print(
-            f"{h_1:4}/{h_2:<4} {search:9.1f} {baseline:9.1f} {alone:11.1f}  "
-            f"= {figures['over_baseline']:.2f} × baseline, {figures['over_step_alone']:.3f} × step alone; of an epoch: "
-            f"validation {figures['validation_share']:.3f}, checkpoint {figures['checkpoint_share']:.4f}",
+            f"  {figures['over_step_alone']:.3f} × step alone; of an epoch: validation "
+            f"{figures['validation_share']:.3f}, checkpoint {figures['checkpoint_share']:.4f}",
             flush=True,
         )
 
