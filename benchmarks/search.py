@@ -25,7 +25,7 @@ import torch
 
 import hparam_search
 from benchmarks.overhead import status
-from benchmarks.throughput import baseline_steps, example_config, new_model, seconds_of, take
+from benchmarks.throughput import baseline_steps, example_config, new_model, print_row, seconds_of, take
 from data import Dataset, usable_cpus
 from train import best_device
 
@@ -78,29 +78,25 @@ def run_search(arguments: list[str], dataset: Dataset) -> dict:
     for row in rows:
         widths = int(row["h_1"]), int(row["h_2"])
         epochs[widths] = epochs.get(widths, 0) + int(row["epochs"])
-    spent = sum(epochs.values())
+    gpu = [sample for sample in samples if "busy" in sample]
     return {
-        "trials": len(rows),
         "seconds": seconds,
-        "epochs_spent": spent,
-        "epochs_saved": sum(int(row["max_epochs"]) for row in rows) - spent,
-        "images_per_second": spent * len(dataset.train_images) / seconds,
-        "gpu_busy": statistics.mean(busy)
-        if (busy := [sample["busy"] for sample in samples if "busy" in sample])
-        else None,
-        "gpu_mb": max((sample["gpu_mb"] for sample in samples if "gpu_mb" in sample), default=None),
-        "worker_mb": max((sample["worker_mb"] for sample in samples), default=None),
-        "driver_mb": status("VmHWM"),
-        "val_accuracy": metrics["val_accuracy"],
-        "test_accuracy": metrics["test_accuracy"],
-        "epochs": [[*widths, count] for widths, count in epochs.items()],
+        "epochs": epochs,
+        "epochs of": sum(int(row["max_epochs"]) for row in rows),
+        "images/s": sum(epochs.values()) * len(dataset.train_images) / seconds,
+        "GPU busy": statistics.mean(sample["busy"] for sample in gpu) if gpu else 0.0,
+        "GPU MB": max((sample["gpu_mb"] for sample in gpu), default=0.0),
+        "worker MB": max((sample["worker_mb"] for sample in samples), default=0.0),
+        "driver MB": status("VmHWM"),
+        "validation": metrics["val_accuracy"],
+        "test": metrics["test_accuracy"],
     }
 
 
-def baseline_seconds(epochs: list[list[int]], batch_size: int, dataset: Dataset) -> float:
-    """Return what the baseline's loop would train for (h_1, h_2, epochs) of each entry, one after the other."""
+def baseline_seconds(epochs: dict[tuple[int, int], int], batch_size: int, dataset: Dataset) -> float:
+    """Return what the baseline's loop would train for the epochs of each (h_1, h_2), one after the other."""
     device, seconds = best_device(), 0.0
-    for h_1, h_2, count in epochs:
+    for (h_1, h_2), count in epochs.items():
         config = example_config(h_1, h_2, batch_size)
         steps = baseline_steps(new_model(config, dataset, device), config, dataset, device)
         take(steps, 10)
@@ -110,7 +106,7 @@ def baseline_seconds(epochs: list[list[int]], batch_size: int, dataset: Dataset)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the searches, and print a table, or a line of JSON each."""
+    """Run the searches, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     on_gpu = torch.cuda.is_available()
     at_once = [1, 2, 3, 4] if on_gpu else [1, usable_cpus()]
@@ -118,7 +114,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--widths", type=int, nargs=2, metavar=("H_1", "H_2"), help="of every trial; default: searched")
     parser.add_argument("--baseline-recipe", action="store_true", help="train as the baseline did")
     parser.add_argument("--no-baseline", action="store_true", help="do not measure the baseline's loop")
-    parser.add_argument("--json", action="store_true")
     args, rest = parser.parse_known_args(argv)
     rest = rest if on_gpu else ["--quick", *rest]
     if args.widths:
@@ -128,32 +123,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         hparam_search.param_space |= hparam_search.BASELINE_RECIPE
     settings = hparam_search.parse_args(rest)
     dataset = hparam_search.load_dataset(settings)
-    if not args.json:
-        print("at once   seconds   epochs spent   saved   images/s   GPU busy   validation   test", flush=True)
     results = []
     for count in args.at_once:
-        share = ["--gpus-per-trial", str(1 / count)] if on_gpu else ["--cpus-per-trial", str(usable_cpus() // count)]
-        result = {"at_once": count} | run_search(rest + share, dataset)
+        share = str(1 / count) if on_gpu else str(max(1, usable_cpus() // count))
+        result = run_search([*rest, "--gpus-per-trial" if on_gpu else "--cpus-per-trial", share], dataset)
         results.append(result)
-        if args.json:
-            print(json.dumps(result), flush=True)
-            continue
-        busy = "" if result["gpu_busy"] is None else f"{result['gpu_busy']:.2f}"
-        print(
-            f"{count:7} {result['seconds']:9.1f} {result['epochs_spent']:14} {result['epochs_saved']:7} "
-            f"{result['images_per_second']:10.0f} {busy:>10} "
-            f"{result['val_accuracy']:12.4f} {result['test_accuracy']:6.4f}",
-            flush=True,
-        )
+        if len(results) == 1:
+            print_row("at once", *result)
+            print_row("---", *["---"] * len(result))
+        result["epochs"], epochs = sum(result["epochs"].values()), result["epochs"]
+        print_row(count, *(f"{figure:.4f}" if figure < 1 else f"{figure:.0f}" for figure in result.values()))
+        result["epochs"] = epochs
     if args.no_baseline:
         return
     best = min(results, key=lambda result: result["seconds"])
     batch_size = hparam_search.search_space(settings)["batch_size"]
     baseline = baseline_seconds(best["epochs"], batch_size, dataset)
-    if args.json:
-        print(json.dumps({"baseline_seconds": baseline, "over_baseline": baseline / best["seconds"]}))
-    else:
-        print(f"The baseline's loop would train these epochs for {baseline:.0f} s: {baseline / best['seconds']:.1f} ×.")
+    print_row(
+        "the baseline's loop ÷ the fastest",
+        f"{baseline:.0f} s ÷ {best['seconds']:.0f} s = {baseline / best['seconds']:.1f}",
+    )
 
 
 if __name__ == "__main__":

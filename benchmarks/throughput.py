@@ -15,7 +15,6 @@ Validation and checkpoints are timed apart, and given as their share of an epoch
 
 import argparse
 import itertools
-import json
 import statistics
 import tempfile
 import time
@@ -152,19 +151,20 @@ def measure(config: dict, dataset: Dataset, rounds: int, with_baseline: bool, de
         for name in others
     }
     return {
-        "h_1": config["h_1"],
-        "h_2": config["h_2"],
-        "images_per_second": rates,
-        "over_baseline": ratios.get("baseline"),
-        "over_step_alone": ratios["step alone"],
-        "seconds_an_epoch": parts,
+        "images_per_second": {name: statistics.median(of) for name, of in rates.items()},
+        "ratios": ratios,
         "validation_share": parts["validation"] / sum(parts.values()),
         "checkpoint_share": (parts["weights"] + parts["training state"]) / sum(parts.values()),
     }
 
 
+def print_row(*cells: object) -> None:
+    """Print a row of a Markdown table."""
+    print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure each pair of widths, and print a table, or a line of JSON each."""
+    """Measure each pair of widths, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     device = best_device()
     on_gpu = device.type == "cuda"
@@ -173,7 +173,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=64, help="default %(default)s")
     parser.add_argument("--no-baseline", action="store_true", help="leave the baseline's loop out")
     parser.add_argument("--no-autotune", action="store_true", help="let cuDNN choose algorithms without timing them")
-    parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
     if args.no_autotune:  # what train_epochs sets is then an attribute that nobody reads
         type(torch.backends.cudnn).benchmark = False
@@ -181,17 +180,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     for h_1, h_2 in WIDTHS:
         config = example_config(h_1, h_2, args.batch_size)
         figures = measure(config, dataset, args.rounds, not args.no_baseline, device)
-        if args.json:
-            print(json.dumps(figures), flush=True)
-            continue
-        rates = figures["images_per_second"]
-        print(f"{h_1}/{h_2}:", *(f"{name} {statistics.median(of):.1f} images/s," for name, of in rates.items()))
-        if not args.no_baseline:
-            print(f"  {figures['over_baseline']:.2f} × baseline,", end="")
-        print(
-            f"  {figures['over_step_alone']:.3f} × step alone; of an epoch: validation "
-            f"{figures['validation_share']:.3f}, checkpoint {figures['checkpoint_share']:.4f}",
-            flush=True,
+        rates, ratios = figures["images_per_second"], figures["ratios"]
+        if (h_1, h_2) == WIDTHS[0]:
+            ratio_names = [f"search ÷ {name}" for name in ratios]
+            print_row("h_1/h_2", *(f"{name}, images/s" for name in rates), *ratio_names, "validation", "checkpoint")
+            print_row(*["---"] * (3 + len(rates) + len(ratios)))
+        shares = [f"{figures['validation_share']:.3f}", f"{figures['checkpoint_share']:.4f}"]
+        print_row(
+            f"{h_1}/{h_2}", *(f"{rate:.1f}" for rate in rates.values()), *(f"{r:.3f}" for r in ratios.values()), *shares
         )
 
 
