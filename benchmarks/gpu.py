@@ -38,7 +38,7 @@ DEVICE = best_device()
 ON_GPU = DEVICE.type == "cuda"
 STEPS = 100 if ON_GPU else 2  # of the smoke test's epochs, and profiled
 KERNELS_SHOWN = 16
-LINES_SHOWN = 15  # of a part that failed, or prints no table
+LINES_SHOWN = 25  # of a part that failed, or prints no table
 
 
 def smoke() -> None:

@@ -2,7 +2,7 @@ import pytest
 import ray
 
 from search.command_line import Settings
-from search.ray_session import share_resources
+from search.ray_session import options_of_own, share_resources
 
 
 @pytest.mark.parametrize(
@@ -30,3 +30,11 @@ def test_resources_are_shared(
 ) -> None:
     monkeypatch.setattr(ray, "cluster_resources", lambda: machine)
     assert share_resources(Settings(**flags), num_trials) == ({"cpu": cpu, "gpu": gpu}, at_once, usage)
+
+
+def test_ray_is_told_of_the_gpus_that_torch_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("search.command_line.GPU_FILES", ("null",))  # the file of a driver
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    assert options_of_own()["num_gpus"] == 3
+    monkeypatch.setattr("search.command_line.GPU_FILES", ("no such file",))  # as on a Mac
+    assert options_of_own()["num_gpus"] == 0
