@@ -2,10 +2,10 @@
 
 python -m benchmarks.gpu --data-dir data/cifar10
 
-Where a GPU is lent by the quarter of an hour, in two calls:
+Where a GPU is lent by the quarter of an hour, in two calls, and the second may run on another one (hence search-1):
 
-python -m benchmarks.gpu --seconds 400 smoke tests profile throughput quick search-1 no-autotune
-python -m benchmarks.gpu --seconds 300 tests search-2 search-3 baseline
+python -m benchmarks.gpu --seconds 400 --data-dir CIFAR10 --output-dir FIGURES
+python -m benchmarks.gpu --seconds 300 --data-dir CIFAR10 --output-dir FIGURES search-1 search-2 quick no-autotune
 
 Each part runs as a process of its own with a time limit, and all it prints goes into a file; one that fails, or takes
 too long, is told, and the next goes on. The tables that they print are shown, and kept in table.md. With no GPU the
@@ -14,7 +14,6 @@ same parts run with less to do, to try this script out. The images are a folder'
 
 import argparse
 import contextlib
-import itertools
 import os
 import platform
 import signal
@@ -56,24 +55,27 @@ def smoke() -> None:
         print_row(f"{h_1}/{h_2}", f"{last['images_per_second']:.0f}", len(launched), training.notes)
 
 
-def profile() -> None:
+def profile(h_1: int, h_2: int) -> None:
     """Print where the time of steps alone goes, by graph and eagerly: the kernels that take most."""
     activity = torch.profiler.ProfilerActivity.CUDA if ON_GPU else torch.profiler.ProfilerActivity.CPU
     key = "self_device_time_total" if ON_GPU else "self_cpu_time_total"
-    replay = TrainStep.replay
+    images = make_synthetic(num_train=80, num_test=8, num_classes=8)
+    ways = {"by graph": TrainStep.replay} if ON_GPU else {}
+    ways |= {"eagerly": TrainStep.descend}
+    steps = {way: steps_alone(example_config(h_1, h_2), images, DEVICE) for way in ways}
     print_row("kernel", "µs a step", "launches a step")
     print_row(*["---"] * 3)
-    for (h_1, h_2), eagerly in itertools.product(WIDTHS, (False, True) if ON_GPU else (True,)):
-        TrainStep.replay = TrainStep.descend if eagerly else replay
-        steps = steps_alone(example_config(h_1, h_2), make_synthetic(num_train=80, num_test=8, num_classes=8), DEVICE)
-        take(steps, 10 if ON_GPU else 1)
-        seconds = seconds_of(lambda steps=steps: take(steps, STEPS), DEVICE)
+    for way in ways:  # before the profiler slows down the launches
+        TrainStep.replay = ways[way]
+        take(steps[way], 10 if ON_GPU else 1)
+        seconds = seconds_of(lambda way=way: take(steps[way], STEPS), DEVICE)
+        print_row(f"**{h_1}/{h_2} {way}**, by the clock", f"{1e6 * seconds / STEPS:.0f}", "")
+    for way in ways:
+        TrainStep.replay = ways[way]
         with torch.profiler.profile(activities=[activity]) as profiler:
-            seconds_of(lambda steps=steps: take(steps, STEPS), DEVICE)
+            seconds_of(lambda way=way: take(steps[way], STEPS), DEVICE)
         times = {event: getattr(event, key) / STEPS for event in profiler.key_averages()}
-        what = f"{h_1}/{h_2}, {'eagerly' if eagerly else 'by graph'}"
-        print_row(f"**{what}**, by the clock", f"{1e6 * seconds / STEPS:.0f}", "")
-        print_row(f"{what}, by its kernels", f"{sum(times.values()):.0f}", "")
+        print_row(f"**{h_1}/{h_2} {way}**, by its kernels", f"{sum(times.values()):.0f}", "")
         for event in sorted(times, key=times.get, reverse=True)[:KERNELS_SHOWN]:
             name = event.key[:90].replace("|", "/")
             print_row(f"`{name}`", f"{times[event]:.1f}", f"{event.count / STEPS:.1f}")
@@ -92,23 +94,25 @@ def quick() -> None:
 
 def parts(data_dir: str) -> dict[str, tuple[int, list[str]]]:
     """Return name → (seconds that it may take, arguments of Python) of all parts, in order."""
-    of_this_file = {name: ["-c", f"from benchmarks import gpu; gpu.{name}()"] for name in ("smoke", "profile", "quick")}
-    throughput = ["-m", "benchmarks.throughput", *([] if ON_GPU else ["--steps", "1"])]
-    throughput += ["--rounds", "3" if ON_GPU else "1"]
+
+    def own(call: str) -> list[str]:
+        return ["-c", f"from benchmarks import gpu; gpu.{call}"]
+
+    throughput = ["-m", "benchmarks.throughput", *(["--rounds", "3"] if ON_GPU else ["--rounds", "1", "--steps", "1"])]
     images = ["--dataset", "folder", "--data-dir", data_dir]
     search = ["-m", "benchmarks.search", *(images if ON_GPU else ["--num-samples", "1", "--max-epochs", "2"])]
-    others = [*search, "--no-baseline", "--at-once"]
+    search += ["--no-baseline", "--at-once"]
     return {
-        "smoke": (60, of_this_file["smoke"]),
-        "tests": (150, ["-m", "pytest", "tests/test_gpu.py", "--tb=short", "-rA"]),
-        "profile": (90, of_this_file["profile"]),
+        "smoke": (60, own("smoke()")),
+        "tests": (150, ["-m", "pytest", "tests/test_gpu.py", "-vv", "--tb=short", "-rA"]),
+        "search-1": (180, [*search, "1"]),
+        **{f"profile-{h_1}": (60, own(f"profile({h_1}, {h_2})")) for h_1, h_2 in WIDTHS},
         "throughput": (100, throughput),
-        "quick": (80, of_this_file["quick"]),
-        "search-1": (200, [*search, "--at-once", "1"]),
+        "quick": (80, own("quick()")),
         "no-autotune": (60, [*throughput, "--no-autotune", "--no-baseline"]),
-        "search-2": (150, [*others, "2"]),
-        "search-3": (150, [*others, "3"]),
-        "baseline": (250, [*others, "1", "--baseline-recipe"]),
+        "search-2": (150, [*search, "2"]),
+        "search-3": (150, [*search, "3"]),
+        "baseline": (250, [*search, "1", "--baseline-recipe"]),
     }
 
 
@@ -116,11 +120,14 @@ def run(arguments: list[str], seconds: float, output: Path) -> str:
     """Run Python for so long at most, its output into a file, and return how it ended."""
     with output.open("w") as file:
         process = subprocess.Popen(
-            [sys.executable, *arguments], stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            [sys.executable, *arguments], stdout=file, stderr=subprocess.STDOUT, preexec_fn=os.setpgrp
         )
         try:
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)  # pytest then tells what it had found
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)
             return f"**took more than {seconds:.0f} s**"
         finally:
             with contextlib.suppress(ProcessLookupError):
@@ -139,6 +146,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     listed = parts(args.data_dir)
     if unknown := set(args.parts) - set(listed):
         parser.error(f"no part is called {' or '.join(sorted(unknown))}")
+    if ON_GPU and not Path(args.data_dir, "train").is_dir():
+        parser.error(f"--data-dir {args.data_dir} has no folder train: give that of CIFAR-10, say")
     folder = Path(args.output_dir or tempfile.mkdtemp())
     folder.mkdir(parents=True, exist_ok=True)
     device = torch.cuda.get_device_name() if ON_GPU else f"{platform.machine()} CPU, {usable_cpus()} cores"

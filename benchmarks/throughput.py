@@ -98,6 +98,7 @@ def baseline_steps(model: nn.Module, config: dict, dataset: Dataset, device: tor
 
 def steps_alone(config: dict, dataset: Dataset, device: torch.device) -> Iterator[None]:
     """Yield after each of the search's own steps on one batch, without end."""
+    torch.backends.cudnn.benchmark = True  # as in train_epochs
     training = new_training(config, len(dataset.classes), device)
     step = TrainStep(training, config, device)
     training.model.train()
@@ -123,7 +124,9 @@ def measure(config: dict, dataset: Dataset, rounds: int, with_baseline: bool, de
     others = {"step alone": steps_alone(config, dataset, device)}
     if with_baseline:
         others["baseline"] = baseline_steps(new_model(config, dataset, device), config, dataset, device)
-    before = next(epochs)["seconds"]  # a first epoch and first steps, untimed: libraries choose their algorithms there
+    first_seconds = before = next(epochs)[
+        "seconds"
+    ]  # a first epoch and first steps, untimed: libraries choose their algorithms there
     for steps in others.values():
         take(steps, EAGER_STEPS + 1 if device.type == "cuda" else 1)
     rates, validation, weights, state = {name: [] for name in ("search", *others)}, [], [], []
@@ -153,6 +156,7 @@ def measure(config: dict, dataset: Dataset, rounds: int, with_baseline: bool, de
     return {
         "images_per_second": {name: statistics.median(of) for name, of in rates.items()},
         "ratios": ratios,
+        "first_seconds": first_seconds,
         "validation_share": parts["validation"] / sum(parts.values()),
         "checkpoint_share": (parts["weights"] + parts["training state"]) / sum(parts.values()),
     }
@@ -183,9 +187,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         rates, ratios = figures["images_per_second"], figures["ratios"]
         if (h_1, h_2) == WIDTHS[0]:
             ratio_names = [f"search ÷ {name}" for name in ratios]
-            print_row("h_1/h_2", *(f"{name}, images/s" for name in rates), *ratio_names, "validation", "checkpoint")
-            print_row(*["---"] * (3 + len(rates) + len(ratios)))
+            names = [*(f"{name}, images/s" for name in rates), *ratio_names, "validation", "checkpoint", "first epoch"]
+            print_row("h_1/h_2", *names)
+            print_row("---", *["---"] * len(names))
         shares = [f"{figures['validation_share']:.3f}", f"{figures['checkpoint_share']:.4f}"]
+        shares.append(f"{figures['first_seconds']:.2f} s")
         print_row(
             f"{h_1}/{h_2}", *(f"{rate:.1f}" for rate in rates.values()), *(f"{r:.3f}" for r in ratios.values()), *shares
         )

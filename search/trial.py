@@ -11,10 +11,12 @@ import json
 import math
 import os
 import shutil
+import threading
 import zipfile
 from collections.abc import Callable, Iterator
-from multiprocessing.pool import ThreadPool
+from concurrent.futures import Future
 from pathlib import Path
+from queue import SimpleQueue
 
 import torch
 from ray import tune
@@ -246,23 +248,35 @@ def train_cifar(config: dict, images: Path, search_folder: Path, checkpoint_peri
     resources = tune.get_context().get_trial_resources()
     folder = search_folder / tune.get_context().get_trial_name()
 
-    def run() -> bool:
+    def run() -> None:
         torch.set_num_threads(max(1, int(resources.head_cpus)))
         device = best_device(resources.required_resources.get("GPU", 0))
-        try:
-            run_trial(config, map_dataset(images), folder, checkpoint_period, tune.report, device)
-        except SystemExit:  # by which report stops a trial
-            return True
-        return False
+        run_trial(config, map_dataset(images), folder, checkpoint_period, tune.report, device)
 
-    if lasting_thread().apply(run):
-        raise SystemExit(0)
+    done = Future()
+    lasting_thread().put((run, done))
+    try:
+        done.result()  # raises what run does: where Tune stops the trial, a SystemExit
+    finally:
+        del done  # for an error holds this frame, and so itself, and a GPU's memory
 
 
 @functools.cache
-def lasting_thread() -> ThreadPool:
-    """Return the one thread in which all trials of this process run.
+def lasting_thread() -> SimpleQueue:
+    """Start a thread that runs all trials of this process, and return what takes them, each with its Future.
 
-    Tune starts a thread for each, and in a new thread cuDNN tries out its algorithms anew.
+    Tune starts a thread for each trial, and in a new thread cuDNN tries out its algorithms anew.
     """
-    return ThreadPool(1)
+    tasks = SimpleQueue()
+
+    def work() -> None:
+        while True:
+            run, done = tasks.get()
+            try:
+                done.set_result(run())
+            except BaseException as error:
+                done.set_exception(error)
+            del run, done  # while it waits for the next
+
+    threading.Thread(target=work, daemon=True).start()
+    return tasks

@@ -285,8 +285,9 @@ def test_training_is_freed_when_it_is_left(small_dataset: Dataset) -> None:
         gc.enable()
 
 
+@pytest.mark.parametrize("error", [SystemExit(0), OSError("no room")])
 def test_trials_of_a_process_share_a_thread_and_leave_nothing(
-    small_dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: BaseException, small_dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     resources = tune.PlacementGroupFactory([{"CPU": 1}])
     context = SimpleNamespace(get_trial_resources=lambda: resources, get_trial_name=lambda: "it")
@@ -297,9 +298,9 @@ def test_trials_of_a_process_share_a_thread_and_leave_nothing(
         left.append(weakref.ref(training))
         return training
 
-    def report(metrics: dict) -> None:  # as Tune's does for a trial that it stops
+    def report(metrics: dict) -> None:  # Tune's raises a SystemExit to stop a trial
         threads.add(threading.get_ident())
-        raise SystemExit(0)
+        raise type(error)(*error.args)
 
     monkeypatch.setattr(tune, "get_context", lambda: context)
     monkeypatch.setattr(tune, "report", report)
@@ -309,7 +310,7 @@ def test_trials_of_a_process_share_a_thread_and_leave_nothing(
     gc.disable()  # a GPU's memory would wait for it
     try:
         for _ in range(3):
-            with pytest.raises(SystemExit):
+            with pytest.raises(type(error)):
                 train_cifar(CONFIG, images, tmp_path, 30)
         assert [training() for training in left] == [None] * 3
     finally:
