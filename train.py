@@ -139,7 +139,7 @@ def averaged_tensors(model: nn.Module) -> list[Tensor]:
 
 
 def best_device(gpus: float = 1) -> torch.device:
-    """Return this process's GPU where there is one, and the process was given gpus > 0 of it; else the CPU."""
+    """Return this process's GPU if it has one and gpus, its share of it, is above 0; else the CPU."""
     return torch.device("cuda" if gpus > 0 and torch.cuda.is_available() else "cpu")
 
 
@@ -213,11 +213,11 @@ class TrainStep:
     """A step of SGD, and one of the average, on a batch of images (B, 3, 32, 32) and int64 labels (B,).
 
     On a GPU forward, backward and SGD are captured as a CUDA graph, which is launched as one: kernel by kernel, the
-    launches of a small batch take longer than its arithmetic. All batches must then be of one size. On a CPU, and from
-    the first failed capture of a process on, which training.notes tells, the same step is taken eagerly.
+    launches of a small batch take longer than its arithmetic. All batches must then be of one size. On a CPU, and once
+    a capture has failed in this process (see training.notes), the same step runs eagerly.
 
     Attributes:
-        failure: why this process captures no more steps: torch may not recover its memory pools from a failed capture.
+        failure: why this process no longer captures steps; a failed capture may leave torch's memory pools unusable.
         sums: float32 (2,), on the device: the losses, in nats, and the number of images classified right, added up over
             the images of all steps since it was set to zero, as the weights were before each step.
     """
@@ -302,7 +302,7 @@ class TrainStep:
     def leave_graph_out(self) -> None:
         """Take all further steps eagerly, and note why."""
         self.graph, self.graphed = None, False
-        self.training.notes.append(f"trains slowly: its step cannot be captured as a CUDA graph ({TrainStep.failure})")
+        self.training.notes.append(f"trains slowly: CUDA graph capture failed ({TrainStep.failure})")
 
 
 @functools.cache

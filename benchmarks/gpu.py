@@ -1,15 +1,15 @@
-"""All that is to be measured on a GPU, part by part.
+"""All GPU measurements, part by part.
 
 python -m benchmarks.gpu --data-dir data/cifar10
 
-Where a GPU is lent by the quarter of an hour, in two calls, and the second may run on another one (hence search-1):
+If GPU time is short, split it into two calls (search-1 runs in both, as the GPUs may differ):
 
 python -m benchmarks.gpu --seconds 400 --data-dir CIFAR10 --output-dir FIGURES
 python -m benchmarks.gpu --seconds 300 --data-dir CIFAR10 --output-dir FIGURES search-1 search-2 quick no-autotune
 
-Each part runs as a process of its own with a time limit, and all it prints goes into a file; one that fails, or takes
-too long, is told, and the next goes on. The tables that they print are shown, and kept in table.md. With no GPU the
-same parts run with less to do, to try this script out. The images are a folder's (CIFAR-10, say).
+Each part runs in its own process with a time limit, and its output goes to a file; if one fails or times out, this is
+reported and the next one starts. The tables are shown and saved in table.md. Without a GPU the same parts do less, to
+try out this script. The images come from a folder (e.g. CIFAR-10).
 """
 
 import argparse
@@ -35,13 +35,13 @@ from train import EAGER_STEPS, TrainStep, best_device, new_training, train_epoch
 
 DEVICE = best_device()
 ON_GPU = DEVICE.type == "cuda"
-STEPS = 100 if ON_GPU else 2  # of the smoke test's epochs, and profiled
+STEPS = 100 if ON_GPU else 2  # per smoke-test epoch, and per profile
 KERNELS_SHOWN = 16
-LINES_SHOWN = 25  # of a part that failed, or prints no table
+LINES_SHOWN = 25  # if a part fails or prints no table
 
 
 def smoke() -> None:
-    """Train two short epochs of each pair of widths: what is slow or missing shows here."""
+    """Train two short epochs of each pair of widths: a quick check for anything slow or missing."""
     launched, replay = [], torch.cuda.CUDAGraph.replay
     torch.cuda.CUDAGraph.replay = lambda graph: launched.append(replay(graph))
     print_row("smoke", "images/s", f"replays (of {2 * STEPS - EAGER_STEPS})", "notes")
@@ -52,33 +52,32 @@ def smoke() -> None:
         training = new_training(config, 8, DEVICE)
         launched.clear()
         *_, last = train_epochs(training, config, dataset, DEVICE)
-        print_row(f"{h_1}/{h_2}", f"{last['images_per_second']:.0f}", len(launched), training.notes)
+        print_row(f"{h_1}/{h_2}", last["images_per_second"], len(launched), training.notes)
 
 
 def profile(h_1: int, h_2: int) -> None:
-    """Print where the time of steps alone goes, by graph and eagerly: the kernels that take most."""
+    """Print the slowest kernels of the step alone, as a CUDA graph and eager."""
     activity = torch.profiler.ProfilerActivity.CUDA if ON_GPU else torch.profiler.ProfilerActivity.CPU
     key = "self_device_time_total" if ON_GPU else "self_cpu_time_total"
     images = make_synthetic(num_train=80, num_test=8, num_classes=8)
-    ways = {"by graph": TrainStep.replay} if ON_GPU else {}
-    ways |= {"eagerly": TrainStep.descend}
+    ways = {"CUDA graph": TrainStep.replay} if ON_GPU else {}
+    ways |= {"eager": TrainStep.descend}
     steps = {way: steps_alone(example_config(h_1, h_2), images, DEVICE) for way in ways}
-    print_row("kernel", "µs a step", "launches a step")
+    print_row("kernel", "µs/step", "launches/step")
     print_row(*["---"] * 3)
     for way in ways:  # before the profiler slows down the launches
         TrainStep.replay = ways[way]
         take(steps[way], 10 if ON_GPU else 1)
         seconds = seconds_of(lambda way=way: take(steps[way], STEPS), DEVICE)
-        print_row(f"**{h_1}/{h_2} {way}**, by the clock", f"{1e6 * seconds / STEPS:.0f}", "")
+        print_row(f"**{h_1}/{h_2} {way}**, wall time", 1e6 * seconds / STEPS, "")
     for way in ways:
         TrainStep.replay = ways[way]
         with torch.profiler.profile(activities=[activity]) as profiler:
             seconds_of(lambda way=way: take(steps[way], STEPS), DEVICE)
         times = {event: getattr(event, key) / STEPS for event in profiler.key_averages()}
-        print_row(f"**{h_1}/{h_2} {way}**, by its kernels", f"{sum(times.values()):.0f}", "")
+        print_row(f"**{h_1}/{h_2} {way}**, sum of kernels", sum(times.values()), "")
         for event in sorted(times, key=times.get, reverse=True)[:KERNELS_SHOWN]:
-            name = event.key[:90].replace("|", "/")
-            print_row(f"`{name}`", f"{times[event]:.1f}", f"{event.count / STEPS:.1f}")
+            print_row(f"`{event.key[:90].replace('|', '/')}`", times[event], event.count / STEPS)
 
 
 def quick() -> None:
@@ -93,7 +92,7 @@ def quick() -> None:
 
 
 def parts(data_dir: str) -> dict[str, tuple[int, list[str]]]:
-    """Return name → (seconds that it may take, arguments of Python) of all parts, in order."""
+    """Return name → (time limit in seconds, Python arguments) of all parts, in order."""
 
     def own(call: str) -> list[str]:
         return ["-c", f"from benchmarks import gpu; gpu.{call}"]
@@ -117,7 +116,7 @@ def parts(data_dir: str) -> dict[str, tuple[int, list[str]]]:
 
 
 def run(arguments: list[str], seconds: float, output: Path) -> str:
-    """Run Python for so long at most, its output into a file, and return how it ended."""
+    """Run Python with a time limit, write its output to a file, and return how it ended."""
     with output.open("w") as file:
         process = subprocess.Popen(
             [sys.executable, *arguments], stdout=file, stderr=subprocess.STDOUT, preexec_fn=os.setpgrp
@@ -125,29 +124,29 @@ def run(arguments: list[str], seconds: float, output: Path) -> str:
         try:
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGINT)  # pytest then tells what it had found
+            process.send_signal(signal.SIGINT)  # lets pytest report its results so far
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(10)
-            return f"**took more than {seconds:.0f} s**"
+            return f"**timed out after {seconds:.0f} s**"
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # and what it left running
-    return f"**failed, {code}**" if code else "done"
+                os.killpg(process.pid, signal.SIGKILL)  # also kills its children
+    return f"**failed (exit code {code})**" if code else "done"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the parts, and print the tables that they print."""
+    """Run the parts and show their tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", help=f"default all: {' '.join(parts(''))}")
-    parser.add_argument("--data-dir", default="data/cifar10", help="default %(default)s")
-    parser.add_argument("--seconds", type=float, default=1200, help="that all may take together; default %(default)s")
-    parser.add_argument("--output-dir", help="for what the parts print, and the table; default a temporary folder")
+    parser.add_argument("parts", nargs="*", help=f"parts to run (default: all): {' '.join(parts(''))}")
+    parser.add_argument("--data-dir", default="data/cifar10", help="image folder (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=1200, help="total time limit (default: %(default)s)")
+    parser.add_argument("--output-dir", help="folder for the output and table.md (default: a temporary one)")
     args = parser.parse_args(argv)
     listed = parts(args.data_dir)
     if unknown := set(args.parts) - set(listed):
         parser.error(f"no part is called {' or '.join(sorted(unknown))}")
     if ON_GPU and not Path(args.data_dir, "train").is_dir():
-        parser.error(f"--data-dir {args.data_dir} has no folder train: give that of CIFAR-10, say")
+        parser.error(f"--data-dir {args.data_dir} has no subfolder train; pass an image folder, e.g. CIFAR-10")
     folder = Path(args.output_dir or tempfile.mkdtemp())
     folder.mkdir(parents=True, exist_ok=True)
     device = torch.cuda.get_device_name() if ON_GPU else f"{platform.machine()} CPU, {usable_cpus()} cores"

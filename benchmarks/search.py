@@ -82,7 +82,7 @@ def run_search(arguments: list[str], dataset: Dataset) -> dict:
     return {
         "seconds": seconds,
         "epochs": epochs,
-        "epochs of": sum(int(row["max_epochs"]) for row in rows),
+        "max epochs": sum(int(row["max_epochs"]) for row in rows),
         "images/s": sum(epochs.values()) * len(dataset.train_images) / seconds,
         "GPU busy": statistics.mean(sample["busy"] for sample in gpu) if gpu else 0.0,
         "GPU MB": max((sample["gpu_mb"] for sample in gpu), default=0.0),
@@ -94,7 +94,7 @@ def run_search(arguments: list[str], dataset: Dataset) -> dict:
 
 
 def baseline_seconds(epochs: dict[tuple[int, int], int], batch_size: int, dataset: Dataset) -> float:
-    """Return what the baseline's loop would train for the epochs of each (h_1, h_2), one after the other."""
+    """Return the seconds the baseline's loop would need for the epochs of each (h_1, h_2), in sequence."""
     device, seconds = best_device(), 0.0
     for (h_1, h_2), count in epochs.items():
         config = example_config(h_1, h_2, batch_size)
@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--at-once", type=int, nargs="+", default=at_once, help="trials; default %(default)s")
     parser.add_argument("--widths", type=int, nargs=2, metavar=("H_1", "H_2"), help="of every trial; default: searched")
     parser.add_argument("--baseline-recipe", action="store_true", help="train as the baseline did")
-    parser.add_argument("--no-baseline", action="store_true", help="do not measure the baseline's loop")
+    parser.add_argument("--no-baseline", action="store_true", help="skip the baseline's loop")
     args, rest = parser.parse_known_args(argv)
     rest = rest if on_gpu else ["--quick", *rest]
     if args.widths:
@@ -127,13 +127,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     for count in args.at_once:
         share = str(1 / count) if on_gpu else str(max(1, usable_cpus() // count))
         result = run_search([*rest, "--gpus-per-trial" if on_gpu else "--cpus-per-trial", share], dataset)
+        row = {"at once": count} | result | {"epochs": sum(result["epochs"].values())}
+        if not results:
+            print_row(*row)
+            print_row(*["---"] * len(row))
+        print_row(*row.values())
         results.append(result)
-        if len(results) == 1:
-            print_row("at once", *result)
-            print_row("---", *["---"] * len(result))
-        result["epochs"], epochs = sum(result["epochs"].values()), result["epochs"]
-        print_row(count, *(f"{figure:.4f}" if figure < 1 else f"{figure:.0f}" for figure in result.values()))
-        result["epochs"] = epochs
     if args.no_baseline:
         return
     best = min(results, key=lambda result: result["seconds"])

@@ -114,8 +114,8 @@ def take(steps: Iterator, count: int) -> None:
         pass
 
 
-def measure(config: dict, dataset: Dataset, rounds: int, with_baseline: bool, device: torch.device) -> dict:
-    """Return the figures of one config: images per second, ratios, and shares of an epoch."""
+def measure(config: dict, dataset: Dataset, rounds: int, with_baseline: bool, device: torch.device) -> dict[str, float]:
+    """Return the figures of one config: name → images per second, ratio, or share of an epoch."""
     config |= {"epochs": rounds + 1}
     batch_size = config["batch_size"]
     count = len(dataset.train_images) // batch_size  # of whole batches, which all three loops train on
@@ -124,9 +124,8 @@ def measure(config: dict, dataset: Dataset, rounds: int, with_baseline: bool, de
     others = {"step alone": steps_alone(config, dataset, device)}
     if with_baseline:
         others["baseline"] = baseline_steps(new_model(config, dataset, device), config, dataset, device)
-    first_seconds = before = next(epochs)[
-        "seconds"
-    ]  # a first epoch and first steps, untimed: libraries choose their algorithms there
+    # Warm-up, not in the rates: libraries choose their algorithms here.
+    first_seconds = before = next(epochs)["seconds"]
     for steps in others.values():
         take(steps, EAGER_STEPS + 1 if device.type == "cuda" else 1)
     rates, validation, weights, state = {name: [] for name in ("search", *others)}, [], [], []
@@ -149,22 +148,19 @@ def measure(config: dict, dataset: Dataset, rounds: int, with_baseline: bool, de
         "weights": statistics.median(weights),
     }
     parts["training state"] = statistics.median(state) * min(1, sum(parts.values()) / CHECKPOINT_PERIOD)
-    ratios = {  # of the same round, so that what slows the machine for a while slows both
-        name: statistics.median(own / other for own, other in zip(rates["search"], rates[name], strict=True))
-        for name in others
-    }
-    return {
-        "images_per_second": {name: statistics.median(of) for name, of in rates.items()},
-        "ratios": ratios,
-        "first_seconds": first_seconds,
-        "validation_share": parts["validation"] / sum(parts.values()),
-        "checkpoint_share": (parts["weights"] + parts["training state"]) / sum(parts.values()),
-    }
+    figures = {f"{name}, images/s": statistics.median(of) for name, of in rates.items()}
+    for name in others:  # ratios of the same round, so that what slows the machine for a while slows both
+        ratios = [own / other for own, other in zip(rates["search"], rates[name], strict=True)]
+        figures[f"search ÷ {name}"] = statistics.median(ratios)
+    figures["validation share"] = parts["validation"] / sum(parts.values())
+    figures["checkpoint share"] = (parts["weights"] + parts["training state"]) / sum(parts.values())
+    return figures | {"first epoch, s": first_seconds}
 
 
 def print_row(*cells: object) -> None:
-    """Print a row of a Markdown table."""
-    print(f"| {' | '.join(map(str, cells))} |", flush=True)
+    """Print a row of a Markdown table, numbers with at least four digits."""
+    texts = [format(cell, ".4g" if cell < 1000 else ".0f") if isinstance(cell, float) else str(cell) for cell in cells]
+    print(f"| {' | '.join(texts)} |", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -172,29 +168,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     device = best_device()
     on_gpu = device.type == "cuda"
-    parser.add_argument("--steps", type=int, default=300 if on_gpu else 3, help="a round, of each loop; %(default)s")
+    parser.add_argument("--steps", type=int, default=300 if on_gpu else 3, help="per round (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="default %(default)s")
     parser.add_argument("--batch-size", type=int, default=64, help="default %(default)s")
-    parser.add_argument("--no-baseline", action="store_true", help="leave the baseline's loop out")
+    parser.add_argument("--no-baseline", action="store_true", help="skip the baseline's loop")
     parser.add_argument("--no-autotune", action="store_true", help="let cuDNN choose algorithms without timing them")
     args = parser.parse_args(argv)
-    if args.no_autotune:  # what train_epochs sets is then an attribute that nobody reads
+    if args.no_autotune:  # replaces torch's property: train_epochs then sets it in vain
         type(torch.backends.cudnn).benchmark = False
     dataset = make_synthetic(num_train=args.steps * args.batch_size * 5 // 4, num_test=8, num_classes=8)
     for h_1, h_2 in WIDTHS:
         config = example_config(h_1, h_2, args.batch_size)
-        figures = measure(config, dataset, args.rounds, not args.no_baseline, device)
-        rates, ratios = figures["images_per_second"], figures["ratios"]
+        figures = {"h_1/h_2": f"{h_1}/{h_2}"} | measure(config, dataset, args.rounds, not args.no_baseline, device)
         if (h_1, h_2) == WIDTHS[0]:
-            ratio_names = [f"search ÷ {name}" for name in ratios]
-            names = [*(f"{name}, images/s" for name in rates), *ratio_names, "validation", "checkpoint", "first epoch"]
-            print_row("h_1/h_2", *names)
-            print_row("---", *["---"] * len(names))
-        shares = [f"{figures['validation_share']:.3f}", f"{figures['checkpoint_share']:.4f}"]
-        shares.append(f"{figures['first_seconds']:.2f} s")
-        print_row(
-            f"{h_1}/{h_2}", *(f"{rate:.1f}" for rate in rates.values()), *(f"{r:.3f}" for r in ratios.values()), *shares
-        )
+            print_row(*figures)
+            print_row(*["---"] * len(figures))
+        print_row(*figures.values())
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def options_of_own() -> dict:
     wanted = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     for place in (wanted, "/tmp"):
         if len(os.fsencode(place)) <= LONGEST_TEMP_DIR and os.access(place, os.W_OK | os.X_OK):
-            # Ray counts what torch cannot use (a Mac's GPU), and nothing where NVIDIA's management library is missing.
+            # Ray counts GPUs that torch cannot use (a Mac's), and finds none without NVIDIA's management library.
             counts = {"num_cpus": usable_cpus(), "num_gpus": count_gpus()}
             return {"address": "local", **counts, "_temp_dir": str(Path(place, "ray"))}
     raise InputError(

@@ -256,16 +256,16 @@ def train_cifar(config: dict, images: Path, search_folder: Path, checkpoint_peri
     done = Future()
     lasting_thread().put((run, done))
     try:
-        done.result()  # raises what run does: where Tune stops the trial, a SystemExit
+        done.result()  # raises what run raised, e.g. SystemExit when Tune stops it
     finally:
-        del done  # for an error holds this frame, and so itself, and a GPU's memory
+        del done  # breaks the cycle error → frame → done, which holds GPU memory
 
 
 @functools.cache
 def lasting_thread() -> SimpleQueue:
-    """Start a thread that runs all trials of this process, and return what takes them, each with its Future.
+    """Start the thread that runs all trials of this process; return its queue of (function, Future).
 
-    Tune starts a thread for each trial, and in a new thread cuDNN tries out its algorithms anew.
+    Tune starts a thread per trial, and cuDNN repeats its autotuning in every new thread.
     """
     tasks = SimpleQueue()
 
@@ -276,7 +276,7 @@ def lasting_thread() -> SimpleQueue:
                 done.set_result(run())
             except BaseException as error:
                 done.set_exception(error)
-            del run, done  # while it waits for the next
+            del run, done  # hold nothing while waiting
 
     threading.Thread(target=work, daemon=True).start()
     return tasks

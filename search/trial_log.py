@@ -26,7 +26,7 @@ from train import METRICS
 
 NODE_PERIOD = 5  # seconds between checks that Ray is alive
 OUT_OF_MEMORY = (
-    "MemoryError",  # Python's, and within OutOfMemoryError, Ray's and torch's
+    "MemoryError",  # Python's; also matches OutOfMemoryError (Ray, torch)
     "can't allocate memory",  # torch's, on the CPU
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",

@@ -24,7 +24,7 @@ from train import EAGER_STEPS, Training, TrainStep, evaluate, evaluation_batches
 pytestmark = pytest.mark.gpu
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
-# Such a rate that two trainings which differ by rounding errors stay together to the end.
+# At this low learning rate, rounding errors do not make two trainings diverge.
 CONFIG = param_space | {"epochs": 3, "h_1": 8, "h_2": 32, "p_drop": 0.3, "lr": 5e-4, "batch_size": 24, "seed": 5}
 RECIPES = {
     "default": CONFIG,
@@ -70,7 +70,7 @@ def run(config: dict, dataset: Dataset) -> tuple[list[dict], torch.Tensor, torch
 
 
 def assert_alike(one: tuple, other: tuple) -> None:
-    """Compare two results of run. The limits are twice what rounding makes of it, and below what mistakes do."""
+    """Compare two results of run. The limits are twice the rounding error, and below the effect of a bug."""
     for metrics, others in zip(one[0], other[0], strict=True):
         for key in ("loss", "train_loss"):
             assert metrics[key] == pytest.approx(others[key], rel=0.004)
@@ -97,7 +97,7 @@ def test_captured_steps_are_the_eager_ones(
 
 
 def test_captured_steps_are_exactly_the_eager_ones(small_dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.autocast_dtype", lambda device: None)  # in float32, rounding is far below any mistake
+    monkeypatch.setattr("train.autocast_dtype", lambda device: None)  # rounding is then far below a bug's effect
     training, batches = new_training(CONFIG, 5, GPU), two_batches(small_dataset)
     step = TrainStep(training, CONFIG, GPU)
     for _ in range(EAGER_STEPS):
@@ -149,7 +149,7 @@ def test_dropout_draws_anew_at_every_replay(
 
 
 def print_failed_captures() -> None:
-    """Print, as JSON, what two trainings of one process come to whose steps cannot be captured, and the replays."""
+    """Train twice in one process, with a failed capture in the first; print the results and replay count as JSON."""
     dataset, descend, replays = make_synthetic(num_train=375, num_test=100, num_classes=5), TrainStep.descend, []
 
     def waiting(step: TrainStep, images: torch.Tensor, labels: torch.Tensor) -> None:
@@ -163,18 +163,18 @@ def print_failed_captures() -> None:
     TrainStep.descend = descend  # which could be captured
     second = run(CONFIG, dataset)
     print(json.dumps([[metrics, notes] for metrics, _, _, notes in (first, second)] + [len(replays)]), flush=True)
-    os._exit(0)  # whatever else the capture has spoilt
+    os._exit(0)  # the failed capture may break cleanup
 
 
 def test_failed_capture_is_told_and_the_process_trains_eagerly(small_dataset: Dataset) -> None:
-    # In a process of its own: it leaves torch's memory pools unusable (torch 2.11).
+    # In a subprocess: a failed capture leaves torch's memory pools unusable (torch 2.11).
     command = [sys.executable, "-c", "from tests.test_gpu import print_failed_captures as it; it()"]
     *trainings, replays = json.loads(subprocess.check_output(command, text=True, cwd=REPOSITORY).splitlines()[-1])
     assert replays == 0
     expected, *_ = run(CONFIG, small_dataset)
     for metrics, notes in trainings:
         assert len(notes) == 1
-        assert notes[0].startswith("trains slowly: its step cannot be captured as a CUDA graph (")
+        assert notes[0].startswith("trains slowly: CUDA graph capture failed (")
         for key in ("loss", "train_loss"):
             assert [each[key] for each in metrics] == pytest.approx([each[key] for each in expected], rel=0.004)
 
