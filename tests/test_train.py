@@ -1,6 +1,7 @@
 import gc
 import math
 import resource
+import shutil
 import threading
 import weakref
 from collections.abc import Callable
@@ -97,25 +98,34 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_state_is_passed_over(damage: str, small_dataset: Dataset, tmp_path: Path) -> None:
-    training = new_training(CONFIG, 5, CPU)
-    states = []
+@pytest.fixture(scope="module")
+def trained(small_dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[torch.Tensor]]:
+    """Train four epochs; return the folder with their states, and the weights after each."""
+    training, folder, after = new_training(CONFIG, 5, CPU), tmp_path_factory.mktemp("trained"), []
     for _ in train_epochs(training, CONFIG, small_dataset, CPU):
-        save_training(training, CONFIG, tmp_path)
-        states.append(weights(training).clone())
+        save_training(training, CONFIG, folder)
+        after.append(weights(training).clone())
+    return folder, after
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_state_is_passed_over(damage: str, trained: tuple, small_dataset: Dataset, tmp_path: Path) -> None:
+    folder, after = trained
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     # Two are kept, that one may be damaged.
     assert sorted(path.name for path in tmp_path.iterdir()) == ["training_000003.pt", "training_000004.pt"]
 
     DAMAGES[damage](tmp_path / "training_000004.pt")
     restored = restore_training(CONFIG, 5, CPU, tmp_path)
     assert restored.notes == [f"cannot read training_000004.pt in {tmp_path}, and goes on from epoch 3"]
-    assert torch.equal(weights(restored), states[2])
-    assert [metrics["epoch"] for metrics in train_epochs(restored, CONFIG, small_dataset, CPU)] == [4]
-    assert torch.equal(weights(restored), states[3])
-    save_training(restored, CONFIG, tmp_path)  # takes the place of the damaged one
-    assert restore_training(CONFIG, 5, CPU, tmp_path).notes == []
+    assert torch.equal(weights(restored), after[2])
+    if damage == "cut":
+        assert [metrics["epoch"] for metrics in train_epochs(restored, CONFIG, small_dataset, CPU)] == [4]
+        assert torch.equal(weights(restored), after[3])
+        save_training(restored, CONFIG, tmp_path)  # takes the place of the damaged one
+        assert restore_training(CONFIG, 5, CPU, tmp_path).notes == []
 
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     for path in tmp_path.iterdir():
         DAMAGES[damage](path)
     restored = restore_training(CONFIG, 5, CPU, tmp_path)
@@ -309,10 +319,10 @@ def test_trials_of_a_process_share_a_thread_and_leave_nothing(
     save_dataset(small_dataset, images)
     gc.disable()  # a GPU's memory would wait for it
     try:
-        for _ in range(3):
+        for _ in range(2):
             with pytest.raises(type(error)):
                 train_cifar(CONFIG, images, tmp_path, 30)
-        assert [training() for training in left] == [None] * 3
+        assert [training() for training in left] == [None] * 2
     finally:
         gc.enable()
     assert len(threads) == 1
