@@ -364,7 +364,7 @@ def read_picture(path: str | Path) -> Tensor:
 def _load_picture(path: str) -> Image.Image:
     """Return a picture as RGB."""
     if not Path(path).is_file():
-        raise InputError(f"{path} is not a regular file: remove or replace it")  # opening a pipe would block
+        raise InputError(f"{path} is not a regular file: check the path, or remove it")  # opening a pipe would block
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what Pillow warns of is refused below, or harmless

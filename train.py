@@ -235,7 +235,7 @@ class TrainStep:
         self.graph, self.eager_steps = None, 0
         self.aside = side_stream(device) if self.graphed else None
         if self.graphed and TrainStep.failure:
-            self.leave_graph_out()
+            self.run_eagerly()
 
     def __call__(self, images: Tensor, labels: Tensor, lr: float) -> None:
         for group in self.training.optimizer.param_groups:
@@ -297,10 +297,10 @@ class TrainStep:
             torch.cuda.set_stream(here)
             generator.graphsafe_set_state(before)
             TrainStep.failure = str(error).splitlines()[0]
-            self.leave_graph_out()
+            self.run_eagerly()
 
-    def leave_graph_out(self) -> None:
-        """Take all further steps eagerly, and note why."""
+    def run_eagerly(self) -> None:
+        """Run all further steps eagerly, and note why."""
         self.graph, self.graphed = None, False
         self.training.notes.append(f"trains slowly: CUDA graph capture failed ({TrainStep.failure})")
 

@@ -116,7 +116,7 @@ def take(steps: Iterator, count: int) -> None:
 
 def measure(config: dict, dataset: Dataset, rounds: int, with_baseline: bool, device: torch.device) -> dict[str, float]:
     """Return the figures of one config: name → images per second, ratio, or share of an epoch."""
-    config |= {"epochs": rounds + 1}
+    config = config | {"epochs": rounds + 1}
     batch_size = config["batch_size"]
     count = len(dataset.train_images) // batch_size  # of whole batches, which all three loops train on
     training = new_training(config, len(dataset.classes), device)

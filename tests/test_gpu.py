@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -62,19 +63,31 @@ def weights(training: Training) -> torch.Tensor:
     return torch.cat([weight.detach().flatten() for weight in training.evaluated.parameters()]).clone()
 
 
-def run(config: dict, dataset: Dataset) -> tuple[list[dict], torch.Tensor, torch.Tensor, list[str]]:
-    """Return the metrics, the weights at the start and at the end, and the notes of a training."""
+class Result(NamedTuple):
+    """What came of a training."""
+
+    metrics: list[dict]
+    before: torch.Tensor  # weights
+    after: torch.Tensor
+    notes: list[str]
+
+
+def run(config: dict, dataset: Dataset) -> Result:
+    """Train from start to end."""
     training = new_training(config, len(dataset.classes), GPU)
     before = weights(training)
-    return list(train_epochs(training, config, dataset, GPU)), before, weights(training), training.notes
+    return Result(list(train_epochs(training, config, dataset, GPU)), before, weights(training), training.notes)
 
 
-def assert_alike(one: tuple, other: tuple) -> None:
-    """Compare two results of run. The limits are twice the rounding error, and below the effect of a bug."""
-    for metrics, others in zip(one[0], other[0], strict=True):
-        for key in ("loss", "train_loss"):
-            assert metrics[key] == pytest.approx(others[key], rel=0.004)
-    assert (one[2] - other[2]).norm() < 0.12 * (other[2] - other[1]).norm()
+def assert_alike(one: Result, other: Result) -> None:
+    """Compare two trainings. The limits are twice the rounding error, and below the effect of a bug."""
+    assert_losses_alike(one.metrics, other.metrics)
+    assert (one.after - other.after).norm() < 0.12 * (other.after - other.before).norm()
+
+
+def assert_losses_alike(metrics: list[dict], others: list[dict]) -> None:
+    for key in ("loss", "train_loss"):
+        assert [each[key] for each in metrics] == pytest.approx([each[key] for each in others], rel=0.004)
 
 
 def two_batches(dataset: Dataset) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -89,7 +102,7 @@ def test_captured_steps_are_the_eager_ones(
     config = RECIPES[recipe]
     captured = run(config, small_dataset)
     steps = config["epochs"] * max(1, len(small_dataset.train_images) // config["batch_size"])
-    assert captured[3] == []
+    assert captured.notes == []
     assert len(replays) == steps - EAGER_STEPS >= 5
     monkeypatch.setattr(TrainStep, "replay", TrainStep.descend)
     assert_alike(captured, run(config, small_dataset))
@@ -162,7 +175,7 @@ def print_failed_captures() -> None:
     first = run(CONFIG, dataset)
     TrainStep.descend = descend  # which could be captured
     second = run(CONFIG, dataset)
-    print(json.dumps([[metrics, notes] for metrics, _, _, notes in (first, second)] + [len(replays)]), flush=True)
+    print(json.dumps([[each.metrics, each.notes] for each in (first, second)] + [len(replays)]), flush=True)
     os._exit(0)  # the failed capture may break cleanup
 
 
@@ -171,12 +184,11 @@ def test_failed_capture_is_told_and_the_process_trains_eagerly(small_dataset: Da
     command = [sys.executable, "-c", "from tests.test_gpu import print_failed_captures as it; it()"]
     *trainings, replays = json.loads(subprocess.check_output(command, text=True, cwd=REPOSITORY).splitlines()[-1])
     assert replays == 0
-    expected, *_ = run(CONFIG, small_dataset)
+    expected = run(CONFIG, small_dataset)
     for metrics, notes in trainings:
         assert len(notes) == 1
         assert notes[0].startswith("trains slowly: CUDA graph capture failed (")
-        for key in ("loss", "train_loss"):
-            assert [each[key] for each in metrics] == pytest.approx([each[key] for each in expected], rel=0.004)
+        assert_losses_alike(metrics, expected.metrics)
 
 
 def test_no_wait_for_the_gpu_within_an_epoch(small_dataset: Dataset) -> None:
@@ -209,7 +221,7 @@ def test_restored_in_mid_run_and_loads_on_a_cpu(small_dataset: Dataset, tmp_path
     assert restored.notes == []
     metrics = [first, *train_epochs(restored, CONFIG, data, GPU)]
     assert [each["epoch"] for each in metrics] == [1, 2, 3]
-    assert_alike((metrics, None, weights(restored)), expected)
+    assert_alike(expected._replace(metrics=metrics, after=weights(restored)), expected)
 
     path = checkpoint_path(tmp_path, 1) / "weights.pt"
     load = f"import torch; print(torch.load({str(path)!r}, weights_only=True)['classifier.bias'].device)"
@@ -225,11 +237,11 @@ def test_gpu_without_bfloat16(small_dataset: Dataset, replays: list, monkeypatch
     expected = run(CONFIG, small_dataset)
     replays.clear()
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
-    metrics, _, after, notes = run(CONFIG, small_dataset)
+    result = run(CONFIG, small_dataset)
     assert replays
-    assert notes == []
-    assert metrics[0]["train_loss"] == pytest.approx(expected[0][0]["train_loss"], rel=0.05)
-    assert torch.isfinite(after).all()
+    assert result.notes == []
+    assert result.metrics[0]["train_loss"] == pytest.approx(expected.metrics[0]["train_loss"], rel=0.05)
+    assert torch.isfinite(result.after).all()
 
 
 def test_trials_in_a_row_leave_no_memory_taken(small_dataset: Dataset) -> None:
@@ -258,9 +270,9 @@ def test_out_of_memory_is_a_sentence_and_the_next_trial_trains(small_dataset: Da
     text = "Failure # 1 (occurred at)\n" + "".join(traceback.format_exception(error.value))
     assert error_sentence(text, large).startswith("out of memory with batch_size 3000, h_1 256, h_2 2048: make these")
     del error
-    metrics, _, _, notes = run(CONFIG, small_dataset)
-    assert len(metrics) == 3
-    assert notes == []
+    result = run(CONFIG, small_dataset)
+    assert len(result.metrics) == 3
+    assert result.notes == []
 
 
 def test_two_trials_share_the_gpu_through_a_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
