@@ -1,16 +1,11 @@
 """Train one SmallResNet with one config: plain PyTorch.
 
-    python train.py --from outputs/NAME/best_model           # that config again, without Ray
-    python train.py --from outputs/NAME/best_model --full    # on training and validation images together
-    python train.py --predict PICTURE.png --model outputs/NAME/best_model
-
-A config is a dict of plain values with the keys of `param_space` in hparam_search.py. What each of them may be stands
-below, in MODEL, OPTIMIZER, LOSS and LOOP.
+A config is a dict of plain values with the keys of `param_space` in hparam_search.py. MODEL, OPTIMIZER, LOSS and LOOP
+below say which values each may have.
 """
 
 import functools
 import math
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -27,8 +22,6 @@ EVALUATION_BATCH_SIZE = 500
 EAGER_STEPS = 3  # of a trial, before its step is captured as a CUDA graph
 COOLDOWN = 0.3  # share of the epochs
 WARMUP = 0.3  # of one_cycle, share of the epochs
-# What an epoch reports: see train_epochs.
-METRICS = ("epoch", "loss", "accuracy", "train_loss", "train_accuracy", "lr", "images_per_second", "seconds")
 
 # The learning rate, as a fraction of config["lr"], when a fraction t of all steps is done.
 SCHEDULES = {
@@ -79,29 +72,43 @@ def arguments(config: dict, keys: dict) -> dict:
     return {key: config[key] for key in keys}
 
 
+@dataclass(frozen=True)
+class Report:
+    """The metrics of one epoch."""
+
+    epoch: int  # from 1
+    loss: float  # validation: mean cross-entropy in nats; NaN if it is not finite
+    accuracy: float  # validation: from 0 to 1
+    train_loss: float  # mean over the epoch's steps, each with the weights before it, smoothed labels included
+    train_accuracy: float
+    lr: float  # of the last step
+    images_per_second: float  # training only
+    seconds: float  # of training and validation, in all epochs so far
+
+
 @dataclass
 class Training:
-    """All that a trial carries from one epoch to the next; a checkpoint holds it whole."""
+    """Everything a training carries from one epoch to the next."""
 
     model: SmallResNet
     averaged: AveragedModel | None  # exponential moving average of the model's weights and batch norm statistics
     optimizer: torch.optim.SGD
-    history: list[dict] = field(default_factory=list)  # the metrics of every epoch done
-    notes: list[str] = field(default_factory=list)  # what whoever watches should know, and was not told yet
+    history: list[Report] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what a user should know and has not been told
 
     @property
     def epoch(self) -> int:
-        """How many epochs are done."""
+        """The number of epochs done."""
         return len(self.history)
 
     @property
     def seconds(self) -> float:
-        """How long these took, in all processes of the trial."""
-        return self.history[-1]["seconds"] if self.history else 0.0
+        """The duration of these epochs, over all processes of the trial."""
+        return self.history[-1].seconds if self.history else 0.0
 
     @property
     def evaluated(self) -> SmallResNet:
-        """The model that is validated, and saved as the trial's result."""
+        """The model that is validated and saved."""
         return self.averaged.module if self.averaged else self.model
 
 
@@ -153,17 +160,12 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if supported else None
 
 
-def train_epochs(training: Training, config: dict, dataset: Dataset, device: torch.device) -> Iterator[dict]:
-    """Train and validate, an epoch at a time, from training.epoch + 1 to config["epochs"].
+def train_epochs(training: Training, config: dict, dataset: Dataset, device: torch.device) -> Iterator[Report]:
+    """Train and validate, yielding a report per epoch, from training.epoch + 1 to config["epochs"].
 
-    Between two epochs `training` may be saved. Everything random in an epoch is drawn from (config["seed"], epoch), so
-    that a restored trial continues as if it had never been interrupted.
-
-    Yields:
-        The METRICS of an epoch: epoch (from 1), loss and accuracy (validation; mean cross-entropy in nats, and a
-        fraction; a loss that is not finite is NaN), train_loss and train_accuracy (over the epoch, as the weights were
-        at each step; the loss is the one trained on, smoothed labels included), lr (of the last step),
-        images_per_second (training only) and seconds (of all epochs so far).
+    Between two epochs `training` may be saved. All randomness of an epoch depends only on (config["seed"], epoch), so a
+    restored training continues as if it had never been interrupted. Without validation images, loss and accuracy are
+    NaN.
     """
     batches = Batches(
         dataset.train_images.to(device),
@@ -195,18 +197,18 @@ def train_epochs(training: Training, config: dict, dataset: Dataset, device: tor
         train_loss, train_accuracy = (total / batches.count for total in step.sums.tolist())
         seconds = time.perf_counter() - start
         loss, accuracy = evaluate(training.evaluated, validation)
-        metrics = {
-            "epoch": epoch,
-            "loss": loss if math.isfinite(loss) else math.nan,  # an infinity would spoil the scheduler's percentiles
-            "accuracy": accuracy,
-            "train_loss": train_loss,
-            "train_accuracy": train_accuracy,
-            "lr": lr,
-            "images_per_second": batches.count / seconds,
-            "seconds": time.perf_counter() - start + training.seconds,
-        }
-        training.history.append(metrics)
-        yield metrics
+        report = Report(
+            epoch=epoch,
+            loss=loss if math.isfinite(loss) else math.nan,  # an infinity would spoil the scheduler's percentiles
+            accuracy=accuracy,
+            train_loss=train_loss,
+            train_accuracy=train_accuracy,
+            lr=lr,
+            images_per_second=batches.count / seconds,
+            seconds=time.perf_counter() - start + training.seconds,
+        )
+        training.history.append(report)
+        yield report
 
 
 class TrainStep:
@@ -350,9 +352,3 @@ def predict(model: nn.Module, batches: Batches) -> Tensor:
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             logits.append(model(images).float())
     return torch.cat(logits).softmax(1).cpu()
-
-
-if __name__ == "__main__":
-    from search.single import main  # which builds on this module
-
-    sys.exit(main())

@@ -4,7 +4,7 @@ import os
 import sys
 import tempfile
 
-from search.command_line import cluster_address
+from search.settings import cluster_address
 
 # Otherwise the next file opened would get a closed stream's descriptor, and with it what libraries print.
 for stream in ("stdin", "stdout", "stderr"):

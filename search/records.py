@@ -1,455 +1,361 @@
-"""All that a search leaves on disk and reads back: its settings, the trials' configs and logs, what is pruned.
+"""What is known of a search, and how it is stored.
 
-    search.json              the settings, the space in words, and what the images were
-    <trial>/params.json      the trial's config
-    <trial>/result.json      a line of JSON an epoch; with "done" in the last one of a trial that is finished
-    <trial>/error.txt        of a trial that failed
-    <trial>/checkpoint_*/    weights, and <trial>/training_*.pt, what training goes on from: train.py writes them
+    search.json   the settings, the space in words, and what the images were
+    log.jsonl     every event of the search, a line each, in the order in which it happened
 
-Each of the JSON files and lines carries a checksum of its own, so that what is read back is what was written.
+What is known of the trials changes by Search.apply(event) alone, live and on resume: resuming is replaying the log.
 """
 
 import contextlib
-import fcntl
 import json
 import math
 import os
 import shlex
-import shutil
+import sys
 import time
-import zlib
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from pathlib import Path
+from typing import NamedTuple
 
 from data import Dataset, InputError, fingerprint
-from search.command_line import ENLARGED, Settings, flag
-from search.space import check_param_space, trial_name
-from search.trial import UNSUPPORTED, WEIGHTS_FILE, checkpoint_path, of_same_epoch, replacing, saved_weights
-from train import METRICS
+from search.files import append_lines, loads, lock, read_lines, write_json
+from search.settings import GROWABLE, Settings, flag
+from search.space import describe, searched_ranges
+from train import Report
 
-SEARCH_FILE, PARAMS_FILE, LOG_FILE, ERROR_FILE = "search.json", "params.json", "result.json", "error.txt"
-FORMAT = 4  # of all these files; another one is refused
-PARTS = ("param_space", "searched", "images", "seconds", "resource_usage")  # of search.json, besides the settings
-FINISHED = ("TERMINATED", "DIVERGED")
+SEARCH_FILE, LOG_FILE = "search.json", "log.jsonl"
+FORMAT = 5  # of both files; other versions are refused
+
+
+class Objective(NamedTuple):
+    """What makes an epoch the best of its trial, and a trial the best of its search."""
+
+    metric: str  # a field of Report
+    mode: str  # max or min
+
+    @property
+    def shown(self) -> list[str]:
+        """The metrics that are shown of a best epoch."""
+        return list(dict.fromkeys(["accuracy", "loss", self.metric]))
+
+    def score(self, report: Report) -> float:
+        """Return a number that is higher for a better report."""
+        value = getattr(report, self.metric)
+        return value if self.mode == "max" else -value
+
+    def best(self, reports: Iterable[Report]) -> Report | None:
+        """Return the first best of the reports with a finite loss."""
+        return max((report for report in reports if math.isfinite(report.loss)), key=self.score, default=None)
+
+
+@dataclass
+class Trial:
+    """What is known of a trial."""
+
+    name: str
+    objective: Objective
+    config: dict = field(default_factory=dict)
+    repeats: str | None = None  # the trial whose config it trains again, with another seed
+    reports: list[Report] = field(default_factory=list)  # one per epoch, in order
+    end: str | None = None  # why it ended
+    error: str | None = None  # why it failed, in a sentence
+
+    @property
+    def id(self) -> str:
+        """The number in its name."""
+        return self.name.removeprefix("train_cifar_")
+
+    @property
+    def diverged(self) -> bool:
+        """Whether its loss became NaN or infinite."""
+        return bool(self.reports) and not math.isfinite(self.reports[-1].loss)
+
+    @property
+    def status(self) -> str:
+        """PENDING, UNFINISHED, ERROR, DIVERGED or TERMINATED."""
+        if self.error:
+            return "ERROR"
+        if self.end:
+            return "DIVERGED" if self.diverged else "TERMINATED"
+        return "UNFINISHED" if self.reports else "PENDING"
+
+    @property
+    def best(self) -> Report | None:
+        """Its best epoch, whose weights are on disk while they are needed; None if it diverged or has no report."""
+        return None if self.diverged else self.objective.best(self.reports)
 
 
 @dataclass
 class Search:
-    """A search, as its folder has it.
+    """What is known of a search.
 
     Attributes:
-        folder: where it is.
-        settings: what was asked for.
-        param_space: the space's entries, in words: see described.
-        searched: what is tried of those that are searched: see space.searched.
-        images: what they were: see fingerprint.
-        trials: name → config, in the order in which they were drawn; None of those that are not begun.
-        seconds: how long it ran, in all its processes.
-        resource_usage: what it ran on, as one line.
+        folder: an absolute path.
+        settings: with the scheduler's figures.
+        space: the entries of the space, in words: see describe.
+        searched: what is searched: see searched_ranges.
+        images: see fingerprint.
+        trials: by name, in the order in which they were drawn.
+        seconds: how long it has run, over all processes.
+        resources: what it runs on, as a line of text.
+        damaged: lines of the log that could not be read.
     """
 
     folder: Path
     settings: Settings
-    param_space: dict[str, str]
+    space: dict[str, str]
     searched: dict[str, dict]
     images: dict[str, str]
-    trials: dict[str, dict | None]
+    objective: Objective
+    trials: dict[str, Trial] = field(default_factory=dict)
     seconds: float = 0.0
-    resource_usage: str = ""
+    resources: str = ""
+    damaged: int = 0
+    started: tuple[float, float] = (0.0, 0.0)  # when its process began to run trials, and its seconds then
+    unwritten: list[dict] = field(default_factory=list)
+
+    def apply(self, event: dict) -> None:
+        """Change what is known by an event.
+
+        Events, besides their time:
+            started: the trials begin to run, on these resources.
+            drawn: a trial has this config, and repeats another one or none.
+            reported: a trial's epoch has these metrics, and the trial ends for this reason or goes on.
+            restarted: a trial continues after this epoch; what it reported beyond is void.
+            failed: a trial failed with this error.
+            stopped: no trial runs any more.
+        """
+        kind = event["event"]
+        if kind == "started":
+            self.started, self.resources = (event["time"], self.seconds), event["resources"]
+        elif kind == "drawn":
+            trial = self.trials.setdefault(event["trial"], Trial(event["trial"], self.objective))
+            trial.config, trial.repeats = event["config"], event["repeats"]
+            return
+        self.seconds = self.started[1] + event["time"] - self.started[0]
+        trial = self.trials.get(event.get("trial"))
+        if not trial:  # no trial's event, or that in which it was drawn is damaged
+            return
+        if kind == "reported":
+            report = Report(**{key.name: event[key.name] for key in fields(Report)})
+            if report.epoch > len(trial.reports) + 1:
+                return  # the epoch before is damaged, so both are trained again
+            trial.reports[report.epoch - 1 :] = [report]
+            trial.end, trial.error = event["end"], None
+        elif kind == "restarted":
+            del trial.reports[event["epoch"] :]
+            trial.end = trial.error = None
+        elif kind == "failed":
+            trial.error = event["error"]
+
+    def record(self, kind: str, **details: object) -> None:
+        """Apply an event and append it to the log.
+
+        Raises:
+            OSError: the log cannot be written; the next event tries again.
+        """
+        event = {"event": kind, "time": time.time()} | details
+        self.apply(event)
+        self.unwritten.append(event)
+        try:
+            append_lines(self.folder / LOG_FILE, self.unwritten)
+        except OSError as error:
+            raise OSError(f"cannot write {self.folder / LOG_FILE} ({error.strerror}); make room there") from error
+        self.unwritten.clear()
+
+    def draw(self, configs: list[dict]) -> None:
+        """Add those trials that it does not have yet."""
+        for i, config in enumerate(configs):
+            if trial_name(i) not in self.trials:
+                self.record("drawn", trial=trial_name(i), config=config, repeats=None)
+
+    def draw_repeats(self, count: int) -> None:
+        """Add trials that train the best configs again, with the random seeds that the settings ask for."""
+        for trial in self.ranking()[:count]:
+            for i in range(1, (self.settings.repeats or 0) + 1):
+                seed = trial.config["seed"] + i
+                name = f"{trial.name}_seed_{seed}"
+                if name not in self.trials:
+                    self.record("drawn", trial=name, config=trial.config | {"seed": seed}, repeats=trial.name)
+
+    def own_trials(self) -> list[Trial]:
+        """Return the trials that repeat no other one."""
+        return [trial for trial in self.trials.values() if not trial.repeats]
+
+    def all_ended(self) -> bool:
+        """Return whether it has trials, all of which have ended."""
+        return bool(self.trials) and not self.unfinished()
+
+    def interrupted(self) -> bool:
+        """Return whether it has trials that have neither ended nor failed."""
+        return any(not (trial.end or trial.error) for trial in self.trials.values())
+
+    def ended_ranking(self) -> list[Trial]:
+        """Return the ranking of the trials that have ended."""
+        return [trial for trial in self.ranking() if trial.end]
+
+    def unfinished(self) -> list[Trial]:
+        """Return the trials that have not ended; those that failed are among them."""
+        return [trial for trial in self.trials.values() if not trial.end]
+
+    def ranking(self) -> list[Trial]:
+        """Return its own trials that have a best epoch, the best trial first; of equals, that with the lower loss."""
+        trials = [trial for trial in self.own_trials() if trial.best]
+        return sorted(trials, key=lambda trial: (-self.objective.score(trial.best), trial.best.loss))
 
     @property
-    def time_left(self) -> float | None:
-        """How many seconds of its time budget it has left; None where it has no budget."""
-        budget = self.settings.time_budget
-        return None if budget is None else budget - self.seconds
+    def time_left(self) -> float:
+        """The seconds that are left of its time budget."""
+        return (self.settings.time_budget or math.inf) - self.seconds
+
+    def check_time_left(self) -> None:
+        """Refuse to resume it without time."""
+        if self.time_left <= 0:
+            raise InputError(f"the time budget of {self.settings.time_budget:g} s is spent; raise --time-budget")
+
+    def write(self) -> None:
+        """Write search.json."""
+        settings = asdict(self.settings)
+        parts = {"space": self.space, "searched": self.searched, "images": self.images, "objective": self.objective}
+        write_json(self.folder / SEARCH_FILE, {"format": FORMAT, "settings": settings} | parts)
 
 
-# --- files that are read back as they were written --------------------------------------------------------------------
+def trial_name(i: int) -> str:
+    """Return the name of the i-th trial, from 0, which is also that of its folder."""
+    return f"train_cifar_{i:05}"
 
 
-def sealed(content: dict, indent: int | None = None) -> str:
-    """Return a dict as JSON, with its checksum as one more entry."""
-    return json.dumps(content | {"crc32": checksum(content)}, indent=indent)
-
-
-def unsealed(text: str | bytes) -> dict:
-    """Return the dict that sealed made text of.
-
-    Raises:
-        ValueError: it is something else.
-    """
-    try:
-        content = json.loads(text)
-    except RecursionError as error:
-        raise ValueError(str(error)) from error
-    if not isinstance(content, dict) or content.pop("crc32", None) != checksum(content):
-        raise ValueError("its checksum does not match")
-    return content
-
-
-def checksum(content: dict) -> str:
-    return f"{zlib.crc32(json.dumps(content).encode()):08x}"
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that it is there whole or, if the process is killed, as it was.
-
-    Raises:
-        OSError: naming the file.
-    """
-    try:
-        with replacing(path) as temporary:
-            temporary.write_text(text)
-    except OSError as error:
-        raise OSError(f"{path} cannot be written ({error.strerror}); make room there, then --resume") from error
-
-
-# --- a search's folder ------------------------------------------------------------------------------------------------
-
-
-def resolved(path: str) -> Path:
-    """Return an absolute path without links.
-
-    Raises:
-        InputError: the links in it lead round in a circle.
-    """
-    try:
-        return Path(path).resolve()
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"{path} cannot be followed ({error}): choose another path") from error
-
-
-def shown(path: Path) -> str:
-    """Return an absolute path as one would type it: relative where it is below the working directory."""
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
-
-
-def resume_command(folder: Path) -> str:
-    """Return the command line that continues the search in folder."""
-    script = Path(__file__).resolve().parents[1] / "hparam_search.py"
-    return shlex.join(["python", shown(script), "--resume", shown(folder)])
-
-
-def check_free(folder: Path) -> None:
-    """Refuse a folder for a new search that is there already, or that cannot be made."""
-    try:
-        if folder.exists():
-            raise InputError(
-                f"--name {folder.name} is taken by {shown(folder)}: choose another, or --resume that folder"
-            )
-        parent = next(parent for parent in folder.parents if parent.exists())
-    except OSError as error:
-        raise InputError(f"{folder.parent} cannot be made ({error.strerror}): choose another --output-dir") from error
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError(f"{parent} is not a writable folder; choose another --output-dir")
-
-
-def name_of_now() -> str:
-    """Return the name of a search that was given none."""
-    return datetime.now().strftime("search_%Y-%m-%d_%H-%M-%S")
-
-
-def make_folder(output_dir: Path, name: str | None) -> Path:
-    """Make a new search's folder. Of two without a name that start in the same second, one waits for the next.
+def create_search(settings: Settings, space: dict, dataset: Dataset, objective: Objective) -> Search:
+    """Make the folder of a new search.
 
     Raises:
         InputError: it cannot be made.
     """
+    parent = Path(settings.output_dir).resolve()
     while True:
-        folder = output_dir / (name or name_of_now())
+        folder = parent / (settings.name or datetime.now().strftime("search_%Y-%m-%d_%H-%M-%S"))
         try:
             folder.mkdir(parents=True)
-            return folder
+            break
+        except FileExistsError as error:
+            if settings.name:
+                raise InputError(taken(folder)) from error
+            time.sleep(0.1)  # until the next second
         except OSError as error:
-            if name or not isinstance(error, FileExistsError):
-                raise InputError(f"{folder} cannot be made ({error.strerror}): choose another --name") from error
-        time.sleep(0.1)
+            raise InputError(f"cannot create {folder} ({error.strerror}); choose another --output-dir") from error
+    search = Search(folder, settings, describe(space), searched_ranges(space), fingerprint(dataset), objective)
+    search.write()
+    return search
 
 
-@contextlib.contextmanager
-def holding(folder: Path) -> Iterator[None]:
-    """Hold the search in folder, so that no other process runs it, and if it is left midway say how to go on.
+def check_new_folder(settings: Settings) -> None:
+    """Refuse an existing or impossible search folder, before images are read and Ray starts."""
+    parent = Path(settings.output_dir).resolve()
+    if settings.name and (parent / settings.name).exists():
+        raise InputError(taken(parent / settings.name))
+    existing = next(folder for folder in (parent, *parent.parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"{existing} is not a writable folder; choose another --output-dir")
 
-    If this process is killed, the lock goes with it.
+
+def taken(folder: Path) -> str:
+    return f"{shown(folder)} already exists; choose another --name, or --resume it"
+
+
+def open_search(folder: Path, changes: dict | None = None) -> Search:
+    """Return the search in a folder, as its log tells.
+
+    Args:
+        folder: an absolute path.
+        changes: settings to extend, as flags gave them.
 
     Raises:
-        InputError: another process holds it.
+        InputError: it is not a search of this version, is damaged, or a setting would shrink.
     """
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        if not lock(descriptor, fcntl.LOCK_EX):
-            raise InputError(f"another process is running {folder}; wait for it to finish, or stop it")
-        yield
-    except (KeyboardInterrupt, OSError):
-        print(f"Interrupted. To resume: {resume_command(folder)}", flush=True)
-        raise
-    finally:
-        os.close(descriptor)
-
-
-def is_held(folder: Path) -> bool:
-    """Tell whether a process runs the search in folder."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        return not lock(descriptor, fcntl.LOCK_SH)
-    finally:
-        os.close(descriptor)
-
-
-def lock(descriptor: int, kind: int) -> bool:
-    """Lock a folder and return whether that worked; True if the file system has no locks."""
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+        text = (folder / SEARCH_FILE).read_bytes()
     except OSError as error:
-        if error.errno not in UNSUPPORTED:
+        raise InputError(f"no search found in {shown(folder)!r}; pass a search folder such as outputs/NAME") from error
+    try:
+        if json.loads(text).get("format") != FORMAT:
+            raise InputError(f"{folder / SEARCH_FILE} is from another version; use that version, or start a new search")
+        content = loads(text)
+    except (ValueError, AttributeError, RecursionError) as error:
+        if isinstance(error, InputError):
             raise
-    return True
+        raise InputError(f"{folder / SEARCH_FILE} is damaged ({error}); start a new search") from error
+    settings = extend(Settings(**content["settings"]), changes or {})
+    objective = Objective(*content["objective"])
+    search = Search(folder, settings, content["space"], content["searched"], content["images"], objective)
+    events, search.damaged = read_lines(folder / LOG_FILE)
+    for event in events:
+        search.apply(event)
+    if search.damaged:
+        words = f"{search.damaged} unreadable line{'s' * (search.damaged > 1)} in {shown(folder / LOG_FILE)}"
+        print(f"Skipping {words}; those epochs will be retrained.", file=sys.stderr)
+    return search
 
 
-def write_search(search: Search) -> None:
-    """Write search.json."""
-    settings = asdict(search.settings)
-    del settings["resume"]
-    content = {"format": FORMAT, "settings": settings, "num_trials": len(search.trials)}
-    content |= {key: getattr(search, key) for key in PARTS}
-    write_whole(search.folder / SEARCH_FILE, sealed(content, indent=2))
-
-
-def read_search(folder: Path) -> Search:
-    """Return the search that a folder holds.
-
-    Raises:
-        InputError: it holds none, or one whose search.json or params.json are damaged or of another version.
-    """
-    path = folder / SEARCH_FILE
-    try:
-        text = path.read_bytes()
-        content = json.loads(text)
-        if isinstance(content, dict) and content.get("format") != FORMAT:
-            raise InputError(
-                f"{path} is of another version of this script: go on with that one, or start the search again"
-            )
-        content = unsealed(text)
-        settings = Settings(**content["settings"])
-        trials = {trial_name(i): None for i in range(content["num_trials"])}
-        parts = {key: content[key] for key in PARTS}
-    except OSError as error:
-        raise InputError(
-            f"{folder} holds no search ({error.strerror}): --resume takes a folder that a search made, outputs/<name>"
-        ) from error
-    except InputError:
-        raise
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise InputError(f"{path} is damaged ({error}): start the search again") from error
-    return Search(folder, settings, trials={name: read_params(folder / name) for name in trials}, **parts)
-
-
-def enlarged(settings: Settings, asked: Settings) -> Settings:
-    """Return a search's settings with the changes asked for on --resume: raised ENLARGED ones, moved images.
-
-    Raises:
-        InputError: a value shrinks, or the images are synthetic.
-    """
-    changes = {key: getattr(asked, key) for key in ENLARGED if getattr(asked, key) is not None}
-    if asked.data_dir and settings.dataset == "synthetic":
-        raise InputError(f"--data-dir {asked.data_dir} cannot be combined with synthetic images; remove it")
-    moved = {"data_dir": str(resolved(asked.data_dir))} if asked.data_dir else {}
-    for key, value in changes.items():
+def extend(settings: Settings, changes: dict) -> Settings:
+    """Return settings with larger values, or moved images."""
+    for key in GROWABLE:
         before = getattr(settings, key)
-        if before is not None and value < before:
-            raise InputError(f"{flag(key)} is {value:g}, but the search was asked for {before:g}: give at least that")
-    return replace(settings, **changes, **moved)
+        if key in changes and before is not None and changes[key] < before:
+            raise InputError(f"{flag(key)} can only grow: the search already has {before:g}")
+    if "data_dir" in changes:
+        if settings.dataset == "synthetic":
+            raise InputError("--data-dir cannot be combined with synthetic images; remove it")
+        changes = changes | {"data_dir": str(Path(changes["data_dir"]).resolve())}
+    return replace(settings, **{key: value for key, value in changes.items() if key != "resume"})
 
 
-def check_same_space(search: Search, in_words: dict[str, str]) -> None:
-    """Refuse to go on with a space that was edited since the search began."""
-    for key, text in in_words.items():
-        if text != search.param_space.get(key):
+def check_unchanged(search: Search, space: dict, objective: Objective) -> None:
+    """Refuse to resume a search with another space or objective."""
+    for key, text in (describe(space) | {"METRIC, MODE": list(objective)}).items():
+        before = list(search.objective) if key == "METRIC, MODE" else search.space.get(key)
+        if text != before:
             raise InputError(
-                f"param_space[{key!r}] is {text}, but was {search.param_space.get(key)} when {shown(search.folder)} "
-                "began: change it back, or start a new search"
+                f"{key!r} is {text}, but was {before} when the search began; restore it, or start a new one"
             )
 
 
 def check_same_images(search: Search, dataset: Dataset) -> None:
-    """Refuse to go on with images other than those that the search began with."""
+    """Refuse to resume a search with other images."""
     for part, digest in fingerprint(dataset).items():
-        if digest != search.images.get(part):
+        if digest != search.images[part]:
             raise InputError(
-                f"the {part} in {search.settings.data_dir} are not those that {shown(search.folder)} began with: put "
-                "those back, or start a new search"
+                f"the {part} in {search.settings.data_dir} have changed since the search began; restore them, or start "
+                "a new search"
             )
 
 
-# --- trials -----------------------------------------------------------------------------------------------------------
-
-
-def write_params(folder: Path, config: dict) -> None:
-    """Write a trial's config into its folder, unless it stands there already."""
-    path = folder / PARAMS_FILE
-    if not path.exists():
-        folder.mkdir(exist_ok=True)
-        write_whole(path, sealed(config, indent=2))
-
-
-def read_params(folder: Path) -> dict | None:
-    """Return the config of the trial in folder, or None if it is not begun.
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from running the search in a folder; if this one is interrupted, say how to resume.
 
     Raises:
-        InputError: it is damaged, or gone from a trial that has begun.
+        InputError: another process is running it, or there is no such folder.
     """
-    path = folder / PARAMS_FILE
-    try:
-        if not path.exists() and not (folder / LOG_FILE).exists():
-            return None
-        config = unsealed(path.read_bytes())
-        check_param_space(config)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{path} is damaged ({error}): remove {folder}, whose trial is then drawn and trained again"
-        ) from error
-    return config
-
-
-def append_line(folder: Path, text: str) -> None:
-    """Append text, whole lines, to the log of the trial in folder."""
-    with (folder / LOG_FILE).open("a+b") as file:
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)  # of a process killed while it wrote
-        file.write(text.encode())
-
-
-def read_log(folder: Path) -> tuple[list[dict], int]:
-    """Return the lines of a trial's log that are what a trial writes, and how many others there are.
-
-    A last line that is not whole, of a process killed while it wrote, is none.
-    """
-    try:
-        content = (folder / LOG_FILE).read_bytes()
-    except OSError:
-        return [], 0
-    lines, others, last_epoch = [], 0, 0
-    for text in content[: content.rfind(b"\n") + 1].splitlines():
+    if not folder.is_dir():
+        raise InputError(f"no search found in {shown(folder)!r}; pass a search folder such as outputs/NAME")
+    with lock(folder) as free:
+        if not free:
+            raise InputError("another process is running this search; wait for it to finish, or stop it")
         try:
-            line = unsealed(text)
-            check_line(line, last_epoch)
-        except (ValueError, KeyError):
-            others += 1
-            continue
-        lines.append(line)
-        last_epoch = max(last_epoch, line.get("epoch", 0))
-    return lines, others
+            yield
+        except (KeyboardInterrupt, OSError):
+            print(f"Interrupted. To resume: {resume_command(folder)}", flush=True)
+            raise
 
 
-def check_line(line: dict, last_epoch: int) -> None:
-    """Refuse what is no line of a trial that had reported last_epoch epochs.
-
-    Raises:
-        ValueError, KeyError: it is none.
-    """
-    if isinstance(line.get("error"), str):
-        return
-    numbers = [line[key] for key in (*METRICS, "time")]
-    if not all(type(number) in (int, float) and not math.isinf(number) for number in numbers):
-        raise ValueError("metrics are finite numbers, or NaN")
-    # An epoch comes after the one before; of a trial that was restored, some come again.
-    if type(line["epoch"]) is not int or not 1 <= line["epoch"] <= last_epoch + 1:
-        raise ValueError("epochs come one after the other")
-    if not (0 <= line["accuracy"] <= 1 and 0 <= line["train_accuracy"] <= 1):
-        raise ValueError("an accuracy is from 0 to 1")
-    if any(line[key] < 0 for key in ("loss", "train_loss", "lr", "images_per_second", "seconds")):
-        raise ValueError("these are not negative")
+def resume_command(folder: Path) -> str:
+    """Return the command that continues the search in a folder."""
+    script = Path(__file__).resolve().parents[1] / "hparam_search.py"
+    return shlex.join(["python", shown(script), "--resume", shown(folder)])
 
 
-def read_results(search: Search) -> list[dict]:
-    """Return a dict a trial of a search, in the order in which they were drawn: see summarise."""
-    return [
-        summarise(name, config, *read_log(search.folder / name), search.folder)
-        for name, config in search.trials.items()
-    ]
-
-
-def summarise(name: str, config: dict | None, lines: list[dict], others: int, folder: Path) -> dict:
-    """Return what a trial's log comes down to.
-
-    Keys: trial_id, name, status, config, error (a sentence or None), unreadable (lines of the log), epochs (done), loss
-    and accuracy (of the last epoch, on the validation images), seconds, best_epoch, best_accuracy and best_loss (of the
-    epoch with the highest validation accuracy, the first of several), checkpoint (the weights of that epoch: a path
-    relative to the search's folder, or None where they are not there any more). What a trial never reported is None.
-
-    The status is PENDING, UNFINISHED, ERROR or, of a trial that is finished, TERMINATED or DIVERGED.
-
-    Args:
-        name: the trial's.
-        config: the trial's.
-        lines: of read_log.
-        others: of read_log.
-        folder: the search's.
-    """
-    row = {"trial_id": name.rsplit("_", 1)[-1], "name": name, "status": "PENDING", "config": config, "error": None}
-    keys = ("epochs", "best_epoch", "best_accuracy", "best_loss", "loss", "accuracy", "seconds", "checkpoint")
-    row |= {"unreadable": others} | dict.fromkeys(keys)
-    if lines:
-        row["error"] = lines[-1].get("error")
-        row["status"] = "ERROR" if row["error"] else "UNFINISHED"
-    reported = [line for line in lines if "epoch" in line]
-    if not reported:
-        return row
-    last = {line["epoch"]: line for line in reported}[max(line["epoch"] for line in reported)]  # of two, the later
-    row |= {"epochs": last["epoch"], "loss": last["loss"], "accuracy": last["accuracy"], "seconds": last["seconds"]}
-    if "done" in lines[-1]:
-        row["status"] = "TERMINATED" if math.isfinite(last["loss"]) else "DIVERGED"
-    # Of the epochs whose weights lie there: an epoch that is trained again may have other figures than at first.
-    weights = {path: of for path, of in saved_weights(folder / name).items() if (path / WEIGHTS_FILE).exists()}
-    saved = [line for of in weights.values() for line in reported if of_same_epoch(line, of)]
-    if (
-        not saved and row["status"] in FINISHED
-    ):  # a finished trial's weights have their name, should metrics.json be lost
-        saved = [line for line in reported if checkpoint_path(folder / name, line["epoch"]) in weights]
-    finite = [line for line in reported if math.isfinite(line["loss"])] or reported
-    best = max(saved or sorted(finite, key=lambda line: line["epoch"]), key=lambda line: line["accuracy"])
-    row |= {"best_epoch": best["epoch"], "best_accuracy": best["accuracy"], "best_loss": best["loss"]}
-    if saved:
-        row["checkpoint"] = checkpoint_path(Path(name), best["epoch"]).as_posix()
-    return row
-
-
-def is_finished(results: list[dict]) -> bool:
-    """Tell whether all trials are finished."""
-    return all(row["status"] in FINISHED for row in results)
-
-
-def are_left(results: list[dict]) -> bool:
-    """Tell whether there are trials that have neither finished nor failed."""
-    return any(row["status"] in ("PENDING", "UNFINISHED") for row in results)
-
-
-def best_first(results: list[dict]) -> list[dict]:
-    """Return the trials that have learnt something, save those that diverged, the highest validation accuracy first."""
-    trained = [row for row in results if row["best_accuracy"] is not None and row["status"] != "DIVERGED"]
-    return sorted(trained, key=lambda row: (-row["best_accuracy"], row["best_loss"]))
-
-
-def prune(results: list[dict], folder: Path, models_kept: int) -> None:
-    """Delete what finished trials went on from, and all their weights but the best ones of the best trials.
-
-    Args:
-        results: of read_results. The "checkpoint" of trials that keep none becomes None.
-        folder: the search's.
-        models_kept: how many trials keep theirs.
-    """
-    finished = [row for row in results if row["status"] in FINISHED]
-    kept = [row["name"] for row in best_first(finished) if row["checkpoint"]][:models_kept]
-    for row in finished:
-        if row["name"] not in kept:
-            row["checkpoint"] = None
-        trial = folder / row["name"]
-        for path in trial.glob("checkpoint_*"):
-            if path.relative_to(folder).as_posix() != row["checkpoint"]:
-                shutil.rmtree(path)
-        for path in trial.glob("training_*"):
-            path.unlink()
+def shown(path: Path) -> str:
+    """Return an absolute path as one would type it: relative if it is below the working directory."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

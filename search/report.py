@@ -1,230 +1,254 @@
-"""What a person reads of a search: the table, the recap, results.csv, best_model/."""
+"""What a person reads: the recap of a search, results.csv, and the list of all searches."""
 
+import contextlib
 import csv
-import io
+import math
 import shlex
-import sys
+import statistics
 import textwrap
 from collections import Counter
 from datetime import datetime
 from pathlib import Path
+from statistics import NormalDist
 
-import torch
+import numpy as np
+import pandas
 
-from data import Dataset, InputError, usable_cpus
-from search.command_line import methods_in_words
-from search.model_folder import load_model, read_metrics, write_model_folder
-from search.records import (
-    FINISHED,
-    SEARCH_FILE,
-    Search,
-    best_first,
-    is_held,
-    read_results,
-    read_search,
-    shown,
-    write_whole,
-)
-from search.tensorboard import show_best_model
-from search.trial import WEIGHTS_FILE
-from train import best_device, evaluate, evaluation_batches, predict
+from data import InputError
+from search.best_model import BEST_MODEL, read_best_model
+from search.files import atomic_write, lock
+from search.records import SEARCH_FILE, Search, Trial, open_search, shown
+from search.space import end_of_range
+from search.trial import weights_path
 
-BEST_MODEL = "best_model"
 COLUMNS = 80
-RECAP_ORDER = ["p_drop", "lr", "h_1", "h_2"]  # then the others
+FIRST_COLUMNS = ["p_drop", "lr", "h_1", "h_2"]  # then the other hyperparameters
+MIN_TRIALS = 8  # to tell which hyperparameters matter
+SIGNIFICANCE = 0.05  # probability of naming any hyperparameter that has no effect
 
 
-def write_results(results: list[dict], folder: Path) -> None:
-    """Write results.csv: a row a trial, with a column for each hyperparameter (`epochs` of the config: max_epochs)."""
-    keys = ["epochs", "best_epoch", "best_accuracy", "best_loss", "loss", "accuracy", "seconds", "checkpoint"]
-    parameters = list(dict.fromkeys(name for row in results for name in row["config"]))
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    columns = ["max_epochs" if name == "epochs" else name for name in parameters]
-    writer.writerow(["trial_id", "status", *columns, *keys])
-    for row in results:
-        values = [row["config"].get(name) for name in parameters]
-        writer.writerow([row["trial_id"], row["status"], *values, *(row[key] for key in keys)])
-    write_whole(folder / "results.csv", text.getvalue())
+def write_results(search: Search) -> None:
+    """Write results.csv: a row per trial, with a column per hyperparameter (`epochs` of the config as max_epochs)."""
+    trials = list(search.trials.values())
+    parameters = list(dict.fromkeys(name for trial in trials for name in trial.config))
+    best_metrics = ["epoch", *search.objective.shown]
+    with atomic_write(search.folder / "results.csv") as temporary, temporary.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        columns = ["max_epochs" if name == "epochs" else name for name in parameters]
+        writer.writerow(
+            ["trial_id", "status", *columns, "epochs", *(f"best_{name}" for name in best_metrics), "loss", "accuracy",
+             "seconds", "weights", "ended_because", "repeats"]
+        )  # fmt: skip
+        for trial in trials:
+            last, best = trial.reports[-1] if trial.reports else None, trial.best
+            weights = best and weights_path(Path(trial.name), best.epoch)
+            writer.writerow(
+                [trial.id, trial.status, *(trial.config.get(name) for name in parameters), last and last.epoch]
+                + [best and getattr(best, name) for name in best_metrics]
+                + [last and getattr(last, name) for name in ("loss", "accuracy", "seconds")]
+                + [weights if weights and (search.folder / weights).exists() else None]
+                + [trial.error or trial.end, trial.repeats]
+            )
 
 
-def save_best_model(results: list[dict], dataset: Dataset, source: dict, folder: Path) -> dict | None:
-    """Test the best trial's model, once, write best_model/, and show TensorBoard what it does on the test images.
-
-    Where its weights are damaged or gone, which is said on stderr, it is the next best's.
-
-    Args:
-        results: of read_results.
-        dataset: what the search ran on; its test images are used here and nowhere else.
-        source: the arguments of data.read_images that it was read with.
-        folder: the search's; best_model/ is there whole or not at all.
-
-    Returns:
-        What metrics.json holds: trial_id, epoch, val_loss, val_accuracy, test_loss, test_accuracy and sha256, of the
-        other two files; None where no trial has a model.
-    """
-    if (folder / BEST_MODEL).exists() and not read_metrics(folder / BEST_MODEL):
-        print(f"{shown(folder / BEST_MODEL)} is damaged, and made again.", file=sys.stderr)
-    device, ranking = best_device(), best_first(results)
-    torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
-    for best in ranking:
-        weights = folder / (best["checkpoint"] or "") / WEIGHTS_FILE
-        if model := load_model(weights, best["config"], len(dataset.classes)):
-            break
-        if best["checkpoint"] or best is ranking[0]:
-            print(f"{best['name']} was better, but its weights are damaged or gone.", file=sys.stderr)
-    else:
-        return None
-    model = model.to(device, memory_format=torch.channels_last)
-    test = evaluation_batches(dataset.test_images, dataset.test_labels, dataset.mean, dataset.std, device)
-    test_loss, test_accuracy = evaluate(model, test)
-    metrics = {
-        "trial_id": best["trial_id"],
-        "epoch": best["best_epoch"],
-        "val_loss": best["best_loss"],
-        "val_accuracy": best["best_accuracy"],
-        "test_loss": test_loss,
-        "test_accuracy": test_accuracy,
-    }
-    metrics = write_model_folder(folder / BEST_MODEL, weights, best["config"], dataset, source, metrics)
-    show_best_model(folder, predict(model, test), dataset.test_labels, dataset.test_images, dataset.classes)
-    return metrics
-
-
-def read_best_model(results: list[dict], folder: Path) -> dict | None:
-    """Return the metrics of best_model/ if it is there, whole, and still the best trial's, else None."""
-    metrics, ranking = read_metrics(folder / BEST_MODEL), best_first(results)
-    if not metrics or not ranking:
-        return None
-    best = ranking[0]
-    return metrics if (metrics["trial_id"], metrics["epoch"]) == (best["trial_id"], best["best_epoch"]) else None
-
-
-def recap(results: list[dict], search: Search) -> str:
-    """Return the state of a search as text of 80 columns: counts, times, resources, and a table of all trials.
-
-    Args:
-        results: of read_results.
-        search: theirs.
-    """
-    searched = list(search.searched)
-    counts = Counter(row["status"] for row in results)
-    now = datetime.now().strftime("%Y-%m-%d %H:%M:%S")
-    names = sorted(searched, key=lambda name: [*RECAP_ORDER, name].index(name))
+def recap(search: Search) -> str:
+    """Return the state of a search as text of 80 columns: status counts, times, resources, and a table of trials."""
+    trials = search.own_trials()
+    counts = Counter(trial.status for trial in trials)
+    last = [trial.reports[-1] if trial.reports else None for trial in trials]
+    names = sorted(search.searched, key=lambda name: [*FIRST_COLUMNS, name].index(name))
     columns = {
-        "trial": [row["trial_id"] for row in results],
-        "status": [row["status"] for row in results],
-        **{name: [shown_value(row["config"].get(name)) for row in results] for name in names},
-        "iter": [shown_value(row["epochs"]) for row in results],
-        "time (s)": [decimals(row["seconds"], 0) for row in results],
-        "loss": [decimals(row["loss"], 4) for row in results],
-        "accuracy": [decimals(row["accuracy"], 4) for row in results],
+        "trial": [trial.id for trial in trials],
+        "status": [trial.status for trial in trials],
+        **{name: [cell(trial.config.get(name)) for trial in trials] for name in names},
+        "iter": [cell(report and report.epoch) for report in last],
+        "time (s)": [cell(report and report.seconds, ".0f") for report in last],
+        "loss": [cell(report and report.loss, ".4f") for report in last],
+        "accuracy": [cell(report and report.accuracy, ".4f") for report in last],
     }
+    shared = ", ".join(f"{key} {value}" for key, value in trials[0].config.items() if key not in search.searched)
+    ends = Counter(trial.end for trial in trials if trial.end)
     lines = [
         "Trial status: " + " | ".join(f"{count} {status}" for status, count in counts.items()),
-        f"Current time: {now}. Total running time: {duration(search.seconds)}",
-        f"Logical resource usage: {search.resource_usage}",
+        f"Current time: {datetime.now():%Y-%m-%d %H:%M:%S}. Total running time: {duration(search.seconds)}",
+        f"Logical resource usage: {search.resources}",
         *tables(columns, names),
+        *textwrap.wrap(f"All trials: {shared}.", COLUMNS, break_on_hyphens=False),
+        *search.settings.methods(),
     ]
-    shared = {name: value for name, value in results[0]["config"].items() if name not in searched}
-    if shared:
-        text = ", ".join(f"{name} {value}" for name, value in shared.items())
-        lines += textwrap.wrap(f"All trials: {text}.", COLUMNS, break_on_hyphens=False)
-    return "\n".join([*lines, *methods_in_words(search.settings)])
+    if ends:
+        lines.append(f"Ended: {'; '.join(f'{count} {reason}' for reason, count in ends.items())}.")
+    lines += [f"{trial.name} failed: {trial.error}." for trial in trials if trial.error]
+    return "\n".join(lines)
 
 
-def best_so_far(results: list[dict]) -> str:
-    """Return a line on the best trial of a search that goes on, or on that there is none yet."""
-    if not (ranking := best_first(results)):
+def best_so_far(search: Search) -> str:
+    """Return a line on the best trial of a search that has not finished."""
+    if not (ranking := search.ranking()):
         return "No trial has reported yet."
-    best = ranking[0]
-    return f"Best so far: {best['name']}, accuracy {best['best_accuracy']:.4f} after epoch {best['best_epoch']}."
+    best, metric = ranking[0], search.objective.metric
+    return f"Best so far: {best.name}, {metric} {getattr(best.best, metric):.4f} after epoch {best.best.epoch}."
 
 
-def recap_best(results: list[dict], metrics: dict, search: Search) -> str:
-    """Return the closing lines of a search as text: its best trial by its best epoch, and where things are.
+def recap_best(search: Search, metrics: dict) -> str:
+    """Return what a finished search found, as text of 80 columns.
 
     Args:
-        results: of read_results.
-        metrics: of save_best_model.
-        search: theirs; the hyperparameters that it searched are shown as lines of param_space.
+        search: the one that has finished.
+        metrics: of its best model: see evaluate_best_model.
     """
-    folder = search.folder
-    best = next(row for row in results if row["trial_id"] == metrics["trial_id"])
-    finished = [row for row in results if row["status"] in FINISHED]
-    planned = sum(row["config"]["epochs"] for row in finished)
-    saved = planned - sum(row["epochs"] for row in finished)
-    return "\n".join(
-        [
-            f"Best trial: {best['name']}, epoch {metrics['epoch']} of {best['config']['epochs']}",
-            *(f'    "{name}": {best["config"][name]!r},' for name in search.searched),
-            f"  validation loss: {metrics['val_loss']:.4f}",
-            f"  validation accuracy: {metrics['val_accuracy']:.4f}",
-            f"  test accuracy: {metrics['test_accuracy']:.4f}",
-            f"Best model: {shown(folder / BEST_MODEL)}",
-            f"TensorBoard: {shlex.join(['tensorboard', '--logdir', shown(folder.parent)])}",
-            *([f"Early stopping saved {saved} of {planned} epochs."] if finished else []),
-        ]
-    )
+    best = search.trials[f"train_cifar_{metrics['trial_id']}"]
+    ended = [trial for trial in search.own_trials() if trial.end]
+    planned = sum(trial.config["epochs"] for trial in ended)
+    saved = planned - sum(len(trial.reports) for trial in ended)
+    lines = [
+        f"Best trial: {best.name}, epoch {metrics['epoch']} of {best.config['epochs']}",
+        *(f'    "{name}": {best.config[name]!r},' for name in search.searched),
+        f"  validation loss: {metrics['val_loss']:.4f}",
+        f"  validation accuracy: {metrics['val_accuracy']:.4f}",
+        f"  test accuracy: {metrics['test_accuracy']:.4f}",
+        f"Best model: {shown(search.folder / BEST_MODEL)}",
+        f"TensorBoard: {shlex.join(['tensorboard', '--logdir', shown(search.folder.parent)])}",
+        f"Early stopping saved {saved} of {planned} epochs.",
+        *rungs(search, ended),
+        *importance(search, ended),
+    ]
+    return "\n".join([*lines, *repeats(search)])
+
+
+def rungs(search: Search, ended: list[Trial]) -> list[str]:
+    """Return lines on the scheduler: when trials ended, and whether their order at the first rung was that in the end."""
+    first = search.settings.grace_period
+    if first is None or not ended:
+        return []
+    counts = sorted(Counter(len(trial.reports) for trial in ended).items())
+    lines = [f"Epochs trained: {', '.join(f'{epoch} ({count} trials)' for epoch, count in counts)}."]
+    survivors = [trial for trial in ended if len(trial.reports) > first and trial.best]
+    about = f"Rank agreement between epoch {first} and the end"
+    if len(survivors) < 3:
+        return [*lines, f"{about}: needs 3 surviving trials ({len(survivors)} so far)."]
+    score = search.objective.score
+    then, finally_ = [score(t.reports[first - 1]) for t in survivors], [score(t.best) for t in survivors]
+    return [*lines, f"{about}: {rank_correlation(then, finally_):+.2f} ({len(survivors)} trials)."]
+
+
+def importance(search: Search, ended: list[Trial]) -> list[str]:
+    """Return lines on which hyperparameters mattered: Spearman's rank correlation with the objective.
+
+    Trials are compared at the last epoch that all have reached; diverged ones rank last. A correlation ρ of n trials is
+    significant by Fisher's transformation, atanh(ρ) √((n − 3) / 1.06) (Fieller et al. 1957), with Bonferroni's
+    correction. Values that are not numbers are compared in the order in which they are listed.
+    """
+    if len(ended) < MIN_TRIALS:
+        return [f"Importance: needs at least {MIN_TRIALS} finished trials ({len(ended)} so far)."]
+    epoch = min((len(trial.reports) for trial in ended if not trial.diverged), default=1)
+    scores = [-math.inf if t.diverged else search.objective.score(t.reports[epoch - 1]) for t in ended]
+    searched = {key: values for key, values in search.searched.items() if values}
+    limit = NormalDist().inv_cdf(1 - SIGNIFICANCE / 2 / max(1, len(searched)))
+    found, others, edges = {}, [], []
+    for key, values in searched.items():
+        listed = values.get("values", [])
+        numbers = [t.config[key] if type(t.config[key]) in (int, float) else listed.index(t.config[key]) for t in ended]
+        rho = rank_correlation(numbers, scores)
+        if abs(math.atanh(max(-0.9999, min(0.9999, rho)))) * math.sqrt((len(ended) - 3) / 1.06) < limit:
+            others.append(key)
+            continue
+        found[key] = rho
+        # The best value is often at an end by chance: the objective must improve towards it, too.
+        if search.ranking() and end_of_range(search.ranking()[0].config[key], values) == (
+            "upper" if rho > 0 else "lower"
+        ):
+            edges.append(f"{key} ({'upper' if rho > 0 else 'lower'} end)")
+    lines = []
+    if found:
+        strongest_first = sorted(found.items(), key=lambda item: -abs(item[1]))
+        about = f"rank correlation with {search.objective.metric} at epoch {epoch}, {len(ended)} trials"
+        lines.append(f"Importance ({about}): {', '.join(f'{key} {rho:+.2f}' for key, rho in strongest_first)}.")
+    if others:
+        lines.append(f"No significant effect: {', '.join(others)}.")
+    if edges:
+        lines.append(f"The best value lies at the edge of its range; consider widening: {', '.join(edges)}.")
+    return [part for line in lines for part in textwrap.wrap(line, COLUMNS)]
+
+
+def rank_correlation(one: list[float], other: list[float]) -> float:
+    """Return Spearman's rank correlation, from -1 to 1; 0 if all values of one are equal."""
+    ranks = pandas.DataFrame({"one": one, "other": other}).rank()
+    if 0 in ranks.std().to_numpy():
+        return 0.0
+    return float(np.corrcoef(ranks["one"], ranks["other"])[0, 1])
+
+
+def repeats(search: Search) -> list[str]:
+    """Return lines on the configs that were repeated: mean and standard deviation of the objective over their seeds."""
+    scores = {}
+    for trial in search.trials.values():
+        if trial.repeats and trial.end:
+            scores.setdefault(trial.repeats, []).append(trial.best and getattr(trial.best, search.objective.metric))
+    lines = []
+    for name, values in scores.items():
+        if None in values:
+            lines.append((math.inf, f"  {name}  diverged with {values.count(None)} of {len(values)} seeds"))
+        elif len(values) > 1:
+            mean, error = statistics.mean(values), statistics.stdev(values)
+            sign = 1 if search.objective.mode == "min" else -1
+            lines.append((sign * mean, f"  {name}  {mean:.4f} ± {error:.4f} ({len(values)} seeds)"))
+    if not lines:
+        return []
+    return [
+        f"Best {search.objective.metric} with other seeds (mean ± standard deviation):",
+        *(t for _, t in sorted(lines)),
+    ]
 
 
 def list_searches(output_dir: Path) -> str:
-    """Return the searches in a folder as text of 80 columns: their state, and the accuracies of their best model."""
-    rows = []
+    """Return the searches in a folder as text of 80 columns: status, trials, and the accuracies of their best models."""
+    columns = {"search": [], "status": [], "trials": [], "validation": [], "test": []}
     for path in sorted(output_dir.glob(f"*/{SEARCH_FILE}"), key=lambda path: path.stat().st_mtime):
-        folder = path.parent
-        try:
-            results = read_results(read_search(folder))
-        except InputError:
-            rows.append([folder.name, "damaged, or of another version", "", "", ""])
-            continue
-        done = sum(row["status"] in FINISHED for row in results)
-        metrics, ranking = read_best_model(results, folder) or {}, best_first(results)
-        state = "running" if is_held(folder) else "finished" if metrics and done == len(results) else "interrupted"
-        validation = ranking[0]["best_accuracy"] if ranking else None
-        accuracies = [decimals(validation, 4), decimals(metrics.get("test_accuracy"), 4)]
-        rows.append([folder.name, state, f"{done}/{len(results)}", *accuracies])
-    if not rows:
-        return f"There are no searches in {shown(output_dir)}."
-    header = ["search", "state", "trials", "validation", "test"]
-    return "\n".join(tables(dict(zip(header, map(list, zip(*rows, strict=True)), strict=True)), []))
+        cells = [path.parent.name, "damaged, or from another version", "", "", ""]
+        with contextlib.suppress(InputError):
+            search = open_search(path.parent)
+            trials, ranking, metrics = search.own_trials(), search.ranking(), read_best_model(search) or {}
+            ended = sum(bool(trial.end) for trial in trials)
+            with lock(path.parent) as free:
+                status = "finished" if metrics and ended == len(trials) else "interrupted" if free else "running"
+            accuracy = ranking[0].best.accuracy if ranking else None
+            test = metrics.get("test_accuracy")
+            cells = [search.folder.name, status, f"{ended}/{len(trials)}", cell(accuracy, ".4f"), cell(test, ".4f")]
+        for column, text in zip(columns.values(), cells, strict=True):
+            column.append(text)
+    if not columns["search"]:
+        return f"No searches found in {shown(output_dir)}."
+    return "\n".join(tables(columns, []))
 
 
-def shown_value(value: object) -> str:
-    """Return a value as a table shows it: floats with three significant digits, nothing for None."""
-    return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def decimals(value: float | None, digits: int) -> str:
-    """Return a number with so many decimals, or nothing for None."""
-    return "" if value is None else f"{value:.{digits}f}"
+def cell(value: object, digits: str = ".3g") -> str:
+    """Return a table's cell: floats with these digits, nothing for None."""
+    return "" if value is None else f"{value:{digits}}" if isinstance(value, float) else str(value)
 
 
 def tables(columns: dict[str, list[str]], optional: list[str]) -> list[str]:
-    """Return columns of text as the lines of one table of 80 columns or, where that is too narrow, of several.
+    """Return columns of text as one table of at most 80 columns or, if that is too narrow, as several.
 
     Args:
-        columns: header → cells; the first one names a row, and stands in every table.
-        optional: the headers that may stand in another table than the first.
+        columns: header → cells; the first column names the rows, in every table.
+        optional: headers that may move to another table than the first.
     """
     widths = {name: max(map(len, [name, *cells])) for name, cells in columns.items()}
     first, later = list(columns), []
     while sum(widths[name] + 2 for name in first) - 2 > COLUMNS and (moved := [n for n in first if n in optional]):
         first.remove(moved[-1])
         later.insert(0, moved[-1])
-    lines = ["─" * (sum(widths[name] + 2 for name in first) - 2)]
-    for row in range(-1, len(columns[first[0]])):
-        cells = [(columns[name][row] if row >= 0 else name).rjust(widths[name]) for name in first]
-        lines.append("  ".join(cells))
-    lines.append(lines[0])
-    if not later:
-        return lines
-    name = first[0]
-    return lines + tables({name: columns[name]} | {other: columns[other] for other in later}, later[1:])
+    rule = "─" * (sum(widths[name] + 2 for name in first) - 2)
+    rows = [first, *zip(*(columns[name] for name in first), strict=True)]
+    lines = ["  ".join(text.rjust(widths[name]) for name, text in zip(first, row, strict=True)) for row in rows]
+    names = next(iter(columns.items()))
+    more = tables(dict([names]) | {name: columns[name] for name in later}, later[1:]) if later else []
+    return [rule, *lines, rule, *more]
 
 
 def duration(seconds: float) -> str:
-    """Return a time span in words that people read: 42min 46s."""
+    """Return a duration as people read it: 42min 46s."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h {minutes}min {seconds}s" if hours else f"{minutes}min {seconds}s" if minutes else f"{seconds}s"

@@ -5,6 +5,7 @@ the slash, and sorts these groups by the alphabet.
 """
 
 import math
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -14,89 +15,80 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from search.command_line import methods_in_words
-from search.records import FINISHED, Search, best_first
+from search.records import Search, Trial
+from train import Report
 
-# Of each epoch: what it reports → its curve. Training and validation of one quantity stand side by side.
-CURVES = {
+# Groups of curves that stand side by side; the other metrics stand in "training".
+TAGS = {
     "accuracy": "accuracy/validation",
     "train_accuracy": "accuracy/train",
     "loss": "loss/validation",
     "train_loss": "loss/train",
-    "lr": "training/lr",
-    "images_per_second": "training/images_per_second",
-    "seconds": "training/seconds",
 }
-# Of each trial so far: HPARAMS shows the last value of each.
-TRIAL_CURVES = {"best_accuracy": "trial/best_accuracy", "best_loss": "trial/best_loss", "epochs": "trial/epochs"}
 MISTAKES_SHOWN = (5, 8)  # rows, columns
 IMAGE_SCALE = 3
 INK, PAPER, ACCENT = (30, 30, 30), (255, 255, 255), (31, 119, 180)
 
 
 class Board:
-    """Writes the events of a search and its trials as these report.
+    """Writes the events of a search and its trials as these report."""
 
-    Args:
-        search: the one whose events these are.
-        results: of read_results, as the search begins or goes on.
-    """
+    def __init__(self, search: Search) -> None:
+        self.search = search
+        self.writers = {}  # folder → SummaryWriter, while it is written to
 
-    def __init__(self, search: Search, results: list[dict]) -> None:
-        self.search, self.rows = search, {row["name"]: row for row in results}
-        self.writers = {}  # folder → SummaryWriter, while one is written to
+    def write(self, trial: Trial, num_running: int) -> None:
+        """Write a trial's latest report, and how the trial and the search stand.
 
-    def write_epoch(self, row: dict, line: dict, running: int) -> None:
-        """Write what a trial reported, and what came of it and of the search so far.
-
-        Args:
-            row: of summarise, the trial's.
-            line: of its log, the last one.
-            running: how many trials run.
+        Raises:
+            OSError: the events cannot be written.
         """
-        writer = self.trial_writer(row, line["epoch"])
-        for key, tag in CURVES.items():
-            writer.add_scalar(tag, line[key], line["epoch"])
-        for key, tag in TRIAL_CURVES.items():
-            writer.add_scalar(tag, row[key], line["epoch"])
-        if row["status"] in FINISHED:
+        report, writer = trial.reports[-1], self.trial_writer(trial)
+        for key in fields(Report)[1:]:
+            writer.add_scalar(TAGS.get(key.name, f"training/{key.name}"), getattr(report, key.name), report.epoch)
+        if trial.best:
+            for key in self.search.objective.shown:
+                writer.add_scalar(f"trial/best_{key}", getattr(trial.best, key), report.epoch)
+        writer.add_scalar("trial/epochs", report.epoch, report.epoch)
+        if trial.end:
             writer.file_writer.add_summary(hparams({}, {})[2])  # the trial has ended well
         writer.flush()
 
-        self.rows[row["name"]] = row
-        rows = list(self.rows.values())
-        spent = sum(other["epochs"] or 0 for other in rows)
+        trials, ranking = self.search.trials.values(), self.search.ranking()
+        epochs = sum(len(each.reports) for each in trials)
         whole = self.search_writer()
-        if ranking := best_first(rows):
-            whole.add_scalar("search/best_accuracy", ranking[0]["best_accuracy"], spent)
-        whole.add_scalar("search/trials_running", running, spent)
-        whole.add_scalar("search/trials_finished", sum(other["status"] in FINISHED for other in rows), spent)
+        if ranking:
+            metric = self.search.objective.metric
+            whole.add_scalar(f"search/best_{metric}", getattr(ranking[0].best, metric), epochs)
+        whole.add_scalar("search/trials_running", num_running, epochs)
+        whole.add_scalar("search/trials_finished", sum(bool(each.end) for each in trials), epochs)
         whole.flush()
-        if row["status"] in FINISHED:
-            self.close(row["name"])
+        if trial.end:
+            self.close(trial.name)
 
-    def trial_writer(self, row: dict, epoch: int) -> SummaryWriter:
+    def trial_writer(self, trial: Trial) -> SummaryWriter:
         """Return the writer of a trial's events, which begin with its hyperparameters."""
-        if row["name"] not in self.writers:
-            # Of an epoch trained again, TensorBoard shows the later.
-            writer = SummaryWriter(str(self.search.folder / row["name"]), purge_step=epoch)
-            self.writers[row["name"]] = writer
-            values = {key: shown_value(row["config"][key], tried) for key, tried in self.search.searched.items()}
-            writer.file_writer.add_summary(hp.hparams_pb(values, trial_id=row["name"]))
-        return self.writers[row["name"]]
+        if trial.name not in self.writers:
+            # TensorBoard hides what was written for these and later epochs before a restart.
+            writer = SummaryWriter(str(self.search.folder / trial.name), purge_step=trial.reports[-1].epoch)
+            self.writers[trial.name] = writer
+            values = {key: to_hparam(trial.config[key], searched) for key, searched in self.search.searched.items()}
+            writer.file_writer.add_summary(hp.hparams_pb(values, trial_id=trial.name))
+        return self.writers[trial.name]
 
     def search_writer(self) -> SummaryWriter:
-        """Return the writer of the search's events, which begin with what is searched and by what it is judged."""
+        """Return the writer of the search's events, which begin with what is searched and what is measured."""
         if "" not in self.writers:
             self.writers[""] = SummaryWriter(str(self.search.folder))
-            domains = [hp.HParam(key, domain(tried)) for key, tried in self.search.searched.items()]
-            metrics = [hp.Metric(tag, display_name=key) for key, tag in TRIAL_CURVES.items()]
+            domains = [hp.HParam(key, domain(searched)) for key, searched in self.search.searched.items()]
+            names = [*(f"best_{key}" for key in self.search.objective.shown), "epochs"]
+            metrics = [hp.Metric(f"trial/{name}", display_name=name) for name in names]
             self.writers[""].file_writer.add_summary(hp.hparams_config_pb(domains, metrics))
-            self.writers[""].add_text("search/methods", "\n\n".join(methods_in_words(self.search.settings)))
+            self.writers[""].add_text("search/methods", "\n\n".join(self.search.settings.methods()))
         return self.writers[""]
 
     def close(self, name: str) -> None:
-        """Close a trial's events, so that of the epochs that are trained again TensorBoard shows the later."""
+        """Close a trial's events: a restarted trial begins a new file."""
         if writer := self.writers.pop(name, None):
             writer.close()
 
@@ -105,19 +97,19 @@ class Board:
             self.close(name)
 
 
-def domain(tried: dict) -> hp.Domain | None:
-    """Return the values of a hyperparameter as HPARAMS is told them: see space.searched."""
-    if "values" in tried:
-        return hp.Discrete(sorted({shown_value(value, tried) for value in tried["values"]}))
-    if not tried:
+def domain(searched: dict) -> hp.Domain | None:
+    """Return the values of a hyperparameter for HPARAMS: see searched_ranges."""
+    if "values" in searched:
+        return hp.Discrete(sorted({to_hparam(value, searched) for value in searched["values"]}))
+    if not searched:
         return None
-    interval = hp.IntInterval if type(tried["lower"]) is int and type(tried["upper"]) is int else hp.RealInterval
-    return interval(tried["lower"], tried["upper"])
+    lower, upper = searched["lower"], searched["upper"]
+    return (hp.IntInterval if type(lower) is type(upper) is int else hp.RealInterval)(lower, upper)
 
 
-def shown_value(value: object, tried: dict) -> object:
-    """Return a value as HPARAMS takes it: those of one hyperparameter must be of one type."""
-    types = {type(other) for other in tried.get("values", [value])}
+def to_hparam(value: object, searched: dict) -> object:
+    """Return a value for HPARAMS, where those of one hyperparameter must have one type."""
+    types = {type(other) for other in searched.get("values", [value])}
     if types == {int, float}:
         return float(value)
     return value if len(types) == 1 else str(value)

@@ -1,0 +1,149 @@
+"""The best model of a search, and models on disk with everything that is needed to use and retrain them.
+
+weights.pt     a state_dict, on the CPU
+config.json    hyperparameters, classes, mean and std of the images, and where these came from
+metrics.json   validation and test loss and accuracy, and their epoch
+"""
+
+import contextlib
+import sys
+from pathlib import Path
+
+import torch
+
+from data import Dataset, InputError, usable_cpus
+from model import SmallResNet
+from search.files import atomic_write, load_tensors, loads, write_json
+from search.records import Objective, Search, shown
+from search.space import check_space
+from search.tensorboard import show_best_model
+from search.trial import weights_path
+from train import best_device, evaluate, evaluation_batches, new_model, predict
+
+BEST_MODEL = "best_model"
+WEIGHTS, CONFIG, METRICS = "weights.pt", "config.json", "metrics.json"
+
+
+def evaluate_best_model(search: Search, dataset: Dataset, source: dict) -> dict | None:
+    """Test the best trial's model, once, and write best_model/; nothing else looks at the test images.
+
+    If its weights are damaged or missing, which is said on stderr, the next best trial's are used.
+
+    Args:
+        search: the one that has finished, or ran out of time.
+        dataset: its images.
+        source: arguments of data.read_images.
+
+    Returns:
+        The content of metrics.json: trial_id, epoch, val_loss, val_accuracy, test_loss and test_accuracy; None if no
+        trial has a model.
+    """
+    folder = search.folder / BEST_MODEL
+    if folder.exists() and not read_metrics(folder):
+        print(f"{shown(folder)} is damaged; rebuilding it.", file=sys.stderr)
+    torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
+    for trial in search.ranking():
+        model = load_model(weights_path(search.folder / trial.name, trial.best.epoch), trial.config, dataset.classes)
+        if model:
+            break
+        print(f"{trial.name} was better, but its weights are damaged or missing.", file=sys.stderr)
+    else:
+        return None
+    metrics = {
+        "trial_id": trial.id,
+        "epoch": trial.best.epoch,
+        "val_loss": trial.best.loss,
+        "val_accuracy": trial.best.accuracy,
+    }
+    metrics |= test(model, dataset)
+    write_model(folder, model, trial.config, dataset, source, search.objective, metrics)
+    images = evaluation_batches(dataset.test_images, dataset.test_labels, dataset.mean, dataset.std, best_device())
+    show_best_model(search.folder, predict(model, images), dataset.test_labels, dataset.test_images, dataset.classes)
+    return metrics
+
+
+def test(model: SmallResNet, dataset: Dataset) -> dict[str, float]:
+    """Return a model's loss and accuracy on the test images, and move it to the best device here."""
+    device = best_device()
+    images = evaluation_batches(dataset.test_images, dataset.test_labels, dataset.mean, dataset.std, device)
+    loss, accuracy = evaluate(model.to(device, memory_format=torch.channels_last), images)
+    return {"test_loss": loss, "test_accuracy": accuracy}
+
+
+def read_best_model(search: Search) -> dict | None:
+    """Return the metrics of best_model/ if it is intact and still that of the best trial, else None."""
+    metrics, ranking = read_metrics(search.folder / BEST_MODEL), search.ranking()
+    if not metrics or not ranking:
+        return None
+    best = ranking[0]
+    return metrics if (metrics["trial_id"], metrics["epoch"]) == (best.id, best.best.epoch) else None
+
+
+def write_model(
+    folder: Path,
+    model: SmallResNet,
+    config: dict,
+    dataset: Dataset,
+    source: dict,
+    objective: Objective,
+    metrics: dict,
+) -> None:
+    """Write a model's folder atomically.
+
+    Args:
+        folder: where.
+        model: whose weights are saved.
+        config: its hyperparameters.
+        dataset: what it was trained on.
+        source: arguments of data.read_images.
+        objective: what made its epoch the best.
+        metrics: the content of metrics.json.
+    """
+    about = {"hyperparameters": config, "classes": list(dataset.classes), "mean": list(dataset.mean)}
+    about |= {"std": list(dataset.std), "images": source, "objective": objective}
+    with atomic_write(folder) as temporary:
+        temporary.mkdir(parents=True)
+        torch.save({name: tensor.cpu() for name, tensor in model.state_dict().items()}, temporary / WEIGHTS)
+        write_json(temporary / CONFIG, about)
+        write_json(temporary / METRICS, metrics)
+
+
+def read_metrics(folder: Path) -> dict | None:
+    """Return the metrics of a model's folder if all of it is intact, else None."""
+    with contextlib.suppress(OSError, ValueError):
+        loads((folder / CONFIG).read_bytes())
+        if load_tensors(folder / WEIGHTS) is not None:
+            return loads((folder / METRICS).read_bytes())
+    return None
+
+
+def read_model(folder: Path) -> tuple[SmallResNet, dict]:
+    """Return the model in a folder, on the CPU, and the content of its config.json.
+
+    Raises:
+        InputError: there is none, or it is damaged or from another version.
+    """
+    try:
+        about = loads((folder / CONFIG).read_bytes())
+    except OSError as error:
+        raise InputError(f"no model found in {str(folder)!r}; pass a folder such as outputs/NAME/best_model") from error
+    except ValueError as error:
+        raise InputError(f"{folder / CONFIG} is damaged, or from another version; pass another model") from error
+    check_space(about["hyperparameters"])
+    model = load_model(folder / WEIGHTS, about["hyperparameters"], about["classes"])
+    if model is None:
+        raise InputError(f"{folder / WEIGHTS} is damaged; resume the search to rebuild its best model")
+    return model, about
+
+
+def load_model(weights: Path, config: dict, classes: list[str] | tuple[str, ...]) -> SmallResNet | None:
+    """Return the model of a config with weights from a file, on the CPU, or None if these are damaged or missing."""
+    state = load_tensors(weights)
+    if state is None:
+        return None
+    model = new_model(config, len(classes))
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError):  # of another model
+        return None
+    return model

@@ -1,0 +1,155 @@
+"""How a search's files survive a kill, a full disk and a power cut.
+
+A file or folder is written under a temporary name, flushed to disk, then renamed: it is there whole or as it was. A log
+only grows, and an incomplete last line is dropped. JSON carries a checksum, torch's archives have their own: a damaged
+file is noticed, never misread.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+# What file systems such as SMB, sshfs and Lustre answer when they cannot flush a folder or lock one.
+UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY, errno.EBADF, errno.ENOLCK)
+
+
+@contextlib.contextmanager
+def atomic_write(target: Path) -> Iterator[Path]:
+    """Yield a temporary path for a file or folder, which then replaces target.
+
+    Raises:
+        OSError: the disk is full, or the folder is not writable; the message names target.
+    """
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        for path in [*temporary.glob("*"), temporary]:
+            flush(path)
+        if temporary.is_dir():
+            shutil.rmtree(target, ignore_errors=True)  # a folder cannot replace another one
+        temporary.replace(target)
+        flush(target.parent)
+    except (OSError, RuntimeError) as error:  # torch.save raises either
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise OSError(f"cannot write {target} ({reason}); make room there, then --resume the search") from error
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Flush a file, or a folder's entries, to disk, if the file system can."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def dumps(content: dict, indent: int | None = None) -> str:
+    """Return a dict as JSON with its checksum."""
+    return json.dumps(content | {"crc32": crc32(content)}, indent=indent)
+
+
+def loads(text: str | bytes) -> dict:
+    """Return the dict that dumps was given.
+
+    Raises:
+        ValueError: text is not, or no longer, what dumps returned.
+    """
+    try:
+        content = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("not JSON") from error
+    if not isinstance(content, dict) or content.pop("crc32", None) != crc32(content):
+        raise ValueError("wrong checksum")
+    return content
+
+
+def crc32(content: dict) -> str:
+    """Return the CRC-32 of a dict's JSON, in hexadecimal."""
+    return f"{zlib.crc32(json.dumps(content).encode()):08x}"
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a dict into a file, for people to read and for loads."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(dumps(content, indent=2))
+
+
+def append_lines(path: Path, contents: list[dict]) -> None:
+    """Append dicts to a log, a line each, and drop the incomplete last line of a process killed while it wrote.
+
+    Raises:
+        OSError: the log cannot be written; its complete lines are as they were.
+    """
+    with path.open("a+b", buffering=0) as file:
+        size = file.tell()
+        if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
+            size = path.read_bytes().rfind(b"\n") + 1
+            file.truncate(size)
+        try:
+            text = "".join(dumps(content) + "\n" for content in contents).encode()
+            if file.write(text) < len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+def read_lines(path: Path) -> tuple[list[dict], int]:
+    """Return the dicts of a log, without an incomplete last line, and how many lines are damaged."""
+    text = path.read_bytes() if path.exists() else b""
+    contents, damaged = [], 0
+    for line in text[: text.rfind(b"\n") + 1].splitlines():
+        try:
+            contents.append(loads(line))
+        except ValueError:
+            damaged += 1
+    return contents, damaged
+
+
+def load_tensors(path: Path) -> dict | None:
+    """Return the dict that torch.save wrote, on the CPU and without unpickling; None if the file is damaged or gone."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            if file.testzip():  # checks what torch.load does not: the checksums
+                return None
+        content = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception:  # damaged bytes make the readers raise almost anything
+        return None
+    return content if isinstance(content, dict) else None
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[bool]:
+    """Lock a folder until the block, or this process, ends; yield False if another process has locked it.
+
+    Always True on a file system without locks.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = True
+        except OSError as error:
+            locked = error.errno in UNSUPPORTED
+            if not locked and not isinstance(error, BlockingIOError):
+                raise
+        yield locked
+    finally:
+        os.close(descriptor)

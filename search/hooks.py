@@ -1,0 +1,308 @@
+"""What Ray Tune calls while a search runs: a queue of trials, a scheduler that can be resumed, and a recorder."""
+
+import math
+import re
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import SimpleNamespace
+
+from ray import tune
+from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import Searcher
+
+from search.files import read_lines
+from search.progress import Progress
+from search.records import LOG_FILE, Search, Trial
+from search.tensorboard import Board
+from search.trial import TRAINING_FILE, prune_weights
+from search.tuner import own_node_lives
+from train import CONFIG_KEYS, Report
+
+ERROR_FILE = "error.txt"
+METRICS = [key.name for key in fields(Report)]
+NODE_PERIOD = 5  # seconds between checks that Ray is alive
+OUT_OF_MEMORY = (
+    "MemoryError",  # Python's; also matches OutOfMemoryError (Ray, torch)
+    "can't allocate memory",  # torch's, on the CPU
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "unable to find an engine",  # cuDNN's
+)
+
+
+def early_stop(
+    max_epochs: int, patience: int, min_delta: float, max_seconds: float, reports: list[Report]
+) -> str | None:
+    """Return why a trial ends after its latest report, whatever the other trials do, or None.
+
+    Args:
+        max_epochs: its last epoch.
+        patience: epochs without progress after which it ends.
+        min_delta: minimum decrease of the loss, in nats, that counts as progress.
+        max_seconds: time limit of training and validation.
+        reports: of the trial, one per epoch.
+    """
+    latest, losses = reports[-1], [report.loss for report in reports]
+    if not math.isfinite(latest.loss):
+        return "loss became NaN or infinite"
+    if latest.epoch >= max_epochs:
+        return "all epochs done"
+    if latest.seconds >= max_seconds:
+        return f"reached the time limit ({max_seconds:,} s)"
+    if len(losses) > patience and min(losses[-patience:]) > min(losses[:-patience]) - min_delta:
+        return f"no progress for {patience} epochs"
+    return None
+
+
+class TrialQueue(Searcher):
+    """Hands Tune the unfinished trials of a search, one after the other.
+
+    Args:
+        search: whose trials these are.
+        suggest_config: called with a trial's number and the outcomes so far, if its config is not drawn yet.
+    """
+
+    def __init__(self, search: Search, suggest_config: Callable[[int, list], dict]) -> None:
+        super().__init__()
+        self.search, self.suggest_config = search, suggest_config
+        self.trials = search.unfinished()
+        self.waiting = iter(self.trials)
+        self.names = {}  # Tune's id of a trial → its name
+
+    def suggest(self, trial_id: str) -> dict | str:
+        """Return the config of the next trial."""
+        trial = next(self.waiting, None)
+        if trial is None:
+            return Searcher.FINISHED
+        self.names[trial_id] = trial.name
+        if trial.config.keys() != CONFIG_KEYS.keys():
+            config = self.suggest_config(int(trial.id), self.outcomes())
+            self.search.record("drawn", trial=trial.name, config=config, repeats=None)
+        return trial.config
+
+    def outcomes(self) -> list[tuple[dict, float]]:
+        """Return config and score of each trial that has ended; diverged ones get the lowest score of the others."""
+        ended = [trial for trial in self.search.own_trials() if trial.end]
+        scores = {trial.name: trial.objective.score(trial.best) for trial in ended if trial.best}
+        lowest = min(scores.values(), default=0.0)
+        return [(trial.config, scores.get(trial.name, lowest)) for trial in ended]
+
+    def name_trial(self, trial: object) -> str:
+        """Return the name of one of Tune's trials."""
+        return self.names[trial.trial_id]
+
+    def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+        pass
+
+    def save(self, checkpoint_path: str) -> None:
+        """Save nothing: a search is resumed from its log."""
+
+    def __getstate__(self) -> dict:
+        """Pickle nothing, as Tune does with each trial."""
+        return {}
+
+
+@dataclass(eq=False)  # hashed by identity
+class KnownTrial:
+    """A trial as its scheduler knows it, the same in all processes of a search."""
+
+    trial_id: str
+
+
+class ResumableScheduler(TrialScheduler):
+    """Lets any Ray scheduler that never pauses trials continue where an earlier process of the search stopped.
+
+    It is told at first what the log says. Epochs that the scheduler has seen are not judged again.
+
+    Args:
+        scheduler: a new one.
+        search: whose trials it judges.
+        early_stop: returns why a trial ends by itself after these reports, or None. Trials that repeat another one end
+            by this alone.
+
+    Attributes:
+        reasons: trial name → why it ended by itself.
+    """
+
+    def __init__(
+        self, scheduler: TrialScheduler, search: Search, early_stop: Callable[[list[Report]], str | None]
+    ) -> None:
+        super().__init__()
+        self.scheduler, self.search, self.early_stop = scheduler, search, early_stop
+        self.reasons = {}
+        self.known = {}  # name → KnownTrial
+        self.judged = {}  # name → the last epoch that the scheduler has seen
+        no_controller = SimpleNamespace(get_live_trials=list, get_trials=list)  # Tune has not started
+        for event in read_lines(search.folder / LOG_FILE)[0]:
+            trial = search.trials.get(event.get("trial"))
+            if event["event"] == "reported" and trial and not trial.repeats:
+                self.on_trial_add(no_controller, trial)
+                self.judge(no_controller, trial.name, event)
+                if trial.end and event["end"]:
+                    self.scheduler.on_trial_complete(no_controller, self.known[trial.name], event)
+
+    def judge(self, controller: object, name: str, result: dict) -> str:
+        """Tell the scheduler of a new epoch, and return its decision."""
+        if result["epoch"] <= self.judged.get(name, 0):
+            return self.CONTINUE
+        self.judged[name] = result["epoch"]
+        return self.scheduler.on_trial_result(controller, self.known[name], result)
+
+    def on_trial_add(self, controller: object, trial: object) -> None:
+        name = getattr(trial, "name", None) or str(trial)
+        if name not in self.known:
+            self.known[name] = KnownTrial(name)
+            self.scheduler.on_trial_add(controller, self.known[name])
+
+    def on_trial_result(self, controller: object, trial: object, result: dict) -> str:
+        if "restored" in result:
+            return self.CONTINUE
+        known = self.search.trials[str(trial)]
+        report = Report(**{key: result[key] for key in METRICS})
+        if reason := self.early_stop([*known.reports[: report.epoch - 1], report]):
+            self.reasons[known.name] = reason
+            return self.STOP
+        return self.CONTINUE if known.repeats else self.judge(controller, known.name, result)
+
+    def on_trial_complete(self, controller: object, trial: object, result: dict) -> None:
+        self.scheduler.on_trial_complete(controller, self.known[str(trial)], result)
+
+    def on_trial_error(self, controller: object, trial: object) -> None:
+        self.scheduler.on_trial_error(controller, self.known[str(trial)])
+
+    def on_trial_remove(self, controller: object, trial: object) -> None:
+        self.scheduler.on_trial_remove(controller, self.known[str(trial)])
+
+    def choose_trial_to_run(self, controller: object) -> object | None:
+        return self.scheduler.choose_trial_to_run(controller)
+
+    def debug_string(self) -> str:
+        return self.scheduler.debug_string()
+
+
+class Recorder(tune.Callback):
+    """Records what trials report, shows it, and keeps the weights of the best ones.
+
+    Args:
+        search: whose trials these are.
+        reasons: see ResumableScheduler.
+        models_kept: how many ended trials keep their weights.
+        progress_period: seconds between two progress blocks in a log file.
+
+    Attributes:
+        interrupted: once it is set, Tune's thread ends and leaves the trials as they are.
+    """
+
+    def __init__(self, search: Search, reasons: dict[str, str], models_kept: int, progress_period: float) -> None:
+        self.search, self.reasons, self.models_kept = search, reasons, models_kept
+        self.progress = Progress(progress_period)
+        self.board = Board(search)
+        self.interrupted = threading.Event()
+        self.checked = time.monotonic()
+
+    def __getstate__(self) -> dict:
+        """Pickle nothing: a search is resumed from its log."""
+        return {}
+
+    def on_step_begin(self, iteration: int, trials: list, **info: object) -> None:
+        if self.interrupted.is_set():
+            self.on_experiment_end(trials)
+            raise SystemExit
+        if time.monotonic() - self.checked >= NODE_PERIOD:
+            self.checked = time.monotonic()
+            if not own_node_lives():  # Tune would wait forever
+                self.on_experiment_end(trials)
+                raise ConnectionError("Ray died on this machine, perhaps out of memory; resume the search")
+
+    def on_trial_start(self, iteration: int, trials: list, trial: object, **info: object) -> None:
+        self.progress.update(self.search, running(trials))
+
+    def on_trial_result(self, iteration: int, trials: list, trial: object, result: dict, **info: object) -> None:
+        known = self.search.trials[str(trial)]
+        if "note" in result:
+            self.progress.say(f"{known.name}: {result['note']}.")
+        if "restored" in result:
+            if result["restored"] < len(known.reports):
+                self.record("restarted", trial=known.name, epoch=result["restored"])
+                self.board.close(known.name)
+            return
+        end = self.reasons.get(known.name, "stopped by the scheduler") if result["done"] else None
+        if result["epoch"] <= len(known.reports) and not end:
+            return  # reported again after a restart
+        self.record("reported", trial=known.name, **{key: result[key] for key in METRICS}, end=end)
+        try:
+            self.board.write(known, len(running(trials)))
+        except OSError as error:
+            self.progress.say(f"cannot write TensorBoard's events ({error}); make room there.")
+        if end:
+            (self.search.folder / known.name / ERROR_FILE).unlink(missing_ok=True)
+            prune(self.search, [known, *self.search.ended_ranking()[self.models_kept :][:1]], self.models_kept)
+            metric = known.objective.metric
+            best = f"; best {metric} {getattr(known.best, metric):.4f}" if known.best else ""
+            self.progress.say(f"{known.name}: {end}, at epoch {len(known.reports)}{best}.")
+        self.progress.update(self.search, [name for name in running(trials) if not (end and name == known.name)])
+
+    def on_trial_error(self, iteration: int, trials: list, trial: object, **info: object) -> None:
+        name, text = str(trial), Path(trial.error_file).read_text(errors="replace") if trial.error_file else ""
+        error = error_sentence(text, trial.config)
+        self.record("failed", trial=name, error=error)
+        try:
+            (self.search.folder / name).mkdir(exist_ok=True)
+            (self.search.folder / name / ERROR_FILE).write_text(text)
+        except OSError as disk_error:
+            self.progress.say(f"cannot write {name}/{ERROR_FILE} ({disk_error}).")
+        self.board.close(name)
+        self.progress.say(f"{name} failed: {error}.")
+        self.progress.update(self.search, [other for other in running(trials) if other != name])
+
+    def on_experiment_end(self, trials: list, **info: object) -> None:
+        self.board.close_all()
+        self.progress.erase()
+
+    def record(self, kind: str, **details: object) -> None:
+        """Record an event; a log that cannot be written stops nothing."""
+        try:
+            self.search.record(kind, **details)
+        except OSError as error:
+            self.progress.say(f"{error}.")
+
+
+def running(trials: list) -> list[str]:
+    """Return the names of Tune's trials that run."""
+    return [str(trial) for trial in trials if trial.status == trial.RUNNING]
+
+
+def prune(search: Search, trials: list[Trial], models_kept: int) -> None:
+    """Delete what trials that have ended no longer need: all training states, and weights that are not among the best.
+
+    Args:
+        search: whose trials these are.
+        trials: that have ended.
+        models_kept: how many of all trials keep the weights of their best epoch.
+    """
+    kept = search.ended_ranking()[:models_kept]
+    for trial in trials:
+        folder = search.folder / trial.name
+        (folder / TRAINING_FILE).unlink(missing_ok=True)
+        prune_weights(folder, {trial.best.epoch} if trial in kept else set())
+
+
+def error_sentence(text: str, config: dict) -> str:
+    """Return what a trial's traceback comes down to, with a remedy where one is known."""
+    last = text.split("Failure #")[-1].splitlines()[1:]  # of several attempts; the rest of the line is its time
+    lines = [line.strip() for line in last if line.strip()] or ["no reason is known"]
+    if any(words in text for words in OUT_OF_MEMORY):
+        sizes = ", ".join(f"{key} {config[key]}" for key in ("batch_size", "h_1", "h_2"))
+        return (
+            f"out of memory with {sizes}; reduce these, or run fewer trials at once: --gpus-per-trial 1 if they share a "
+            "GPU, else a higher --cpus-per-trial"
+        )
+    if "failed to import on the worker" in text and (
+        cause := re.search(r"^\w+Error: .+", text.split("on the worker")[1], re.M)
+    ):
+        return f"cannot import its code ({cause[0]}); install the missing package, or put it beside train.py"
+    # The last line tells of an exception, the first one of a process that died.
+    return lines[-1] if re.match(r"[\w.]+(Error|Exception)\b", lines[-1]) else lines[0]

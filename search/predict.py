@@ -1,0 +1,47 @@
+"""Classify pictures with a model.
+
+python -m search.predict outputs/NAME/best_model PICTURE.png
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from data import read_picture
+from search.best_model import read_model
+from search.console import run_program
+from search.settings import Parser
+from train import best_device, evaluation_batches, predict
+
+PROGRAM = "search.predict"
+CLASSES_SHOWN = 5
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the likeliest classes of each picture with their probabilities, and return the exit code."""
+
+    def work() -> int:
+        parser = Parser(PROGRAM, __doc__)
+        parser.add_argument("model", type=Path, help="model folder, e.g. outputs/NAME/best_model")
+        parser.add_argument(
+            "pictures", nargs="+", help=f"pictures, of which the {CLASSES_SHOWN} likeliest classes are shown"
+        )
+        args = parser.parse_args(argv)
+        model, about = read_model(args.model)
+        images, device = torch.stack([read_picture(path) for path in args.pictures]), best_device()
+        labels = torch.zeros(len(images), dtype=torch.int64)
+        batches = evaluation_batches(images, labels, about["mean"], about["std"], device)
+        probabilities = predict(model.to(device, memory_format=torch.channels_last), batches)
+        for path, row in zip(args.pictures, probabilities, strict=True):
+            print(path)
+            for probability, i in zip(*row.topk(min(CLASSES_SHOWN, len(row))), strict=True):
+                print(f"  {probability:.4f}  {about['classes'][i]}")
+        return 0
+
+    return run_program(PROGRAM, work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

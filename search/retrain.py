@@ -1,0 +1,110 @@
+"""Train a model's config again, without Ray: as it was, with other values, or on all images.
+
+python -m search.retrain outputs/NAME/best_model
+python -m search.retrain outputs/NAME/best_model --full      # on training and validation images together
+python -m search.retrain outputs/NAME/best_model --lr 0.02 --epochs 30
+"""
+
+import argparse
+import copy
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+import torch
+
+from data import Dataset, read_images, usable_cpus
+from search.best_model import read_model, test, write_model
+from search.console import run_program
+from search.records import Objective, check_new_folder, shown
+from search.settings import Parser, Settings, flag, folder_name
+from search.space import check_space
+from train import CONFIG_KEYS, best_device, new_training, train_epochs
+
+PROGRAM = "search.retrain"
+
+
+def parse_value(text: str) -> object:
+    """Return a hyperparameter's value from its text: a number, True or False, or a word."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
+def parse_args(argv: Sequence[str] | None) -> dict:
+    """Return the flags that were given."""
+    parser = Parser(PROGRAM, __doc__)
+    add = parser.add_argument
+    add("model", type=Path, help="model folder whose config is trained, e.g. outputs/NAME/best_model")
+    add("--full", action="store_true", help="train on the validation images too, and keep the last epoch's weights")
+    add("--data-dir", metavar="PATH", type=os.path.expanduser, help="where the images are (default: as they were)")
+    add("--output-dir", metavar="PATH", type=os.path.expanduser, help="parent of the new folder (default: outputs)")
+    add("--name", type=folder_name, help="name of the new model folder (default: retrained_<date>_<time>)")
+    group = parser.add_argument_group(
+        "hyperparameters", "replace those of the config: " + ", ".join(map(flag, CONFIG_KEYS))
+    )
+    for key in CONFIG_KEYS:
+        group.add_argument(flag(key), type=parse_value, help=argparse.SUPPRESS)
+    return vars(parser.parse_args(argv))
+
+
+def with_validation_images(dataset: Dataset) -> Dataset:
+    """Return a dataset whose validation images have become training images."""
+    return replace(
+        dataset,
+        train_images=torch.cat([dataset.train_images, dataset.val_images]),
+        train_labels=torch.cat([dataset.train_labels, dataset.val_labels]),
+        val_images=dataset.val_images[:0],
+        val_labels=dataset.val_labels[:0],
+    )
+
+
+def retrain(given: dict) -> int:
+    """Train a config, test it once, write its folder, and return the exit code."""
+    _, about = read_model(given["model"])
+    config = about["hyperparameters"] | {key: given[key] for key in CONFIG_KEYS if key in given}
+    check_space(config)
+    name = given.get("name") or datetime.now().strftime("retrained_%Y-%m-%d_%H-%M-%S")
+    output_dir = given.get("output_dir", "outputs")
+    check_new_folder(Settings(output_dir=output_dir, name=name))
+    source = about["images"] | ({"data_dir": str(Path(given["data_dir"]).resolve())} if "data_dir" in given else {})
+    dataset = read_images(**source)
+    if given.get("full"):
+        dataset = with_validation_images(dataset)
+    torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
+    device, objective = best_device(), Objective(*about["objective"])
+    training = new_training(config, len(dataset.classes), device)
+    for report in train_epochs(training, config, dataset, device):
+        best = objective.best(training.history)
+        if best is None or best is report:  # None: without validation images, or diverged
+            model, kept = copy.deepcopy(training.evaluated), report
+        validation = "" if given.get("full") else f"loss {report.loss:.4f}  accuracy {report.accuracy:.4f}  "
+        print(
+            f"epoch {report.epoch:{len(str(config['epochs']))}} of {config['epochs']}  {validation}"
+            f"train loss {report.train_loss:.4f}  train accuracy {report.train_accuracy:.4f}  {report.seconds:.0f} s",
+            flush=True,
+        )
+    metrics = {"epoch": kept.epoch}
+    if not given.get("full"):
+        metrics |= {"val_loss": kept.loss, "val_accuracy": kept.accuracy}
+        print(f"validation accuracy: {kept.accuracy:.4f}, at epoch {kept.epoch}")
+    metrics |= test(model, dataset)
+    folder = Path(output_dir).resolve() / name
+    write_model(folder, model, config, dataset, source, objective, metrics)
+    print(f"test accuracy: {metrics['test_accuracy']:.4f}", f"Model: {shown(folder)}", sep="\n")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line, and return its exit code."""
+    return run_program(PROGRAM, lambda: retrain(parse_args(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""How trials are drawn from a space: at random, or by TPE from what earlier trials gave."""
+
+import contextlib
+import importlib.util
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from ray import tune
+from ray.tune.search.optuna import OptunaSearch
+from ray.tune.search.sample import Domain, LogUniform, Quantized
+from ray.tune.search.variant_generator import generate_variants
+
+from data import InputError
+from search.space import check_value, describe_entry, searched_ranges, to_plain
+
+MAX_TRIALS = 100_000
+
+
+def draw_configs(
+    space: dict, num_samples: int, seed: int, first_trials: Sequence[dict] = (), tpe: bool = False
+) -> list[dict]:
+    """Return the configs of all trials: the first trials, then num_samples random draws per grid point.
+
+    Args:
+        space: checked by check_space.
+        num_samples: at least 1.
+        seed: of the random draws; those of the grid do not depend on the first trials.
+        first_trials: values for searched hyperparameters; omitted ones are drawn.
+        tpe: leave the grid's draws to suggest_config; their configs hold only the fixed values.
+
+    Raises:
+        InputError: there are too many, one is invalid, or TPE cannot draw from the space.
+    """
+    if tpe:
+        if importlib.util.find_spec("optuna") is None:
+            raise InputError("--sampler tpe needs the optuna package; run: pip install optuna")
+        distributions(space)
+    for i, values in enumerate(first_trials):
+        if not isinstance(values, dict):
+            raise InputError(f"first_trials[{i}] is {values!r}; make it a dict of hyperparameters")
+        if others := values.keys() - searched_ranges(space).keys():
+            raise InputError(f"first_trials[{i}] has {min(others)!r}, which is not searched; remove it")
+    space = to_plain(space)
+    points = math.prod(len(entry["grid_search"]) for entry in space.values() if isinstance(entry, dict))
+    if num_samples * points > MAX_TRIALS:
+        raise InputError(
+            f"--num-samples {num_samples} and the grid make {num_samples * points:,} trials; "
+            f"reduce them to at most {MAX_TRIALS:,}"
+        )
+    fixed = {key: entry for key, entry in space.items() if not isinstance(entry, dict | Domain)}
+    random, random_first = np.random.default_rng(seed), np.random.default_rng([seed, 1])
+    try:
+        drawn = [draw_grid(space | values, random_first)[0] for values in to_plain(list(first_trials))]
+        for _ in range(num_samples):
+            drawn += [fixed] * points if tpe else draw_grid(space, random)
+    except Exception as error:  # raised by a user's function
+        raise InputError(f"param_space cannot be drawn from ({type(error).__name__}: {error}); correct it") from error
+    configs = [to_plain(config) for config in drawn]
+    for config in configs:
+        for key, value in config.items():
+            check_value(key, value)
+    return configs
+
+
+def draw_grid(space: dict, random: np.random.Generator) -> list[dict]:
+    """Return a config for every point of the grid, with random draws of all else."""
+    return [variant["config"] for _, variant in generate_variants({"config": space}, random_state=random)]
+
+
+def distributions(space: dict) -> dict:
+    """Return the searched entries of a space as Optuna's distributions; a grid becomes a choice.
+
+    Raises:
+        InputError: naming an entry from which Optuna cannot draw.
+    """
+    found = {}
+    for key, entry in space.items():
+        domain = tune.choice(entry["grid_search"]) if isinstance(entry, dict) else entry
+        if not isinstance(domain, Domain):
+            continue
+        sampler = domain.get_sampler()
+        try:
+            if isinstance(sampler, Quantized) and isinstance(sampler.sampler, LogUniform):
+                raise ValueError  # OptunaSearch would ignore the quantization
+            found |= OptunaSearch.convert_search_space({key: domain})
+        except ValueError as error:
+            raise InputError(
+                f"param_space[{key!r}] is {describe_entry(entry)}, from which Optuna cannot draw; use another range, "
+                "a choice or a grid, or remove --sampler tpe"
+            ) from error
+    return found
+
+
+def suggest_config(space: dict, seed: int, number: int, outcomes: Sequence[tuple[dict, float]], startup: int) -> dict:
+    """Return the config that TPE suggests (Bergstra et al. 2011, "Algorithms for Hyper-Parameter Optimization").
+
+    It depends on the arguments alone, so a resumed search draws what it would have drawn.
+
+    Args:
+        space: checked by draw_configs.
+        seed: random seed of the search.
+        number: of the trial, from 0.
+        outcomes: config and score, higher is better, of each trial that has ended, in the order of their numbers.
+        startup: with fewer outcomes, the config is drawn at random.
+    """
+    import optuna  # optional
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    own_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+    sampler = optuna.samplers.TPESampler(n_startup_trials=startup, seed=own_seed)
+    searched = distributions(space)
+    study = OptunaSearch(searched, metric="score", mode="max", sampler=sampler)
+    for config, score in outcomes:
+        with contextlib.suppress(ValueError):  # one of first_trials may lie outside the space
+            study.add_evaluated_point({key: config[key] for key in searched}, score)
+    return space | study.suggest("next")
