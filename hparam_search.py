@@ -144,22 +144,29 @@ def new_search(settings: Settings) -> int:
 
 
 def resume_search(folder: Path, changes: dict) -> int:
-    """Continue the search in a folder from where it stopped, with changed settings, and return the exit code."""
+    """Continue the search in a folder where it stopped, with changed settings, and return the exit code."""
     with records.locked(folder):
         search = records.open_search(folder, changes)
-        if search.all_ended():
+        if search.trials and not search.unfinished():
             search.draw_repeats(REPEATED_TRIALS)
-            if search.all_ended() and "num_samples" not in changes:
+            if not search.unfinished() and "num_samples" not in changes:
                 return finish(search, None)
+        if search.time_left() <= 0:
+            raise InputError(f"the time budget of {search.settings.time_budget:g} s is spent; raise --time-budget")
         records.check_unchanged(search, search_space(search.settings), records.Objective(METRIC, MODE))
         configs = draw(search.settings)
-        search.check_time_left()
-        dataset = read_images(**image_source(search.settings))
-        records.check_same_images(search, dataset)
+        dataset = load_images(search)
         with tuner.running_ray():
             search.write()
             search.draw(configs)
             return run(search, dataset)
+
+
+def load_images(search: Search) -> Dataset:
+    """Return the images of a search, and refuse them if they have changed."""
+    dataset = read_images(**image_source(search.settings))
+    records.check_same_images(search, dataset)
+    return dataset
 
 
 def run(search: Search, dataset: Dataset) -> int:
@@ -207,7 +214,7 @@ def fit(search: Search, dataset: Dataset) -> None:
             run_config=tune.RunConfig(
                 name=folder.name,
                 storage_path=str(folder.parent),
-                stop=tune.stopper.TimeoutStopper(search.time_left) if settings.time_budget else None,
+                stop=tune.stopper.TimeoutStopper(search.time_left()) if settings.time_budget else None,
                 failure_config=tune.FailureConfig(max_failures=MAX_FAILURES_PER_TRIAL),
                 callbacks=[recorder],
                 verbose=0,  # the recorder shows the progress
@@ -229,11 +236,7 @@ def finish(search: Search, dataset: Dataset | None) -> int:
     report.write_results(search)
     metrics = read_best_model(search)
     if not metrics and search.ranking():
-        source = image_source(search.settings)
-        if dataset is None:
-            dataset = read_images(**source)
-            records.check_same_images(search, dataset)
-        metrics = evaluate_best_model(search, dataset, source)
+        metrics = evaluate_best_model(search, dataset or load_images(search), image_source(search.settings))
     print(report.recap(search))
     if search.interrupted():
         print(f"The time budget is spent. To resume: {records.resume_command(search.folder)} --time-budget MORE")
@@ -250,9 +253,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> int:
         settings, given = parse_args(argv, __doc__)
         if settings.list:
-            print(report.list_searches(Path(settings.output_dir).resolve()))
+            print(report.list_searches(Path(settings.output_dir)))
             return 0
-        return resume_search(Path(settings.resume).resolve(), given) if settings.resume else new_search(settings)
+        if settings.resume:
+            return resume_search(Path(given.pop("resume")), given)
+        return new_search(settings)
 
     return run_program(PROGRAM, work)
 

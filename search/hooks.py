@@ -5,7 +5,7 @@ import re
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,14 +15,13 @@ from ray.tune.search import Searcher
 
 from search.files import read_lines
 from search.progress import Progress
-from search.records import LOG_FILE, Search, Trial
+from search.records import LOG_FILE, METRICS, Search, Trial
 from search.tensorboard import Board
 from search.trial import TRAINING_FILE, prune_weights
 from search.tuner import own_node_lives
 from train import CONFIG_KEYS, Report
 
 ERROR_FILE = "error.txt"
-METRICS = [key.name for key in fields(Report)]
 NODE_PERIOD = 5  # seconds between checks that Ray is alive
 OUT_OF_MEMORY = (
     "MemoryError",  # Python's; also matches OutOfMemoryError (Ray, torch)
@@ -42,7 +41,7 @@ def early_stop(
         max_epochs: its last epoch.
         patience: epochs without progress after which it ends.
         min_delta: minimum decrease of the loss, in nats, that counts as progress.
-        max_seconds: time limit of training and validation.
+        max_seconds: limit of training and validation.
         reports: of the trial, one per epoch.
     """
     latest, losses = reports[-1], [report.loss for report in reports]
@@ -60,16 +59,13 @@ def early_stop(
 class TrialQueue(Searcher):
     """Hands Tune the unfinished trials of a search, one after the other.
 
-    Args:
-        search: whose trials these are.
-        suggest_config: called with a trial's number and the outcomes so far, if its config is not drawn yet.
+    If a trial's config is not drawn yet, suggest_config is called with its number and the outcomes so far.
     """
 
     def __init__(self, search: Search, suggest_config: Callable[[int, list], dict]) -> None:
         super().__init__()
         self.search, self.suggest_config = search, suggest_config
-        self.trials = search.unfinished()
-        self.waiting = iter(self.trials)
+        self.waiting = iter(search.unfinished())
         self.names = {}  # Tune's id of a trial → its name
 
     def suggest(self, trial_id: str) -> dict | str:
@@ -85,14 +81,10 @@ class TrialQueue(Searcher):
 
     def outcomes(self) -> list[tuple[dict, float]]:
         """Return config and score of each trial that has ended; diverged ones get the lowest score of the others."""
-        ended = [trial for trial in self.search.own_trials() if trial.end]
+        ended = self.search.ended()
         scores = {trial.name: trial.objective.score(trial.best) for trial in ended if trial.best}
         lowest = min(scores.values(), default=0.0)
         return [(trial.config, scores.get(trial.name, lowest)) for trial in ended]
-
-    def name_trial(self, trial: object) -> str:
-        """Return the name of one of Tune's trials."""
-        return self.names[trial.trial_id]
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         pass
@@ -239,7 +231,7 @@ class Recorder(tune.Callback):
             self.progress.say(f"cannot write TensorBoard's events ({error}); make room there.")
         if end:
             (self.search.folder / known.name / ERROR_FILE).unlink(missing_ok=True)
-            prune(self.search, [known, *self.search.ended_ranking()[self.models_kept :][:1]], self.models_kept)
+            prune(self.search, [known, *self.search.ranking(ended=True)[self.models_kept :][:1]], self.models_kept)
             metric = known.objective.metric
             best = f"; best {metric} {getattr(known.best, metric):.4f}" if known.best else ""
             self.progress.say(f"{known.name}: {end}, at epoch {len(known.reports)}{best}.")
@@ -283,7 +275,7 @@ def prune(search: Search, trials: list[Trial], models_kept: int) -> None:
         trials: that have ended.
         models_kept: how many of all trials keep the weights of their best epoch.
     """
-    kept = search.ended_ranking()[:models_kept]
+    kept = search.ranking(ended=True)[:models_kept]
     for trial in trials:
         folder = search.folder / trial.name
         (folder / TRAINING_FILE).unlink(missing_ok=True)
@@ -297,8 +289,8 @@ def error_sentence(text: str, config: dict) -> str:
     if any(words in text for words in OUT_OF_MEMORY):
         sizes = ", ".join(f"{key} {config[key]}" for key in ("batch_size", "h_1", "h_2"))
         return (
-            f"out of memory with {sizes}; reduce these, or run fewer trials at once: --gpus-per-trial 1 if they share a "
-            "GPU, else a higher --cpus-per-trial"
+            f"out of memory with {sizes}; reduce these, or run fewer trials at once, by --gpus-per-trial 1 if they "
+            "share a GPU, else by a higher --cpus-per-trial"
         )
     if "failed to import on the worker" in text and (
         cause := re.search(r"^\w+Error: .+", text.split("on the worker")[1], re.M)

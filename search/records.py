@@ -25,7 +25,8 @@ from search.settings import GROWABLE, Settings, flag
 from search.space import describe, searched_ranges
 from train import Report
 
-SEARCH_FILE, LOG_FILE = "search.json", "log.jsonl"
+SEARCH_FILE, LOG_FILE, TRIAL_PREFIX = "search.json", "log.jsonl", "train_cifar_"
+METRICS = [key.name for key in fields(Report)]
 FORMAT = 5  # of both files; other versions are refused
 
 
@@ -64,8 +65,8 @@ class Trial:
 
     @property
     def id(self) -> str:
-        """The number in its name."""
-        return self.name.removeprefix("train_cifar_")
+        """Its number, as text."""
+        return self.name.removeprefix(TRIAL_PREFIX)
 
     @property
     def diverged(self) -> bool:
@@ -74,7 +75,7 @@ class Trial:
 
     @property
     def status(self) -> str:
-        """PENDING, UNFINISHED, ERROR, DIVERGED or TERMINATED."""
+        """ERROR, DIVERGED, TERMINATED, UNFINISHED or PENDING."""
         if self.error:
             return "ERROR"
         if self.end:
@@ -83,38 +84,25 @@ class Trial:
 
     @property
     def best(self) -> Report | None:
-        """Its best epoch, whose weights are on disk while they are needed; None if it diverged or has no report."""
+        """Its best epoch, whose weights are on disk as long as they are needed; None if it diverged."""
         return None if self.diverged else self.objective.best(self.reports)
 
 
 @dataclass
 class Search:
-    """What is known of a search.
+    """What is known of a search."""
 
-    Attributes:
-        folder: an absolute path.
-        settings: with the scheduler's figures.
-        space: the entries of the space, in words: see describe.
-        searched: what is searched: see searched_ranges.
-        images: see fingerprint.
-        trials: by name, in the order in which they were drawn.
-        seconds: how long it has run, over all processes.
-        resources: what it runs on, as a line of text.
-        damaged: lines of the log that could not be read.
-    """
-
-    folder: Path
+    folder: Path  # absolute
     settings: Settings
-    space: dict[str, str]
-    searched: dict[str, dict]
-    images: dict[str, str]
+    space: dict[str, str]  # its entries as text: see describe
+    searched: dict[str, dict]  # see searched_ranges
+    images: dict[str, str]  # see fingerprint
     objective: Objective
-    trials: dict[str, Trial] = field(default_factory=dict)
-    seconds: float = 0.0
-    resources: str = ""
-    damaged: int = 0
-    started: tuple[float, float] = (0.0, 0.0)  # when its process began to run trials, and its seconds then
-    unwritten: list[dict] = field(default_factory=list)
+    trials: dict[str, Trial] = field(default_factory=dict)  # by name, in the order in which they were drawn
+    seconds: float = 0.0  # how long trials have run, over all processes
+    started: tuple[float, float] = (0.0, 0.0)  # when this process began to run them, and `seconds` at that time
+    resources: str = ""  # what they run on
+    unwritten: list[dict] = field(default_factory=list)  # events that did not fit on the disk
 
     def apply(self, event: dict) -> None:
         """Change what is known by an event.
@@ -122,27 +110,26 @@ class Search:
         Events, besides their time:
             started: the trials begin to run, on these resources.
             drawn: a trial has this config, and repeats another one or none.
-            reported: a trial's epoch has these metrics, and the trial ends for this reason or goes on.
-            restarted: a trial continues after this epoch; what it reported beyond is void.
+            reported: a trial's epoch has these metrics; the trial ends for this reason, or continues.
+            restarted: a trial continues after this epoch; what it reported of later ones is void.
             failed: a trial failed with this error.
             stopped: no trial runs any more.
         """
-        kind = event["event"]
-        if kind == "started":
-            self.started, self.resources = (event["time"], self.seconds), event["resources"]
-        elif kind == "drawn":
-            trial = self.trials.setdefault(event["trial"], Trial(event["trial"], self.objective))
+        kind, name = event["event"], event.get("trial")
+        if kind == "drawn":
+            trial = self.trials.setdefault(name, Trial(name, self.objective))
             trial.config, trial.repeats = event["config"], event["repeats"]
             return
+        if kind == "started":
+            self.started, self.resources = (event["time"], self.seconds), event["resources"]
         self.seconds = self.started[1] + event["time"] - self.started[0]
-        trial = self.trials.get(event.get("trial"))
-        if not trial:  # no trial's event, or that in which it was drawn is damaged
+        if name not in self.trials:  # the event of the search, or of a trial whose config is damaged
             return
-        if kind == "reported":
-            report = Report(**{key.name: event[key.name] for key in fields(Report)})
-            if report.epoch > len(trial.reports) + 1:
-                return  # the epoch before is damaged, so both are trained again
-            trial.reports[report.epoch - 1 :] = [report]
+        trial = self.trials[name]
+        if (
+            kind == "reported" and event["epoch"] <= len(trial.reports) + 1
+        ):  # if one is damaged, all later ones are void
+            trial.reports[event["epoch"] - 1 :] = [Report(**{key: event[key] for key in METRICS})]
             trial.end, trial.error = event["end"], None
         elif kind == "restarted":
             del trial.reports[event["epoch"] :]
@@ -166,16 +153,17 @@ class Search:
         self.unwritten.clear()
 
     def draw(self, configs: list[dict]) -> None:
-        """Add those trials that it does not have yet."""
+        """Add the trials that it does not have yet."""
         for i, config in enumerate(configs):
-            if trial_name(i) not in self.trials:
-                self.record("drawn", trial=trial_name(i), config=config, repeats=None)
+            name = f"{TRIAL_PREFIX}{i:05}"
+            if name not in self.trials:
+                self.record("drawn", trial=name, config=config, repeats=None)
 
     def draw_repeats(self, count: int) -> None:
-        """Add trials that train the best configs again, with the random seeds that the settings ask for."""
+        """Add trials that train the best configs again, with as many other random seeds as the settings ask for."""
         for trial in self.ranking()[:count]:
-            for i in range(1, (self.settings.repeats or 0) + 1):
-                seed = trial.config["seed"] + i
+            for i in range(self.settings.repeats or 0):
+                seed = trial.config["seed"] + 1 + i
                 name = f"{trial.name}_seed_{seed}"
                 if name not in self.trials:
                     self.record("drawn", trial=name, config=trial.config | {"seed": seed}, repeats=trial.name)
@@ -184,117 +172,97 @@ class Search:
         """Return the trials that repeat no other one."""
         return [trial for trial in self.trials.values() if not trial.repeats]
 
-    def all_ended(self) -> bool:
-        """Return whether it has trials, all of which have ended."""
-        return bool(self.trials) and not self.unfinished()
-
-    def interrupted(self) -> bool:
-        """Return whether it has trials that have neither ended nor failed."""
-        return any(not (trial.end or trial.error) for trial in self.trials.values())
-
-    def ended_ranking(self) -> list[Trial]:
-        """Return the ranking of the trials that have ended."""
-        return [trial for trial in self.ranking() if trial.end]
+    def ended(self) -> list[Trial]:
+        """Return its own trials that have ended."""
+        return [trial for trial in self.own_trials() if trial.end]
 
     def unfinished(self) -> list[Trial]:
-        """Return the trials that have not ended; those that failed are among them."""
+        """Return all trials that have not ended; those that failed are among them."""
         return [trial for trial in self.trials.values() if not trial.end]
 
-    def ranking(self) -> list[Trial]:
-        """Return its own trials that have a best epoch, the best trial first; of equals, that with the lower loss."""
-        trials = [trial for trial in self.own_trials() if trial.best]
+    def interrupted(self) -> bool:
+        """Return whether there are trials that have neither ended nor failed."""
+        return any(not trial.error for trial in self.unfinished())
+
+    def ranking(self, *, ended: bool = False) -> list[Trial]:
+        """Return its own trials, or those that have ended, the best first; of equals, the one with the lower loss."""
+        trials = [trial for trial in (self.ended() if ended else self.own_trials()) if trial.best]
         return sorted(trials, key=lambda trial: (-self.objective.score(trial.best), trial.best.loss))
 
-    @property
     def time_left(self) -> float:
-        """The seconds that are left of its time budget."""
+        """Return the seconds that are left of its time budget."""
         return (self.settings.time_budget or math.inf) - self.seconds
-
-    def check_time_left(self) -> None:
-        """Refuse to resume it without time."""
-        if self.time_left <= 0:
-            raise InputError(f"the time budget of {self.settings.time_budget:g} s is spent; raise --time-budget")
 
     def write(self) -> None:
         """Write search.json."""
-        settings = asdict(self.settings)
         parts = {"space": self.space, "searched": self.searched, "images": self.images, "objective": self.objective}
-        write_json(self.folder / SEARCH_FILE, {"format": FORMAT, "settings": settings} | parts)
+        write_json(self.folder / SEARCH_FILE, {"format": FORMAT, "settings": asdict(self.settings)} | parts)
 
 
-def trial_name(i: int) -> str:
-    """Return the name of the i-th trial, from 0, which is also that of its folder."""
-    return f"train_cifar_{i:05}"
+def check_new_folder(settings: Settings) -> Path:
+    """Return the folder of a new search.
+
+    Raises:
+        InputError: it exists, or cannot be made.
+    """
+    name = settings.name or datetime.now().strftime("search_%Y-%m-%d_%H-%M-%S")
+    folder = Path(settings.output_dir).resolve() / name
+    if folder.exists():
+        raise InputError(f"{shown(folder)} already exists; choose another --name, or --resume it")
+    parent = next(parent for parent in folder.parents if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"{parent} is not a writable folder; choose another --output-dir")
+    return folder
 
 
 def create_search(settings: Settings, space: dict, dataset: Dataset, objective: Objective) -> Search:
-    """Make the folder of a new search.
+    """Make the folder of a new search, and return the search.
 
     Raises:
         InputError: it cannot be made.
     """
-    parent = Path(settings.output_dir).resolve()
-    while True:
-        folder = parent / (settings.name or datetime.now().strftime("search_%Y-%m-%d_%H-%M-%S"))
-        try:
-            folder.mkdir(parents=True)
-            break
-        except FileExistsError as error:
-            if settings.name:
-                raise InputError(taken(folder)) from error
-            time.sleep(0.1)  # until the next second
-        except OSError as error:
-            raise InputError(f"cannot create {folder} ({error.strerror}); choose another --output-dir") from error
+    folder = check_new_folder(settings)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"cannot create {folder} ({error.strerror}); choose another --name") from error
     search = Search(folder, settings, describe(space), searched_ranges(space), fingerprint(dataset), objective)
     search.write()
     return search
 
 
-def check_new_folder(settings: Settings) -> None:
-    """Refuse an existing or impossible search folder, before images are read and Ray starts."""
-    parent = Path(settings.output_dir).resolve()
-    if settings.name and (parent / settings.name).exists():
-        raise InputError(taken(parent / settings.name))
-    existing = next(folder for folder in (parent, *parent.parents) if folder.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(f"{existing} is not a writable folder; choose another --output-dir")
-
-
-def taken(folder: Path) -> str:
-    return f"{shown(folder)} already exists; choose another --name, or --resume it"
-
-
-def open_search(folder: Path, changes: dict | None = None) -> Search:
+def open_search(folder: Path, changes: dict) -> Search:
     """Return the search in a folder, as its log tells.
 
     Args:
         folder: an absolute path.
-        changes: settings to extend, as flags gave them.
+        changes: settings that replace its own.
 
     Raises:
-        InputError: it is not a search of this version, is damaged, or a setting would shrink.
+        InputError: it is damaged or from another version, or a setting would shrink.
     """
+    path = folder / SEARCH_FILE
     try:
-        text = (folder / SEARCH_FILE).read_bytes()
+        content = json.loads(path.read_bytes())
+        if isinstance(content, dict) and content.get("format") != FORMAT:
+            raise InputError(f"{path} is from another version; use that version, or start a new search")
+        content = loads(path.read_bytes())
     except OSError as error:
         raise InputError(f"no search found in {shown(folder)!r}; pass a search folder such as outputs/NAME") from error
-    try:
-        if json.loads(text).get("format") != FORMAT:
-            raise InputError(f"{folder / SEARCH_FILE} is from another version; use that version, or start a new search")
-        content = loads(text)
-    except (ValueError, AttributeError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{folder / SEARCH_FILE} is damaged ({error}); start a new search") from error
-    settings = extend(Settings(**content["settings"]), changes or {})
+    except (ValueError, RecursionError) as error:
+        raise (
+            error if isinstance(error, InputError) else InputError(f"{path} is damaged; start a new search")
+        ) from error
+    settings = extend(Settings(**content["settings"]), changes)
     objective = Objective(*content["objective"])
     search = Search(folder, settings, content["space"], content["searched"], content["images"], objective)
-    events, search.damaged = read_lines(folder / LOG_FILE)
+    events, damaged = read_lines(folder / LOG_FILE)
     for event in events:
         search.apply(event)
-    if search.damaged:
-        words = f"{search.damaged} unreadable line{'s' * (search.damaged > 1)} in {shown(folder / LOG_FILE)}"
-        print(f"Skipping {words}; those epochs will be retrained.", file=sys.stderr)
+    if damaged:
+        print(
+            f"Skipping {damaged} unreadable lines of {folder / LOG_FILE}; those epochs are retrained.", file=sys.stderr
+        )
     return search
 
 
@@ -303,21 +271,19 @@ def extend(settings: Settings, changes: dict) -> Settings:
     for key in GROWABLE:
         before = getattr(settings, key)
         if key in changes and before is not None and changes[key] < before:
-            raise InputError(f"{flag(key)} can only grow: the search already has {before:g}")
-    if "data_dir" in changes:
-        if settings.dataset == "synthetic":
-            raise InputError("--data-dir cannot be combined with synthetic images; remove it")
-        changes = changes | {"data_dir": str(Path(changes["data_dir"]).resolve())}
-    return replace(settings, **{key: value for key, value in changes.items() if key != "resume"})
+            raise InputError(f"{flag(key)} can only grow: the search already has {before:g}; use at least that")
+    if "data_dir" in changes and settings.dataset == "synthetic":
+        raise InputError("--data-dir cannot be combined with synthetic images; remove it")
+    return replace(settings, **changes)
 
 
 def check_unchanged(search: Search, space: dict, objective: Objective) -> None:
     """Refuse to resume a search with another space or objective."""
-    for key, text in (describe(space) | {"METRIC, MODE": list(objective)}).items():
-        before = list(search.objective) if key == "METRIC, MODE" else search.space.get(key)
-        if text != before:
+    before = search.space | {"METRIC": search.objective.metric, "MODE": search.objective.mode}
+    for key, text in (describe(space) | {"METRIC": objective.metric, "MODE": objective.mode}).items():
+        if text != before.get(key):
             raise InputError(
-                f"{key!r} is {text}, but was {before} when the search began; restore it, or start a new one"
+                f"{key!r} is {text}, but was {before.get(key)} when the search began; restore it, or start a new search"
             )
 
 

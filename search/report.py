@@ -98,7 +98,7 @@ def recap_best(search: Search, metrics: dict) -> str:
         metrics: of its best model: see evaluate_best_model.
     """
     best = search.trials[f"train_cifar_{metrics['trial_id']}"]
-    ended = [trial for trial in search.own_trials() if trial.end]
+    ended = search.ended()
     planned = sum(trial.config["epochs"] for trial in ended)
     saved = planned - sum(len(trial.reports) for trial in ended)
     lines = [
@@ -117,7 +117,7 @@ def recap_best(search: Search, metrics: dict) -> str:
 
 
 def rungs(search: Search, ended: list[Trial]) -> list[str]:
-    """Return lines on the scheduler: when trials ended, and whether their order at the first rung was that in the end."""
+    """Return lines on the scheduler: when trials ended, and whether their order at its first rung was the final one."""
     first = search.settings.grace_period
     if first is None or not ended:
         return []
@@ -202,14 +202,14 @@ def repeats(search: Search) -> list[str]:
 
 
 def list_searches(output_dir: Path) -> str:
-    """Return the searches in a folder as text of 80 columns: status, trials, and the accuracies of their best models."""
+    """Return the searches in a folder as text of 80 columns: status, trials, and accuracies of their best models."""
     columns = {"search": [], "status": [], "trials": [], "validation": [], "test": []}
     for path in sorted(output_dir.glob(f"*/{SEARCH_FILE}"), key=lambda path: path.stat().st_mtime):
         cells = [path.parent.name, "damaged, or from another version", "", "", ""]
         with contextlib.suppress(InputError):
-            search = open_search(path.parent)
-            trials, ranking, metrics = search.own_trials(), search.ranking(), read_best_model(search) or {}
-            ended = sum(bool(trial.end) for trial in trials)
+            search = open_search(path.parent, {})
+            trials, ended, ranking = search.own_trials(), len(search.ended()), search.ranking()
+            metrics = read_best_model(search) or {}
             with lock(path.parent) as free:
                 status = "finished" if metrics and ended == len(trials) else "interrupted" if free else "running"
             accuracy = ranking[0].best.accuracy if ranking else None

@@ -74,7 +74,10 @@ def parse_args(argv: Sequence[str] | None, description: str) -> tuple[Settings, 
         SystemExit: with 2 after a sentence about bad flags; with 0 after --help.
     """
     parser = Parser(PROGRAM, description)
-    path = os.path.expanduser
+
+    def path(text: str) -> str:
+        return os.path.abspath(os.path.expanduser(text))  # noqa: PTH100, PTH111 (Path raises for ~nobody)
+
     add = parser.add_argument_group("search").add_argument
     add("--num-samples", metavar="N", type=int, help="random samples per grid point (default: 3)")
     add("--sampler", choices=("random", "tpe"), help="tpe needs the optuna package (default: random)")

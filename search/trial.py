@@ -97,7 +97,7 @@ def run_trial(
     """Train one trial, from where an earlier process of it left off, and report every epoch.
 
     Before an epoch is reported its weights are saved, if they are the best so far; and the training state, if at least
-    save_period seconds of training have passed. Epochs before the saved state are reported again, with the same metrics.
+    save_period seconds of training have passed. The epochs up to a restored state are reported again as they were.
 
     Args:
         config: hyperparameters.
