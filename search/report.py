@@ -29,56 +29,48 @@ SIGNIFICANCE = 0.05  # probability of naming any hyperparameter that has no effe
 
 def write_results(search: Search) -> None:
     """Write results.csv: a row per trial, with a column per hyperparameter (`epochs` of the config as max_epochs)."""
-    trials = list(search.trials.values())
-    parameters = list(dict.fromkeys(name for trial in trials for name in trial.config))
-    best_metrics = ["epoch", *search.objective.shown]
+    parameters = dict.fromkeys(name for trial in search.trials.values() for name in trial.config)
+    rows = []
+    for trial in search.trials.values():
+        config, best, last = parameters | trial.config, trial.best, trial.reports[-1] if trial.reports else None
+        weights = best and weights_path(Path(trial.name), best.epoch)
+        row = {"trial_id": trial.id, "status": trial.status}
+        row |= {"max_epochs" if name == "epochs" else name: value for name, value in config.items()}
+        row |= {"epochs": last and last.epoch}
+        row |= {f"best_{name}": best and getattr(best, name) for name in ("epoch", *search.objective.shown)}
+        row |= {name: last and getattr(last, name) for name in ("loss", "accuracy", "seconds")}
+        row |= {"weights": weights if weights and (search.folder / weights).exists() else None}
+        rows.append(row | {"ended_because": trial.error or trial.end, "repeats": trial.repeats})
     with atomic_write(search.folder / "results.csv") as temporary, temporary.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        columns = ["max_epochs" if name == "epochs" else name for name in parameters]
-        writer.writerow(
-            ["trial_id", "status", *columns, "epochs", *(f"best_{name}" for name in best_metrics), "loss", "accuracy",
-             "seconds", "weights", "ended_because", "repeats"]
-        )  # fmt: skip
-        for trial in trials:
-            last, best = trial.reports[-1] if trial.reports else None, trial.best
-            weights = best and weights_path(Path(trial.name), best.epoch)
-            writer.writerow(
-                [trial.id, trial.status, *(trial.config.get(name) for name in parameters), last and last.epoch]
-                + [best and getattr(best, name) for name in best_metrics]
-                + [last and getattr(last, name) for name in ("loss", "accuracy", "seconds")]
-                + [weights if weights and (search.folder / weights).exists() else None]
-                + [trial.error or trial.end, trial.repeats]
-            )
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def recap(search: Search) -> str:
     """Return the state of a search as text of 80 columns: status counts, times, resources, and a table of trials."""
     trials = search.own_trials()
-    counts = Counter(trial.status for trial in trials)
-    last = [trial.reports[-1] if trial.reports else None for trial in trials]
     names = sorted(search.searched, key=lambda name: [*FIRST_COLUMNS, name].index(name))
-    columns = {
-        "trial": [trial.id for trial in trials],
-        "status": [trial.status for trial in trials],
-        **{name: [cell(trial.config.get(name)) for trial in trials] for name in names},
-        "iter": [cell(report and report.epoch) for report in last],
-        "time (s)": [cell(report and report.seconds, ".0f") for report in last],
-        "loss": [cell(report and report.loss, ".4f") for report in last],
-        "accuracy": [cell(report and report.accuracy, ".4f") for report in last],
-    }
+    rows = []
+    for trial in trials:
+        last = trial.reports[-1] if trial.reports else None
+        row = {"trial": trial.id, "status": trial.status}
+        row |= {name: cell(trial.config.get(name)) for name in names}
+        row |= {"iter": cell(last and last.epoch), "time (s)": cell(last and last.seconds, ".0f")}
+        rows.append(row | {name: cell(last and getattr(last, name), ".4f") for name in ("loss", "accuracy")})
     shared = ", ".join(f"{key} {value}" for key, value in trials[0].config.items() if key not in search.searched)
     ends = Counter(trial.end for trial in trials if trial.end)
+    counts = Counter(trial.status for trial in trials)
     lines = [
         "Trial status: " + " | ".join(f"{count} {status}" for status, count in counts.items()),
         f"Current time: {datetime.now():%Y-%m-%d %H:%M:%S}. Total running time: {duration(search.seconds)}",
         f"Logical resource usage: {search.resources}",
-        *tables(columns, names),
+        table(rows),
         *textwrap.wrap(f"All trials: {shared}.", COLUMNS, break_on_hyphens=False),
         *search.settings.methods(),
+        *([f"Ended: {'; '.join(f'{count} {reason}' for reason, count in ends.items())}."] if ends else []),
+        *(f"{trial.name} failed: {trial.error}." for trial in trials if trial.error),
     ]
-    if ends:
-        lines.append(f"Ended: {'; '.join(f'{count} {reason}' for reason, count in ends.items())}.")
-    lines += [f"{trial.name} failed: {trial.error}." for trial in trials if trial.error]
     return "\n".join(lines)
 
 
@@ -203,23 +195,22 @@ def repeats(search: Search) -> list[str]:
 
 def list_searches(output_dir: Path) -> str:
     """Return the searches in a folder as text of 80 columns: status, trials, and accuracies of their best models."""
-    columns = {"search": [], "status": [], "trials": [], "validation": [], "test": []}
+    rows = []
     for path in sorted(output_dir.glob(f"*/{SEARCH_FILE}"), key=lambda path: path.stat().st_mtime):
-        cells = [path.parent.name, "damaged, or from another version", "", "", ""]
+        folder = path.parent
+        row = dict.fromkeys(("search", "status", "trials", "validation", "test"), "")
+        row |= {"search": folder.name, "status": "damaged, or from another version"}
         with contextlib.suppress(InputError):
-            search = open_search(path.parent, {})
+            search = open_search(folder, {})
             trials, ended, ranking = search.own_trials(), len(search.ended()), search.ranking()
             metrics = read_best_model(search) or {}
-            with lock(path.parent) as free:
+            with lock(folder) as free:
                 status = "finished" if metrics and ended == len(trials) else "interrupted" if free else "running"
-            accuracy = ranking[0].best.accuracy if ranking else None
-            test = metrics.get("test_accuracy")
-            cells = [search.folder.name, status, f"{ended}/{len(trials)}", cell(accuracy, ".4f"), cell(test, ".4f")]
-        for column, text in zip(columns.values(), cells, strict=True):
-            column.append(text)
-    if not columns["search"]:
-        return f"No searches found in {shown(output_dir)}."
-    return "\n".join(tables(columns, []))
+            row |= {"status": status, "trials": f"{ended}/{len(trials)}"}
+            row |= {"validation": cell(ranking[0].best.accuracy if ranking else None, ".4f")}
+            row |= {"test": cell(metrics.get("test_accuracy"), ".4f")}
+        rows.append(row)
+    return table(rows) if rows else f"No searches found in {shown(output_dir)}."
 
 
 def cell(value: object, digits: str = ".3g") -> str:
@@ -227,24 +218,13 @@ def cell(value: object, digits: str = ".3g") -> str:
     return "" if value is None else f"{value:{digits}}" if isinstance(value, float) else str(value)
 
 
-def tables(columns: dict[str, list[str]], optional: list[str]) -> list[str]:
-    """Return columns of text as one table of at most 80 columns or, if that is too narrow, as several.
-
-    Args:
-        columns: header → cells; the first column names the rows, in every table.
-        optional: headers that may move to another table than the first.
-    """
-    widths = {name: max(map(len, [name, *cells])) for name, cells in columns.items()}
-    first, later = list(columns), []
-    while sum(widths[name] + 2 for name in first) - 2 > COLUMNS and (moved := [n for n in first if n in optional]):
-        first.remove(moved[-1])
-        later.insert(0, moved[-1])
-    rule = "─" * (sum(widths[name] + 2 for name in first) - 2)
-    rows = [first, *zip(*(columns[name] for name in first), strict=True)]
-    lines = ["  ".join(text.rjust(widths[name]) for name, text in zip(first, row, strict=True)) for row in rows]
-    names = next(iter(columns.items()))
-    more = tables(dict([names]) | {name: columns[name] for name in later}, later[1:]) if later else []
-    return [rule, *lines, rule, *more]
+def table(rows: list[dict[str, str]]) -> str:
+    """Return rows of cells as a table of 80 columns; one that is too wide continues below."""
+    frame = pandas.DataFrame(rows).set_index(next(iter(rows[0])))
+    frame.index.name, frame.columns.name = None, frame.index.name  # one line of headers
+    text = frame.to_string(line_width=COLUMNS)
+    rule = "─" * max(map(len, text.splitlines()))
+    return f"{rule}\n{text}\n{rule}"
 
 
 def duration(seconds: float) -> str:
