@@ -212,16 +212,16 @@ def train_epochs(training: Training, config: dict, dataset: Dataset, device: tor
 
 
 class TrainStep:
-    """A step of SGD, and one of the average, on a batch of images (B, 3, 32, 32) and int64 labels (B,).
+    """A step of SGD and of the averaged weights, on a batch of images (B, 3, 32, 32) and int64 labels (B,).
 
-    On a GPU forward, backward and SGD are captured as a CUDA graph, which is launched as one: kernel by kernel, the
-    launches of a small batch take longer than its arithmetic. All batches must then be of one size. On a CPU, and once
-    a capture has failed in this process (see training.notes), the same step runs eagerly.
+    On a GPU, forward, backward and SGD are captured as one CUDA graph, since launching the kernels of a small batch one
+    by one takes longer than their arithmetic. All batches must then have the same size. On a CPU, and once a capture
+    has failed in this process (see training.notes), the same step runs eagerly.
 
     Attributes:
         failure: why this process no longer captures steps; a failed capture may leave torch's memory pools unusable.
-        sums: float32 (2,), on the device: the losses, in nats, and the number of images classified right, added up over
-            the images of all steps since it was set to zero, as the weights were before each step.
+        sums: float32 (2,), on the device: the loss (nats) and the number of correct predictions, summed over all images
+            since it was zeroed, with the weights before each step.
     """
 
     failure: str | None = None
@@ -263,9 +263,9 @@ class TrainStep:
         self.sums += torch.stack([loss.detach() * len(labels), correct])
 
     def replay(self, images: Tensor, labels: Tensor) -> None:
-        """Take a step of SGD by the graph. The first few are taken eagerly; then it is captured."""
+        """Take a step of SGD by the graph, which is captured after a few eager steps."""
         if self.eager_steps < EAGER_STEPS:
-            # Libraries choose their algorithms in these, and capturing asks for a stream of their own.
+            # In these, libraries choose their algorithms; capturing requires a stream other than the default one.
             self.eager_steps += 1
             here = torch.cuda.current_stream()
             self.aside.wait_stream(here)
@@ -283,8 +283,8 @@ class TrainStep:
         self.graph.replay()
 
     def capture(self, images: Tensor, labels: Tensor) -> None:
-        """Capture the step for batches like this one, or note why that cannot be, and leave the graph out."""
-        # Of the type that autocast would make of them, which copying them there does on the way.
+        """Capture the step for batches like this one or, if that fails, train eagerly."""
+        # Copying images there converts them to autocast's type.
         self.images = torch.empty_like(images, dtype=self.dtype)
         self.labels = torch.empty_like(labels)
         self.graph = torch.cuda.CUDAGraph()
@@ -295,7 +295,7 @@ class TrainStep:
             with torch.cuda.graph(self.graph, stream=self.aside):  # nothing is computed here
                 self.descend(self.images, self.labels)
         except RuntimeError as error:
-            # A capture that was broken off leaves its stream in place, and a generator that waits for its end.
+            # An aborted capture leaves its stream current, and the random generator waiting for its end.
             torch.cuda.set_stream(here)
             generator.graphsafe_set_state(before)
             TrainStep.failure = str(error).splitlines()[0]
@@ -304,12 +304,12 @@ class TrainStep:
     def run_eagerly(self) -> None:
         """Run all further steps eagerly, and note why."""
         self.graph, self.graphed = None, False
-        self.training.notes.append(f"trains slowly: CUDA graph capture failed ({TrainStep.failure})")
+        self.training.notes.append(f"trains slowly, since CUDA graph capture failed ({TrainStep.failure})")
 
 
 @functools.cache
 def side_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the stream on which steps are captured: one a process, for libraries keep a workspace for each stream."""
+    """Return the stream on which steps are captured: one per process, as libraries keep a workspace per stream."""
     return torch.cuda.Stream(device)
 
 
@@ -320,22 +320,25 @@ def evaluation_batches(
     return Batches(images.to(device), labels.to(device), EVALUATION_BATCH_SIZE, mean, std)
 
 
-@torch.inference_mode()
-def evaluate(model: nn.Module, batches: Batches) -> tuple[float, float]:
-    """Return the mean cross-entropy, in nats, and the accuracy, from 0 to 1, over an epoch of batches.
-
-    Both are NaN where there are no images.
-    """
-    if not len(batches):
-        return math.nan, math.nan
+def logits_of(model: nn.Module, batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the logits (B, C) and labels (B,) of an epoch of batches, on their device."""
     model.eval()
     device = batches.images.device
     dtype = autocast_dtype(device)
-    sums = torch.zeros(2, device=device)
     for images, labels in batches.epoch():
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             logits = model(images)
-            loss = F.cross_entropy(logits, labels, reduction="sum")
+        yield logits, labels
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, batches: Batches) -> tuple[float, float]:
+    """Return the mean cross-entropy, in nats, and the accuracy, from 0 to 1; NaN without images."""
+    if not len(batches):
+        return math.nan, math.nan
+    sums = torch.zeros(2, device=batches.images.device)
+    for logits, labels in logits_of(model, batches):
+        loss = F.cross_entropy(logits.float(), labels, reduction="sum")
         sums += torch.stack([loss, (logits.argmax(1) == labels).sum()])
     loss, correct = sums.tolist()
     return loss / len(batches.images), correct / len(batches.images)
@@ -343,12 +346,5 @@ def evaluate(model: nn.Module, batches: Batches) -> tuple[float, float]:
 
 @torch.inference_mode()
 def predict(model: nn.Module, batches: Batches) -> Tensor:
-    """Return the probabilities of each image and class over an epoch of batches, float32 (N, C), on the CPU."""
-    model.eval()
-    device = batches.images.device
-    dtype = autocast_dtype(device)
-    logits = []
-    for images, _ in batches.epoch():
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            logits.append(model(images).float())
-    return torch.cat(logits).softmax(1).cpu()
+    """Return the probabilities of each image and class, float32 (N, C), on the CPU."""
+    return torch.cat([logits.float() for logits, _ in logits_of(model, batches)]).softmax(1).cpu()

@@ -14,7 +14,7 @@ import torch
 from data import Dataset, InputError, usable_cpus
 from model import SmallResNet
 from search.files import atomic_write, load_tensors, loads, write_json
-from search.records import Objective, Search, shown
+from search.records import Search, shown
 from search.space import check_space
 from search.tensorboard import show_best_model
 from search.trial import weights_path
@@ -49,14 +49,11 @@ def evaluate_best_model(search: Search, dataset: Dataset, source: dict) -> dict 
         print(f"{trial.name} was better, but its weights are damaged or missing.", file=sys.stderr)
     else:
         return None
-    metrics = {
-        "trial_id": trial.id,
-        "epoch": trial.best.epoch,
-        "val_loss": trial.best.loss,
-        "val_accuracy": trial.best.accuracy,
-    }
+    best = trial.best
+    metrics = {"trial_id": trial.id, "epoch": best.epoch, "val_loss": best.loss, "val_accuracy": best.accuracy}
     metrics |= test(model, dataset)
-    write_model(folder, model, trial.config, dataset, source, search.objective, metrics)
+    about = {"images": source, "objective": search.objective}
+    write_model(folder, model, trial.config, dataset, about, metrics)
     images = evaluation_batches(dataset.test_images, dataset.test_labels, dataset.mean, dataset.std, best_device())
     show_best_model(search.folder, predict(model, images), dataset.test_labels, dataset.test_images, dataset.classes)
     return metrics
@@ -79,15 +76,7 @@ def read_best_model(search: Search) -> dict | None:
     return metrics if (metrics["trial_id"], metrics["epoch"]) == (best.id, best.best.epoch) else None
 
 
-def write_model(
-    folder: Path,
-    model: SmallResNet,
-    config: dict,
-    dataset: Dataset,
-    source: dict,
-    objective: Objective,
-    metrics: dict,
-) -> None:
+def write_model(folder: Path, model: SmallResNet, config: dict, dataset: Dataset, about: dict, metrics: dict) -> None:
     """Write a model's folder atomically.
 
     Args:
@@ -95,16 +84,14 @@ def write_model(
         model: whose weights are saved.
         config: its hyperparameters.
         dataset: what it was trained on.
-        source: arguments of data.read_images.
-        objective: what made its epoch the best.
+        about: "images", the arguments of data.read_images, and "objective".
         metrics: the content of metrics.json.
     """
-    about = {"hyperparameters": config, "classes": list(dataset.classes), "mean": list(dataset.mean)}
-    about |= {"std": list(dataset.std), "images": source, "objective": objective}
+    about = {key: getattr(dataset, key) for key in ("classes", "mean", "std")} | about
     with atomic_write(folder) as temporary:
         temporary.mkdir(parents=True)
         torch.save({name: tensor.cpu() for name, tensor in model.state_dict().items()}, temporary / WEIGHTS)
-        write_json(temporary / CONFIG, about)
+        write_json(temporary / CONFIG, {"hyperparameters": config} | about)
         write_json(temporary / METRICS, metrics)
 
 

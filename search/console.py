@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from typing import TextIO
 
 from data import InputError
 from search.settings import print_error
@@ -26,12 +27,9 @@ def run_program(name: str, work: Callable[[], int]) -> int:
             return work()
         except SystemExit as end:  # argparse has printed why
             return end.code
-        except InputError as error:
+        except (InputError, OSError) as error:
             print_error(error, name)
-            return 2
-        except OSError as error:
-            print_error(error, name)
-            return 1
+            return 2 if isinstance(error, InputError) else 1
         except KeyboardInterrupt:
             return 128 + signals[0]
 
@@ -110,7 +108,7 @@ def run_in_thread(function: Callable[[], object], interrupted: threading.Event) 
 class SafeStream:
     """A text stream that replaces what it cannot encode with "?" and drops what it cannot write."""
 
-    def __init__(self, stream: object) -> None:
+    def __init__(self, stream: TextIO) -> None:
         self.stream = stream
         with contextlib.suppress(AttributeError, OSError, ValueError):
             stream.reconfigure(errors="replace")

@@ -96,7 +96,7 @@ def retrain(given: dict) -> int:
         print(f"validation accuracy: {kept.accuracy:.4f}, at epoch {kept.epoch}")
     metrics |= test(model, dataset)
     folder = Path(output_dir).resolve() / name
-    write_model(folder, model, config, dataset, source, objective, metrics)
+    write_model(folder, model, config, dataset, {"images": source, "objective": objective}, metrics)
     print(f"test accuracy: {metrics['test_accuracy']:.4f}", f"Model: {shown(folder)}", sep="\n")
     return 0
 
