@@ -131,7 +131,7 @@ class ResumableScheduler(TrialScheduler):
         for event in read_lines(search.folder / LOG_FILE)[0]:
             trial = search.trials.get(event.get("trial"))
             if event["event"] == "reported" and trial and not trial.repeats:
-                self.on_trial_add(no_controller, trial)
+                self.add(no_controller, trial.name)
                 self.judge(no_controller, trial.name, event)
                 if trial.end and event["end"]:
                     self.scheduler.on_trial_complete(no_controller, self.known[trial.name], event)
@@ -143,11 +143,14 @@ class ResumableScheduler(TrialScheduler):
         self.judged[name] = result["epoch"]
         return self.scheduler.on_trial_result(controller, self.known[name], result)
 
-    def on_trial_add(self, controller: object, trial: object) -> None:
-        name = getattr(trial, "name", None) or str(trial)
+    def add(self, controller: object, name: str) -> None:
+        """Tell the scheduler of a trial, unless it knows it."""
         if name not in self.known:
             self.known[name] = KnownTrial(name)
             self.scheduler.on_trial_add(controller, self.known[name])
+
+    def on_trial_add(self, controller: object, trial: object) -> None:
+        self.add(controller, str(trial))
 
     def on_trial_result(self, controller: object, trial: object, result: dict) -> str:
         if "restored" in result:
@@ -160,7 +163,8 @@ class ResumableScheduler(TrialScheduler):
         return self.CONTINUE if known.repeats else self.judge(controller, known.name, result)
 
     def on_trial_complete(self, controller: object, trial: object, result: dict) -> None:
-        self.scheduler.on_trial_complete(controller, self.known[str(trial)], result)
+        if not self.search.trials[str(trial)].repeats:
+            self.scheduler.on_trial_complete(controller, self.known[str(trial)], result)
 
     def on_trial_error(self, controller: object, trial: object) -> None:
         self.scheduler.on_trial_error(controller, self.known[str(trial)])

@@ -22,7 +22,7 @@ from typing import NamedTuple
 from data import Dataset, InputError, fingerprint
 from search.files import append_lines, loads, lock, read_lines, write_json
 from search.settings import GROWABLE, Settings, flag
-from search.space import describe, searched_ranges
+from search.space import summarize
 from train import Report
 
 SEARCH_FILE, LOG_FILE, TRIAL_PREFIX = "search.json", "log.jsonl", "train_cifar_"
@@ -94,8 +94,7 @@ class Search:
 
     folder: Path  # absolute
     settings: Settings
-    space: dict[str, str]  # its entries as text: see describe
-    searched: dict[str, dict]  # see searched_ranges
+    space: dict[str, object]  # see summarize
     images: dict[str, str]  # see fingerprint
     objective: Objective
     trials: dict[str, Trial] = field(default_factory=dict)  # by name, in the order in which they were drawn
@@ -103,6 +102,11 @@ class Search:
     started: tuple[float, float] = (0.0, 0.0)  # when this process began to run them, and `seconds` at that time
     resources: str = ""  # what they run on
     unwritten: list[dict] = field(default_factory=list)  # events that did not fit on the disk
+
+    @property
+    def searched(self) -> dict[str, dict]:
+        """The part of the space that is not fixed."""
+        return {key: entry for key, entry in self.space.items() if isinstance(entry, dict)}
 
     def apply(self, event: dict) -> None:
         """Change what is known by an event.
@@ -195,7 +199,7 @@ class Search:
 
     def write(self) -> None:
         """Write search.json."""
-        parts = {"space": self.space, "searched": self.searched, "images": self.images, "objective": self.objective}
+        parts = {"objective": self.objective, "space": self.space, "images": self.images}
         write_json(self.folder / SEARCH_FILE, {"format": FORMAT, "settings": asdict(self.settings)} | parts)
 
 
@@ -226,7 +230,7 @@ def create_search(settings: Settings, space: dict, dataset: Dataset, objective: 
         folder.mkdir(parents=True)
     except OSError as error:
         raise InputError(f"cannot create {folder} ({error.strerror}); choose another --name") from error
-    search = Search(folder, settings, describe(space), searched_ranges(space), fingerprint(dataset), objective)
+    search = Search(folder, settings, summarize(space), fingerprint(dataset), objective)
     search.write()
     return search
 
@@ -255,7 +259,7 @@ def open_search(folder: Path, changes: dict) -> Search:
         ) from error
     settings = extend(Settings(**content["settings"]), changes)
     objective = Objective(*content["objective"])
-    search = Search(folder, settings, content["space"], content["searched"], content["images"], objective)
+    search = Search(folder, settings, content["space"], content["images"], objective)
     events, damaged = read_lines(folder / LOG_FILE)
     for event in events:
         search.apply(event)
@@ -279,11 +283,11 @@ def extend(settings: Settings, changes: dict) -> Settings:
 
 def check_unchanged(search: Search, space: dict, objective: Objective) -> None:
     """Refuse to resume a search with another space or objective."""
-    before = search.space | {"METRIC": search.objective.metric, "MODE": search.objective.mode}
-    for key, text in (describe(space) | {"METRIC": objective.metric, "MODE": objective.mode}).items():
-        if text != before.get(key):
+    before = search.space | search.objective._asdict()
+    for key, now in (summarize(space) | objective._asdict()).items():
+        if now != before.get(key):
             raise InputError(
-                f"{key!r} is {text}, but was {before.get(key)} when the search began; restore it, or start a new search"
+                f"{key!r} is {now}, but was {before.get(key)} when the search began; restore it, or start a new search"
             )
 
 
