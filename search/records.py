@@ -7,7 +7,6 @@ What is known of the trials changes by Search.apply(event) alone, live and on re
 """
 
 import contextlib
-import json
 import math
 import os
 import shlex
@@ -39,7 +38,7 @@ class Objective(NamedTuple):
     @property
     def shown(self) -> list[str]:
         """The metrics that are shown of a best epoch."""
-        return list(dict.fromkeys(["accuracy", "loss", self.metric]))
+        return list(dict.fromkeys(["loss", "accuracy", self.metric]))
 
     def score(self, report: Report) -> float:
         """Return a number that is higher for a better report."""
@@ -245,28 +244,28 @@ def open_search(folder: Path, changes: dict) -> Search:
     Raises:
         InputError: it is damaged or from another version, or a setting would shrink.
     """
-    path = folder / SEARCH_FILE
+    path, log = folder / SEARCH_FILE, folder / LOG_FILE
     try:
-        content = json.loads(path.read_bytes())
-        if isinstance(content, dict) and content.get("format") != FORMAT:
-            raise InputError(f"{path} is from another version; use that version, or start a new search")
-        content = loads(path.read_bytes())
+        text = path.read_bytes()
     except OSError as error:
         raise InputError(f"no search found in {shown(folder)!r}; pass a search folder such as outputs/NAME") from error
-    except (ValueError, RecursionError) as error:
-        raise (
-            error if isinstance(error, InputError) else InputError(f"{path} is damaged; start a new search")
-        ) from error
-    settings = extend(Settings(**content["settings"]), changes)
-    objective = Objective(*content["objective"])
-    search = Search(folder, settings, content["space"], content["images"], objective)
-    events, damaged = read_lines(folder / LOG_FILE)
-    for event in events:
-        search.apply(event)
+    other_version = InputError(f"{path} is from another version; use that version, or start a new search")
+    try:
+        content = loads(text)
+    except ValueError as error:
+        raise InputError(f"{path} is damaged, or from another version; start a new search") from error
+    if content["format"] != FORMAT:
+        raise other_version
+    events, damaged = read_lines(log)
+    try:
+        settings, objective = extend(Settings(**content["settings"]), changes), Objective(*content["objective"])
+        search = Search(folder, settings, content["space"], content["images"], objective)
+        for event in events:
+            search.apply(event)
+    except (TypeError, KeyError) as error:
+        raise other_version from error
     if damaged:
-        print(
-            f"Skipping {damaged} unreadable lines of {folder / LOG_FILE}; those epochs are retrained.", file=sys.stderr
-        )
+        print(f"Skipping {damaged} unreadable lines of {log}; their epochs are retrained.", file=sys.stderr)
     return search
 
 

@@ -68,7 +68,7 @@ def recap(search: Search) -> str:
         table(rows),
         *textwrap.wrap(f"All trials: {shared}.", COLUMNS, break_on_hyphens=False),
         *search.settings.methods(),
-        *([f"Ended: {'; '.join(f'{count} {reason}' for reason, count in ends.items())}."] if ends else []),
+        *([f"Ended: {', '.join(f'{reason} ({count})' for reason, count in ends.items())}."] if ends else []),
         *(f"{trial.name} failed: {trial.error}." for trial in trials if trial.error),
     ]
     return "\n".join(lines)
@@ -96,8 +96,7 @@ def recap_best(search: Search, metrics: dict) -> str:
     lines = [
         f"Best trial: {best.name}, epoch {metrics['epoch']} of {best.config['epochs']}",
         *(f'    "{name}": {best.config[name]!r},' for name in search.searched),
-        f"  validation loss: {metrics['val_loss']:.4f}",
-        f"  validation accuracy: {metrics['val_accuracy']:.4f}",
+        *(f"  validation {key}: {metrics[f'val_{key}']:.4f}" for key in search.objective.shown),
         f"  test accuracy: {metrics['test_accuracy']:.4f}",
         f"Best model: {shown(search.folder / BEST_MODEL)}",
         f"TensorBoard: {shlex.join(['tensorboard', '--logdir', shown(search.folder.parent)])}",
