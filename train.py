@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ def _is_whole(value: object) -> bool:
     return type(value) is int and 1 <= value <= 1_000_000
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < math.inf
 
 
@@ -107,7 +108,7 @@ class Training:
         return self.history[-1].seconds if self.history else 0.0
 
     @property
-    def evaluated(self) -> SmallResNet:
+    def evaluated(self) -> nn.Module:
         """The model that is validated and saved."""
         return self.averaged.module if self.averaged else self.model
 
@@ -234,7 +235,8 @@ class TrainStep:
         self.current = averaged_tensors(training.model)
         self.averaged = averaged_tensors(training.averaged.module) if training.averaged else []
         self.graphed = device.type == "cuda"
-        self.graph, self.eager_steps = None, 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.eager_steps = 0
         self.aside = side_stream(device) if self.graphed else None
         if self.graphed and TrainStep.failure:
             self.run_eagerly()

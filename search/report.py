@@ -34,7 +34,7 @@ def write_results(search: Search) -> None:
     for trial in search.trials.values():
         config, best, last = parameters | trial.config, trial.best, trial.reports[-1] if trial.reports else None
         weights = best and weights_path(Path(trial.name), best.epoch)
-        row = {"trial_id": trial.id, "status": trial.status}
+        row: dict[str, object] = {"trial_id": trial.id, "status": trial.status}
         row |= {"max_epochs" if name == "epochs" else name: value for name, value in config.items()}
         row |= {"epochs": last and last.epoch}
         row |= {f"best_{name}": best and getattr(best, name) for name in ("epoch", *search.objective.shown)}

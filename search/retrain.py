@@ -90,7 +90,7 @@ def retrain(given: dict) -> int:
             f"train loss {report.train_loss:.4f}  train accuracy {report.train_accuracy:.4f}  {report.seconds:.0f} s",
             flush=True,
         )
-    metrics = {"epoch": kept.epoch}
+    metrics: dict[str, float] = {"epoch": kept.epoch}
     if not given.get("full"):
         metrics |= {"val_loss": kept.loss, "val_accuracy": kept.accuracy}
         print(f"validation accuracy: {kept.accuracy:.4f}, at epoch {kept.epoch}")

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import Any
 
 from ray.tune.search.sample import Categorical, Domain, Float, Integer, LogUniform
 
@@ -9,7 +10,7 @@ from data import InputError
 from train import CONFIG_KEYS
 
 
-def to_plain(entry: object) -> object:
+def to_plain(entry: Any) -> Any:
     """Return a value or an entry of a space with NumPy values, tuples and ranges as Python numbers and lists."""
     if hasattr(entry, "tolist"):
         return entry.tolist()
@@ -80,7 +81,7 @@ def summarize(space: dict) -> dict[str, object]:
     The dict is {"values": […]} for a grid or choice, {"lower": …, "upper": …, "log": …} for a range (both ends can
     occur), and {} for a function.
     """
-    summary = {}
+    summary: dict[str, object] = {}
     for key, entry in space.items():
         values = possible_values(entry)
         if isinstance(entry, Float | Integer):
