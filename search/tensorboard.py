@@ -69,10 +69,10 @@ class Board:
         """Return the writer of a trial's events, which begin with its hyperparameters."""
         if trial.name not in self.writers:
             # TensorBoard hides what was written for these and later epochs before a restart.
-            writer = SummaryWriter(str(self.search.folder / trial.name), purge_step=trial.reports[-1].epoch)
-            self.writers[trial.name] = writer
+            step = trial.reports[-1].epoch
+            self.writers[trial.name] = SummaryWriter(str(self.search.folder / trial.name), purge_step=step)
             values = {key: to_hparam(trial.config[key], searched) for key, searched in self.search.searched.items()}
-            writer.file_writer.add_summary(hp.hparams_pb(values, trial_id=trial.name))
+            self.writers[trial.name].file_writer.add_summary(hp.hparams_pb(values, trial_id=trial.name))
         return self.writers[trial.name]
 
     def search_writer(self) -> Any:
@@ -97,7 +97,7 @@ class Board:
 
 
 def domain(searched: dict) -> hp.Domain | None:
-    """Return the values of a hyperparameter for HPARAMS: see searched_ranges."""
+    """Return the values of a hyperparameter for HPARAMS: see summarize."""
     if "values" in searched:
         return hp.Discrete(sorted({to_hparam(value, searched) for value in searched["values"]}))
     if not searched:
