@@ -35,7 +35,7 @@ def check_space(space: dict) -> None:
             raise InputError(f"param_space has the unknown key {key!r}; use only {', '.join(CONFIG_KEYS)}")
     for key, (_, words) in CONFIG_KEYS.items():
         if key not in space:
-            raise InputError(f"param_space lacks {key!r}; set it to {words}")
+            raise InputError(f"param_space lacks {key!r}; add it with {words}")
         entry = space[key]
         values = possible_values(entry)
         if not values and not isinstance(entry, Domain):
@@ -58,7 +58,7 @@ def check_value(key: str, value: object) -> None:
     """Refuse a value that no trial could train with."""
     is_valid, words = CONFIG_KEYS[key]
     if not is_valid(value):
-        raise InputError(f"param_space[{key!r}] can be {value!r}; make it {words}")
+        raise InputError(f"{key} cannot be {value!r}; use {words}")
 
 
 def possible_values(entry: object) -> list:
