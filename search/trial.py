@@ -45,7 +45,7 @@ def prune_weights(folder: Path, epochs: set[int]) -> None:
     kept = {weights_path(folder, epoch) for epoch in epochs}
     for path in (*folder.glob("weights_*"), *folder.glob(".*.tmp")):
         if path not in kept:
-            path.unlink()
+            path.unlink(missing_ok=True)
 
 
 def save_training(training: Training, config: dict, folder: Path) -> None:
