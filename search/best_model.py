@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from data import Dataset, InputError, usable_cpus
 from model import SmallResNet
@@ -60,7 +61,7 @@ def evaluate_best_model(search: Search, dataset: Dataset, source: dict) -> dict 
     return metrics
 
 
-def test(model: SmallResNet, dataset: Dataset) -> dict[str, float]:
+def test(model: nn.Module, dataset: Dataset) -> dict[str, float]:
     """Return a model's loss and accuracy on the test images, and move it to the best device here."""
     device = best_device()
     images = evaluation_batches(dataset.test_images, dataset.test_labels, dataset.mean, dataset.std, device)
@@ -77,7 +78,7 @@ def read_best_model(search: Search) -> dict | None:
     return metrics if (metrics["trial_id"], metrics["epoch"]) == (best.id, best.best.epoch) else None
 
 
-def write_model(folder: Path, model: SmallResNet, config: dict, dataset: Dataset, about: dict, metrics: dict) -> None:
+def write_model(folder: Path, model: nn.Module, config: dict, dataset: Dataset, about: dict, metrics: dict) -> None:
     """Write a model's folder atomically.
 
     Args:

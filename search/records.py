@@ -21,7 +21,6 @@ from typing import NamedTuple
 from data import Dataset, InputError, fingerprint
 from search.files import append_lines, loads, lock, read_lines, write_json
 from search.settings import GROWABLE, Settings, flag
-from search.space import summarize
 from train import Report
 
 SEARCH_FILE, LOG_FILE, TRIAL_PREFIX = "search.json", "log.jsonl", "train_cifar_"
@@ -93,7 +92,7 @@ class Search:
 
     folder: Path  # absolute
     settings: Settings
-    space: dict[str, object]  # see summarize
+    space: dict[str, object]  # a summary, see summarize, and the first trials
     images: dict[str, str]  # see fingerprint
     objective: Objective
     trials: dict[str, Trial] = field(default_factory=dict)  # by name, in the order in which they were drawn
@@ -101,6 +100,7 @@ class Search:
     started: tuple[float, float] = (0.0, 0.0)  # when this process began to run them, and `seconds` at that time
     resources: str = ""  # what they run on
     unwritten: list[dict] = field(default_factory=list)  # events that did not fit on the disk
+    damaged: int = 0  # lines of the log
 
     @property
     def searched(self) -> dict[str, dict]:
@@ -209,7 +209,7 @@ def check_new_folder(settings: Settings) -> Path:
         InputError: it exists, or cannot be made.
     """
     name = settings.name or datetime.now().strftime("search_%Y-%m-%d_%H-%M-%S")
-    folder = Path(settings.output_dir).resolve() / name
+    folder = Path(settings.output_dir).absolute() / name
     if folder.exists():
         raise InputError(f"{shown(folder)} already exists; choose another --name, or --resume it")
     parent = next(parent for parent in folder.parents if parent.exists())
@@ -229,7 +229,7 @@ def create_search(settings: Settings, space: dict, dataset: Dataset, objective: 
         folder.mkdir(parents=True)
     except OSError as error:
         raise InputError(f"cannot create {folder} ({error.strerror}); choose another --name") from error
-    search = Search(folder, settings, summarize(space), fingerprint(dataset), objective)
+    search = Search(folder, settings, space, fingerprint(dataset), objective)
     search.write()
     return search
 
@@ -256,16 +256,16 @@ def open_search(folder: Path, changes: dict) -> Search:
         raise InputError(f"{path} is damaged, or from another version; start a new search") from error
     if content["format"] != FORMAT:
         raise other_version
-    events, damaged = read_lines(log)
     try:
         settings, objective = extend(Settings(**content["settings"]), changes), Objective(*content["objective"])
         search = Search(folder, settings, content["space"], content["images"], objective)
+        events, search.damaged = read_lines(log)
         for event in events:
             search.apply(event)
     except (TypeError, KeyError) as error:
         raise other_version from error
-    if damaged:
-        print(f"Skipping {damaged} unreadable lines of {log}; their epochs are retrained.", file=sys.stderr)
+    if search.damaged:
+        print(f"Skipping {search.damaged} unreadable lines of {log}; their epochs are retrained.", file=sys.stderr)
     return search
 
 
@@ -283,7 +283,7 @@ def extend(settings: Settings, changes: dict) -> Settings:
 def check_unchanged(search: Search, space: dict, objective: Objective) -> None:
     """Refuse to resume a search with another space or objective."""
     before = search.space | search.objective._asdict()
-    for key, now in (summarize(space) | objective._asdict()).items():
+    for key, now in (space | objective._asdict()).items():
         if now != before.get(key):
             raise InputError(
                 f"{key!r} is {now}, but was {before.get(key)} when the search began; restore it, or start a new search"

@@ -24,7 +24,7 @@ def draw_configs(
         space: checked by check_space.
         num_samples: at least 1.
         seed: of the random draws; those of the grid do not depend on the first trials.
-        first_trials: values for searched hyperparameters; omitted ones are drawn.
+        first_trials: plain values for searched hyperparameters; omitted ones are drawn.
         tpe: leave the grid's draws to suggest_config; their configs hold only the fixed values.
 
     Raises:
@@ -45,7 +45,7 @@ def draw_configs(
     fixed = {key: entry for key, entry in space.items() if not isinstance(entry, dict | Domain)}
     random, random_first = np.random.default_rng(seed), np.random.default_rng([seed, 1])
     try:
-        drawn = [draw_grid(space | values, random_first)[0] for values in to_plain(list(first_trials))]
+        drawn = [draw_grid(space | values, random_first)[0] for values in first_trials]
         for _ in range(num_samples):
             drawn += [fixed] * points if tpe else draw_grid(space, random)
     except Exception as error:  # raised by a user's function

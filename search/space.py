@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import Any
 
 from ray.tune.search.sample import Categorical, Domain, Float, Integer, LogUniform
 
@@ -9,7 +10,7 @@ from data import InputError
 from train import CONFIG_KEYS
 
 
-def to_plain(entry: object) -> object:
+def to_plain(entry: Any) -> Any:
     """Return a value or an entry of a space with NumPy values, tuples and ranges as Python numbers and lists."""
     if hasattr(entry, "tolist"):
         return entry.tolist()
@@ -34,7 +35,7 @@ def check_space(space: dict) -> None:
             raise InputError(f"param_space has the unknown key {key!r}; use only {', '.join(CONFIG_KEYS)}")
     for key, (_, words) in CONFIG_KEYS.items():
         if key not in space:
-            raise InputError(f"param_space lacks {key!r}; set it to {words}")
+            raise InputError(f"param_space lacks {key!r}; add it with {words}")
         entry = space[key]
         values = possible_values(entry)
         if not values and not isinstance(entry, Domain):
@@ -57,7 +58,7 @@ def check_value(key: str, value: object) -> None:
     """Refuse a value that no trial could train with."""
     is_valid, words = CONFIG_KEYS[key]
     if not is_valid(value):
-        raise InputError(f"param_space[{key!r}] can be {value!r}; make it {words}")
+        raise InputError(f"{key} cannot be {value!r}; use {words}")
 
 
 def possible_values(entry: object) -> list:
@@ -80,7 +81,7 @@ def summarize(space: dict) -> dict[str, object]:
     The dict is {"values": […]} for a grid or choice, {"lower": …, "upper": …, "log": …} for a range (both ends can
     occur), and {} for a function.
     """
-    summary = {}
+    summary: dict[str, object] = {}
     for key, entry in space.items():
         values = possible_values(entry)
         if isinstance(entry, Float | Integer):
