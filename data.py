@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -149,11 +150,11 @@ def load_folder(data_dir: str | Path) -> Dataset:
         if len(paths) < MIN_IMAGES_PER_CLASS:
             needed = f"but a class needs at least {MIN_IMAGES_PER_CLASS}; add some, or remove the class"
             raise InputError(f"{train / name} has {len(paths)} images, {needed}")
-    parts = []
-    for folder, paths in ((train, train_paths), (test, test_paths)):
-        parts.append(_read_pictures([path for name in classes for path in paths.get(name, [])], folder))
-        parts.append(torch.tensor([i for i, name in enumerate(classes) for _ in paths.get(name, [])]))
-    return split_dataset(*parts, classes)
+    images, labels = [], []
+    for folder, found in ((train, train_paths), (test, test_paths)):
+        images.append(_read_pictures([path for name in classes for path in found.get(name, [])], folder))
+        labels.append(torch.tensor([i for i, name in enumerate(classes) for _ in found.get(name, [])]))
+    return split_dataset(images[0], labels[0], images[1], labels[1], classes)
 
 
 def _list_pictures(folder: Path) -> dict[str, list[str]]:
@@ -244,7 +245,7 @@ def _read_picture(path: str) -> tuple[np.ndarray, bool]:
     return np.array(picture.resize(size, Image.Resampling.BILINEAR)), picture.size != size
 
 
-def _to_rgb(picture: Image.Image) -> Image.Image:
+def _to_rgb(picture: Any) -> Image.Image:
     """Convert an opened picture to 8-bit RGB, upright, on white."""
     is_16_bit = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM"))
     if picture.mode in ("I", "F") and not is_16_bit:
