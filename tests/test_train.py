@@ -1,6 +1,4 @@
-import gc
 import math
-import weakref
 from dataclasses import replace
 
 import pytest
@@ -10,19 +8,11 @@ from torch.nn import functional as F
 from data import Batches
 from model import SmallResNet
 from tests.helpers import CONFIG, CPU, IMAGES
-from train import (
-    SCHEDULES,
-    best_device,
-    evaluate,
-    evaluation_batches,
-    new_training,
-    predict,
-    train_epochs,
-)
+from train import SCHEDULES, evaluate, evaluation_batches, new_training, predict, train_epochs
 
-PLAIN = {"nesterov": False, "weight_decay": 0.0, "augment": False, "schedule": "constant"}
-PLAIN |= {"p_drop": 0.0, "ema_decay": 0.0}
-NOT_PLAIN = {"nesterov": True, "weight_decay": 0.1, "label_smoothing": 0.3, "ema_decay": 0.6}
+PLAIN = CONFIG | {"nesterov": False, "weight_decay": 0.0, "augment": False, "schedule": "constant"}
+PLAIN |= {"p_drop": 0.0, "ema_decay": 0.0, "lr": 0.01}
+OTHER = PLAIN | {"nesterov": True, "weight_decay": 0.1, "label_smoothing": 0.3, "ema_decay": 0.6}
 VALIDATION = evaluation_batches(IMAGES.val_images, IMAGES.val_labels, IMAGES.mean, IMAGES.std, CPU)
 
 
@@ -31,10 +21,9 @@ def float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("train.autocast_dtype", lambda device: None)
 
 
-@pytest.mark.parametrize("recipe", [PLAIN, PLAIN | NOT_PLAIN])
-def test_training_is_sgd_on_the_cross_entropy_and_its_average_is_evaluated(recipe: dict) -> None:
+@pytest.mark.parametrize("config", [PLAIN, OTHER])
+def test_training_is_sgd_on_the_cross_entropy_and_its_average_is_evaluated(config: dict) -> None:
     """A comparison with the plainest loop that does the same."""
-    config = CONFIG | recipe | {"lr": 0.01}
     smoothing, ema_decay = config["label_smoothing"], config["ema_decay"]
     torch.manual_seed(config["seed"])
     model, evaluated = SmallResNet(4, 8, 0.0, 5), SmallResNet(4, 8, 0.0, 5)
@@ -84,12 +73,6 @@ def test_schedules_peak_at_the_given_rate_and_anneal() -> None:
     assert rates == pytest.approx([0.05 * SCHEDULES["one_cycle"](t) for t in last_steps])
 
 
-def test_training_learns() -> None:
-    config = CONFIG | {"h_1": 8, "h_2": 32, "epochs": 12, "lr": 0.02, "p_drop": 0.1, "augment": False}
-    reports = list(train_epochs(new_training(config, 5, CPU), config, IMAGES, CPU))
-    assert reports[-1].train_loss < 1.0 < 1.5 < reports[0].train_loss < 2 * math.log(5)
-
-
 def test_evaluation_and_prediction_count_every_image_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = new_training(CONFIG, 5, CPU).model
     monkeypatch.setattr("train.EVALUATION_BATCH_SIZE", 7)  # the last batch is smaller
@@ -103,30 +86,8 @@ def test_evaluation_and_prediction_count_every_image_once(monkeypatch: pytest.Mo
 
 
 def test_loss_that_is_not_finite_or_not_measured_is_nan() -> None:
-    config = CONFIG | PLAIN | {"lr": 1e9}
-    reports = list(train_epochs(new_training(config, 5, CPU), config, IMAGES, CPU))
-    assert math.isnan(reports[-1].loss)
-    assert not any(math.isinf(report.loss) for report in reports)
-    unmeasured = replace(IMAGES, val_images=IMAGES.val_images[:0], val_labels=IMAGES.val_labels[:0])
-    report = next(train_epochs(new_training(CONFIG, 5, CPU), CONFIG, unmeasured, CPU))
-    assert [math.isnan(value) for value in (report.loss, report.accuracy, report.train_loss)] == [True, True, False]
-
-
-def test_only_a_process_that_was_given_a_gpu_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert [best_device(gpus).type for gpus in (0, 0.5, 2)] == ["cpu", "cuda", "cuda"]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert best_device().type == "cpu"
-
-
-def test_training_is_freed_when_it_is_left() -> None:
-    gc.disable()  # a GPU's memory would wait for it
-    try:
-        training = new_training(CONFIG, 5, CPU)
-        epochs = train_epochs(training, CONFIG, IMAGES, CPU)
-        next(epochs)
-        left = weakref.ref(training.model), weakref.ref(training.averaged), weakref.ref(training.optimizer)
-        del training, epochs
-        assert [reference() for reference in left] == [None] * 3
-    finally:
-        gc.enable()
+    config, unmeasured = PLAIN | {"lr": 1e9}, replace(IMAGES, val_images=IMAGES.val_images[:0])
+    losses = [report.loss for report in train_epochs(new_training(config, 5, CPU), config, IMAGES, CPU)]
+    losses += [report.loss for report in train_epochs(new_training(PLAIN, 5, CPU), PLAIN, unmeasured, CPU)]
+    assert [math.isnan(loss) for loss in losses[3:]] == [True] * 5
+    assert not any(math.isinf(loss) for loss in losses)
