@@ -12,12 +12,13 @@ from data import make_synthetic
 from search.records import METRICS, Objective, Search
 from search.settings import Settings
 from search.space import summarize
-from train import Report
+from train import Report, evaluation_batches
 
 torch.set_num_threads(1)  # of two, one may wait for the other if the machine is busy
 CPU = torch.device("cpu")
 REPOSITORY = Path(hparam_search.__file__).parent
 IMAGES = make_synthetic(num_train=120, num_test=40, num_classes=5)  # 95 for training, 25 for validation
+VALIDATION = evaluation_batches(IMAGES.val_images, IMAGES.val_labels, IMAGES.mean, IMAGES.std, CPU)
 SPACE = {"seed": 0} | hparam_search.param_space
 CONFIG = SPACE | {"epochs": 4, "h_1": 4, "h_2": 8, "p_drop": 0.3, "lr": 0.05, "batch_size": 32, "seed": 5}
 NAN, END = float("nan"), "all epochs done"

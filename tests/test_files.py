@@ -25,9 +25,7 @@ def write(target: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["file", "folder"])
-def test_whatever_fails_a_file_is_old_or_new_and_a_folder_may_also_be_gone(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_after_any_failure_a_file_is_old_or_new_and_a_folder_may_be_gone(name: str, tmp_path: Path) -> None:
     target, steps = tmp_path / name, []
 
     def failing(step: Callable) -> Callable:
@@ -43,11 +41,10 @@ def test_whatever_fails_a_file_is_old_or_new_and_a_folder_may_also_be_gone(
         shutil.rmtree(target, ignore_errors=True)
         write(target, "old")
         steps.clear()
-        with monkeypatch.context() as patched:
+        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(*[OSError] if failing_step else []):
             for owner, step in ((os, "fsync"), (Path, "replace"), (Path, "write_text")):
-                patched.setattr(owner, step, failing(getattr(owner, step)))
-            with contextlib.suppress(OSError) if failing_step else contextlib.nullcontext():
-                write(target, "new")
+                patch.setattr(owner, step, failing(getattr(owner, step)))
+            write(target, "new")
         file = target / "file" if name == "folder" else target
         assert file.read_text() in ("old", "new") if file.exists() else name == "folder"
         assert list(tmp_path.iterdir()) == ([target] if file.exists() else [])
@@ -75,36 +72,28 @@ def test_json_and_tensors_are_read_back_or_refused(tmp_path: Path) -> None:
         assert load_tensors(path) is None
 
 
-def test_log_cut_anywhere_is_read_up_to_there_and_continued(tmp_path: Path) -> None:
-    path = tmp_path / "log.jsonl"
-    append_lines(path, LINES)
-    whole = path.read_bytes()
-    for size in range(len(whole) + 1):
-        path.write_bytes(whole[:size])
-        complete = LINES[: whole[:size].count(b"\n")]
-        assert str(read_lines(path)) == str((complete, 0))
-        append_lines(path, [{"next": 1}, {"next": 2}])
-        assert str(read_lines(path)) == str(([*complete, {"next": 1}, {"next": 2}], 0))
-    path.write_bytes(whole.replace(b"1e-05", b"2e-05") + b"noise\n\xff\n")
-    assert str(read_lines(path)) == str(([LINES[0], LINES[2]], 3))
-
-
-def test_full_disk_costs_neither_the_log_nor_a_file(tmp_path: Path) -> None:
+def test_log_cut_anywhere_is_read_up_to_there_and_continued_and_a_full_disk_changes_nothing(tmp_path: Path) -> None:
     log, file = tmp_path / "log.jsonl", tmp_path / "file.json"
-    append_lines(log, LINES[:1])
+    append_lines(log, LINES)
+    whole = log.read_bytes()
+    for size in range(len(whole) + 1):
+        log.write_bytes(whole[:size])
+        complete = LINES[: whole[:size].count(b"\n")]
+        assert str(read_lines(log)) == str((complete, 0))
+        append_lines(log, [{"next": 1}, {"next": 2}])
+        assert str(read_lines(log)) == str(([*complete, {"next": 1}, {"next": 2}], 0))
+    log.write_bytes(whole.replace(b"1e-05", b"2e-05") + b"noise\n\xff\n")
     write_json(file, LINES[1])
-    with disk_full_after(log.stat().st_size + 20):
+    with disk_full_after(log.stat().st_size + len(dumps(LINES[1])) + 20):
         with pytest.raises(OSError, match="No space left"):
             append_lines(log, LINES[1:])
         with pytest.raises(OSError, match=f"cannot write {file} .*make room there"):
-            write_json(file, {"long": "x" * 200})
-    assert str((read_lines(log), loads(file.read_bytes()))) == str(((LINES[:1], 0), LINES[1]))
+            write_json(file, {"long": "x" * 500})
+    assert str((read_lines(log), loads(file.read_bytes()))) == str((([LINES[0], LINES[2]], 3), LINES[1]))
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.ENOLCK, errno.EIO])
-def test_disks_that_neither_flush_folders_nor_lock_suffice_but_broken_ones_do_not(
-    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_disks_need_neither_flush_folders_nor_lock(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(descriptor: int, kind: int = 0) -> None:
         if stat.S_ISDIR(os.fstat(descriptor).st_mode):
             raise OSError(code, os.strerror(code))
