@@ -1,13 +1,18 @@
 """Ray, started once; small sets of images; and searches, here or as processes of their own."""
 
 import csv
+import io
+import json
 import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -60,24 +65,85 @@ def make_folder(tmp_path: Path) -> Callable:
 
 @pytest.fixture(scope="session")
 def ray_started() -> Iterator[None]:
-    with hparam_search.tuner.running_ray():
-        yield
+    """Start Ray with one CPU: searches train one trial at a time, on one thread, and so the same figures each time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hparam_search.tuner, "usable_cpus", lambda: 1)
+        with hparam_search.tuner.running_ray():
+            yield
 
 
 # --- small searches and what they leave -------------------------------------------------------------------------------
 
+EXAMPLE = ["--num-samples", "2", "--repeats", "2", "--max-epochs", "8"]  # the flags of `finished`
+
 
 @pytest.fixture
 def small_search(ray_started: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make --quick even smaller: two trials on 200 training images, on the tests' Ray."""
+    """Make --quick even smaller, with the tests' Ray."""
     make_small(monkeypatch.setattr)
 
 
 def make_small(setattr: Callable) -> None:
     setattr(hparam_search, "QUICK_IMAGES", SMALL_IMAGES)
-    setattr(hparam_search, "QUICK_SPACE", hparam_search.QUICK_SPACE | {"h_1": 4, "h_2": 32})
+    space = {"h_1": 4, "h_2": hparam_search.tune.grid_search([16, 32])}
+    setattr(hparam_search, "QUICK_SPACE", hparam_search.QUICK_SPACE | space)
     setattr(hparam_search, "PATIENCE", 1000)  # the loss on few images is rough
     setattr(hparam_search, "SAVE_PERIOD", 0)  # as if epochs were long
+    setattr(hparam_search, "MODELS_KEPT", 2)
+    setattr(hparam_search, "REPEATED_TRIALS", 1)
+
+
+@dataclass
+class Finished:
+    """A search that has finished."""
+
+    folder: Path
+    out: str  # what it printed
+    err: str
+    most_files: dict[str, int]  # see watched
+
+    @property
+    def search(self) -> Search:
+        return opened(self.folder)
+
+    @property
+    def rows(self) -> list[dict[str, str]]:
+        return read_csv(self.folder)
+
+    @property
+    def metrics(self) -> dict:
+        """The content of best_model/metrics.json."""
+        return json.loads((self.folder / "best_model" / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def finished(ray_started: None, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    folder, out, err = tmp_path_factory.mktemp("finished") / "it", io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err), watched(folder) as most:
+        make_small(patch.setattr)
+        assert run_search(folder, *EXAMPLE) == 0
+    return Finished(folder, out.getvalue(), err.getvalue(), most)
+
+
+@contextmanager
+def watched(folder: Path) -> Iterator[dict[str, int]]:
+    """Yield how many weights and training states a trial, and all together, have at most while the block runs."""
+    most, ended = {}, threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.02):
+            for kind in ("weights", "training"):
+                counts = [len(list(trial.glob(f"{kind}*.pt"))) for trial in folder.glob("train_cifar_*")]
+                most[kind] = max(most.get(kind, 0), sum(counts))
+                most[f"{kind} of a trial"] = max(most.get(f"{kind} of a trial", 0), *counts, 0)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield most
+    finally:
+        ended.set()
+        watcher.join()
 
 
 def run_search(folder: Path, *flags: object) -> int:
@@ -87,7 +153,8 @@ def run_search(folder: Path, *flags: object) -> int:
 
 def quick(folder: Path, *flags: object) -> list[str]:
     """Return the arguments of a quick search in a folder."""
-    return ["--quick", "--output-dir", str(folder.parent), "--name", folder.name, *map(str, flags)]
+    where = ["--output-dir", str(folder.parent), "--name", folder.name, "--gpus-per-trial", "0"]
+    return ["--quick", *where, *map(str, flags)]
 
 
 def opened(folder: Path) -> Search:

@@ -1,0 +1,342 @@
+"""Whole searches through the command line: what they leave, and how they are resumed and grown."""
+
+import io
+import json
+import random
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from ray import tune
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.api_pb2 import Status
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+import hparam_search
+from data import make_synthetic
+from hparam_search import main
+from search.best_model import BEST_MODEL, read_best_model, read_model
+from search.hooks import ResumableScheduler
+from search.records import METRICS, Objective, Search
+from search.settings import Settings
+from tests.conftest import REPOSITORY, SMALL_IMAGES, Finished, epochs_reported, figures, opened, read_csv, run_search
+from train import evaluate, evaluation_batches
+
+
+def test_results_have_a_row_per_trial_with_its_best_epoch(finished: Finished) -> None:
+    trials = list(finished.search.trials.values())
+    assert [row["trial_id"] for row in finished.rows] == [trial.id for trial in trials]
+    assert [row["h_2"] for row in finished.rows[:4]] == ["16", "32", "16", "32"]
+    for trial, row in zip(trials, finished.rows, strict=True):
+        assert [report.epoch for report in trial.reports] == list(range(1, int(row["epochs"]) + 1))
+        best = max(trial.reports, key=lambda report: report.accuracy)
+        assert row["best_epoch"] == str(best.epoch)
+        assert (row["best_accuracy"], row["best_loss"]) == (str(best.accuracy), str(best.loss))
+        assert (row["loss"], row["accuracy"]) == (str(trial.reports[-1].loss), str(trial.reports[-1].accuracy))
+        assert (row["lr"], row["status"], row["max_epochs"]) == (str(trial.config["lr"]), "TERMINATED", "8")
+        assert row["ended_because"] == ("all epochs done" if row["epochs"] == "8" else "stopped by the scheduler")
+    assert {row["ended_because"] for row in finished.rows} == {"all epochs done", "stopped by the scheduler"}
+
+
+def test_best_config_is_repeated_with_other_seeds(finished: Finished) -> None:
+    repeats = [row for row in finished.rows if row["repeats"]]
+    best = finished.metrics["trial_id"]
+    assert [row["trial_id"] for row in repeats] == [f"{best}_seed_1", f"{best}_seed_2"]
+    assert {row["repeats"] for row in repeats} == {f"train_cifar_{best}"}
+    assert [(row["seed"], row["epochs"]) for row in repeats] == [("1", "8"), ("2", "8")]  # ASHA does not stop them
+    one, other = (float(row["best_accuracy"]) for row in repeats)
+    mean, deviation = (one + other) / 2, abs(one - other) / 2**0.5
+    assert f"\n  train_cifar_{best}  {mean:.4f} ± {deviation:.4f} (2 seeds)\n" in finished.out
+
+
+def test_best_model_has_the_accuracies_that_were_reported(finished: Finished) -> None:
+    model, about = read_model(finished.folder / BEST_MODEL)
+    own = [row for row in finished.rows if not row["repeats"]]
+    best = max(own, key=lambda row: (float(row["best_accuracy"]), -float(row["best_loss"])))
+    for key in ("epoch", "val_accuracy", "val_loss"):
+        assert str(finished.metrics[key]) == best[key.replace("val", "best") if "val" in key else "best_epoch"]
+    assert about["hyperparameters"] == finished.search.trials[f"train_cifar_{best['trial_id']}"].config
+    data = make_synthetic(**SMALL_IMAGES)
+    for split in ("val", "test"):
+        images, labels = getattr(data, f"{split}_images"), getattr(data, f"{split}_labels")
+        batches = evaluation_batches(images, labels, about["mean"], about["std"], torch.device("cpu"))
+        loss, accuracy = evaluate(model, batches)
+        assert accuracy == pytest.approx(finished.metrics[f"{split}_accuracy"], abs=0.011)
+        assert loss == pytest.approx(finished.metrics[f"{split}_loss"], rel=0.02)
+
+
+def test_readme_classifies_a_picture_with_the_best_model(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+    lines = next(block for block in blocks if "weights.pt" in block)
+    Image.fromarray(make_synthetic(**SMALL_IMAGES).test_images[0].numpy()).save(tmp_path / "picture.png")
+    monkeypatch.chdir(tmp_path)
+    exec(lines.replace("outputs/NAME", str(finished.folder)), {})
+    assert capsys.readouterr().out.strip() in make_synthetic(**SMALL_IMAGES).classes
+
+
+def test_disk_holds_the_best_models_and_little_else(finished: Finished) -> None:
+    kept = sorted(path.relative_to(finished.folder).as_posix() for path in finished.folder.glob("*/weights_*.pt"))
+    assert kept == sorted(row["weights"] for row in finished.rows if row["weights"])
+    assert len(kept) == 2
+    assert not list(finished.folder.glob("*/training*"))
+    assert not list(finished.folder.rglob(".*"))
+    # While it ran, one trial at a time: at most one training state, and beside the best models a trial's weights of
+    # its best epoch and of those that were the best when it was saved.
+    assert finished.most_files["training"] == 1
+    assert 1 <= finished.most_files["weights of a trial"] <= 3
+    assert finished.most_files["weights"] <= 2 + 3
+
+
+def hparams_of(events: EventAccumulator, name: str) -> HParamsPluginData:
+    return HParamsPluginData.FromString(events.summary_metadata[f"_hparams_/{name}"].plugin_data.content)
+
+
+def test_tensorboard_shows_trials_search_and_best_model(finished: Finished) -> None:
+    for trial in finished.search.trials.values():
+        events = EventAccumulator(str(finished.folder / trial.name)).Reload()
+        for tag, key in (("accuracy/validation", "accuracy"), ("loss/train", "train_loss"), ("training/lr", "lr")):
+            curve = {report.epoch: getattr(report, key) for report in trial.reports}
+            assert {event.step: event.value for event in events.Scalars(tag)} == pytest.approx(curve)
+        final = {"best_accuracy": trial.best.accuracy, "best_loss": trial.best.loss, "epochs": len(trial.reports)}
+        assert {key: events.Scalars(f"trial/{key}")[-1].value for key in final} == pytest.approx(final)
+        start, end = (hparams_of(events, f"session_{key}_info") for key in ("start", "end"))
+        values = {key: value.number_value for key, value in start.session_start_info.hparams.items()}
+        assert values == {key: trial.config[key] for key in ("h_2", "p_drop", "lr")}
+        assert end.session_end_info.status == Status.Value("STATUS_SUCCESS")
+
+    events = EventAccumulator(str(finished.folder)).Reload()
+    best = [event.value for event in events.Scalars("search/best_accuracy")]
+    assert best == sorted(best)
+    assert best[-1] == pytest.approx(finished.metrics["val_accuracy"])
+    assert events.Scalars("search/best_accuracy")[-1].step == sum(epochs_reported(finished.folder).values())
+    assert events.Scalars("search/trials_finished")[-1].value == 6
+    text = events.Tensors("search/methods/text_summary")[-1].tensor_proto.string_val[0]
+    assert text == b"Sampler: random.\n\nScheduler: asha, grace period 2, reduction factor 3."
+    experiment = hparams_of(events, "experiment").experiment
+    domains = {info.name: info for info in experiment.hparam_infos}
+    assert domains.keys() == {"h_2", "p_drop", "lr"}
+    assert [value.number_value for value in domains["h_2"].domain_discrete.values] == [16, 32]
+    assert domains["lr"].domain_interval.max_value == 0.1
+    metrics = [info.name.tag for info in experiment.metric_infos]
+    assert metrics == ["trial/best_accuracy", "trial/best_loss", "trial/epochs"]
+    for name in ("confusion_matrix", "accuracy_by_class", "most_confident_mistakes"):
+        picture = Image.open(io.BytesIO(events.Images(f"best_model/{name}")[-1].encoded_image_string))
+        assert picture.width > 100
+
+
+def test_terminal_shows_the_recap_and_why_each_trial_ended(finished: Finished) -> None:
+    out, config = finished.out, finished.search.ranking()[0].config
+    assert "Traceback" not in out + finished.err
+    assert "\x1b" not in out
+    assert max(len(line) for line in out.splitlines() if str(finished.folder.parent) not in line) <= 80
+    assert "Trial status: 4 TERMINATED\n" in out
+    header = next(line for line in out.splitlines() if line.startswith("trial "))
+    assert header.split() == ["trial", "status", "p_drop", "lr", "h_2", "iter", "time", "(s)", "loss", "accuracy"]
+    assert "All trials: seed 0, epochs 8, h_1 4, batch_size 32," in out
+    assert f'    "h_2": {config["h_2"]},\n    "p_drop": {config["p_drop"]!r},\n    "lr": {config["lr"]!r},\n' in out
+    assert f"test accuracy: {finished.metrics['test_accuracy']:.4f}\n" in out
+    saved = 32 - sum(int(row["epochs"]) for row in finished.rows if not row["repeats"])
+    assert f"Early stopping saved {saved} of 32 epochs.\n" in out
+    ends = re.findall(r"^train_cifar_(\w+): (.+), at epoch (\d+); best accuracy (0\.\d+)\.$", finished.err, re.M)
+    assert ends == [
+        (row["trial_id"], row["ended_because"], row["epochs"], f"{float(row['best_accuracy']):.4f}")
+        for row in finished.rows
+    ]
+
+
+def test_resuming_a_finished_search_trains_nothing(
+    finished: Finished, small_search: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    before = {path: path.read_bytes() for path in finished.folder.rglob("*") if path.is_file()}
+    monkeypatch.setattr(hparam_search.tuner, "running_ray", lambda: pytest.fail("Ray was started"))
+    monkeypatch.setattr(hparam_search, "read_images", lambda **_: pytest.fail("images were read"))
+    assert main(["--resume", str(finished.folder)]) == 0
+
+    def without_clock(text: str) -> list[str]:
+        return [line for line in text[text.index("Trial status") :].splitlines() if "Current time" not in line]
+
+    assert without_clock(capsys.readouterr().out) == without_clock(finished.out)
+    assert {path: path.read_bytes() for path in finished.folder.rglob("*") if path.is_file()} == before
+
+    assert main(["--list", "--output-dir", str(finished.folder.parent)]) == 0
+    validation, test = finished.metrics["val_accuracy"], finished.metrics["test_accuracy"]
+    assert re.search(rf"\nit +finished +4/4 +{validation:.4f} +{test:.4f}\n", capsys.readouterr().out)
+
+
+class OverInTheFirstTrial(tune.Stopper):
+    """A time budget that is spent in the middle of a trial, however fast this machine is."""
+
+    def __init__(self, seconds: float) -> None:
+        self.epochs = 0
+
+    def __call__(self, trial_id: str, result: dict) -> bool:
+        self.epochs = result.get("epoch", 0)
+        return False
+
+    def stop_all(self) -> bool:
+        return self.epochs == 3
+
+
+@pytest.mark.usefixtures("small_search")
+def test_search_grown_step_by_step_ends_as_if_asked_for_everything_at_first(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / "it"
+    # A budget that is spent at once: nothing has been trained.
+    assert run_search(folder, "--max-epochs", 8, "--num-samples", 1, "--time-budget", "0.001s") == 1
+    printed = capsys.readouterr()
+    assert re.search(rf"The time budget is spent\. To resume: .* --resume {folder} --time-budget ", printed.out)
+    assert "No trial has a model" in printed.err
+    assert main(["--resume", str(folder)]) == 2
+    assert "time budget of 0.001 s is spent" in capsys.readouterr().err
+
+    # A larger one is spent in the middle of a trial, whose model is tested.
+    with monkeypatch.context() as patch:
+        patch.setattr(tune.stopper, "TimeoutStopper", OverInTheFirstTrial)
+        assert main(["--resume", str(folder), "--time-budget", "1h"]) == 0
+    out = capsys.readouterr().out
+    assert "The time budget is spent." in out
+    assert "test accuracy: " in out
+    assert [row["status"] for row in read_csv(folder)] == ["UNFINISHED", "PENDING"]
+
+    # With time enough, more samples and then repeats, it is as if there had been no budget.
+    assert main(["--resume", str(folder), "--time-budget", "2h", "--num-samples", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "budget is spent" not in out
+    assert "other seeds" not in out
+    assert main(["--resume", str(folder), "--repeats", "2"]) == 0
+    assert figures(folder) == figures(finished.folder)
+    assert json.loads((folder / BEST_MODEL / "metrics.json").read_text()) == finished.metrics
+    assert main(["--resume", str(folder), "--num-samples", "1"]) == 2
+    assert "--num-samples can only grow: the search already has 2" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("small_search")
+def test_search_by_tpe_draws_the_same_trials_when_it_is_interrupted_and_grown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    pytest.importorskip("optuna", reason="optuna is not installed")
+    monkeypatch.setattr(hparam_search, "STARTUP_TRIALS", 1)
+    flags = ["--sampler", "tpe", "--scheduler", "none", "--max-epochs", 3]
+    assert run_search(tmp_path / "whole", *flags, "--num-samples", 2) == 0
+    assert "\nSampler: tpe.\nScheduler: none.\n" in capsys.readouterr().out
+    assert len({row["lr"] for row in read_csv(tmp_path / "whole")}) == 4
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tune.stopper, "TimeoutStopper", OverInTheFirstTrial)
+        assert run_search(tmp_path / "it", *flags, "--num-samples", 1, "--time-budget", "1h") == 0
+    rows = read_csv(tmp_path / "it")
+    assert [bool(row["lr"]) for row in rows] == [True, False]  # the second is not drawn yet
+    assert main(["--resume", str(tmp_path / "it"), "--time-budget", "2h", "--num-samples", "2"]) == 0
+    assert figures(tmp_path / "it") == figures(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("small_search")
+def test_search_for_the_lowest_loss_finds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(hparam_search, "METRIC", "loss")
+    monkeypatch.setattr(hparam_search, "MODE", "min")
+    folder = tmp_path / "it"
+    assert run_search(folder, "--scheduler", "none") == 0
+    search = opened(folder)
+    reports = [report for trial in search.trials.values() for report in trial.reports]
+    lowest, most_accurate = min(report.loss for report in reports), max(reports, key=lambda report: report.accuracy)
+    assert lowest < most_accurate.loss  # so that the two objectives differ
+    assert read_best_model(search)["val_loss"] == lowest
+    model, about = read_model(folder / BEST_MODEL)
+    data = make_synthetic(**SMALL_IMAGES)
+    batches = evaluation_batches(data.val_images, data.val_labels, about["mean"], about["std"], torch.device("cpu"))
+    assert evaluate(model, batches)[0] == pytest.approx(lowest, rel=0.02)
+    best = [event.value for event in EventAccumulator(str(folder)).Reload().Scalars("search/best_loss")]
+    assert best == sorted(best, reverse=True)
+
+
+@pytest.mark.usefixtures("small_search")
+def test_another_space_objective_or_set_of_images_is_refused_on_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / "it"
+    assert run_search(folder, "--time-budget", "0.001s") == 1
+    before = (folder / "log.jsonl").read_bytes()
+    for name, value, words in (
+        ("QUICK_SPACE", hparam_search.QUICK_SPACE | {"lr": tune.loguniform(1e-3, 1e-1)}, "'lr' is Float(lower=0.001"),
+        ("MODE", "min", "'MODE' is min, but was max when the search began"),
+        ("QUICK_IMAGES", SMALL_IMAGES | {"num_train": 251}, "the training images in"),
+    ):
+        capsys.readouterr()
+        with monkeypatch.context() as patch:
+            patch.setattr(hparam_search, name, value)
+            assert main(["--resume", str(folder), "--time-budget", "1h"]) == 2
+        assert words in capsys.readouterr().err
+    assert (folder / "log.jsonl").read_bytes() == before
+
+
+# --- the scheduler of a search that is interrupted --------------------------------------------------------------------
+
+EPOCHS = 12
+CONTROLLER = SimpleNamespace(get_live_trials=list, get_trials=list)
+
+
+def end_of_training(reports: list) -> str | None:
+    return "all epochs done" if reports[-1].epoch == EPOCHS else None
+
+
+def play(seed: int, folder: Path, interrupted_at: list[int]) -> dict[str, int]:
+    """Play a search of eight trials, three at a time, and return how many epochs each has trained.
+
+    Where it is interrupted, a new scheduler continues from the log, and trials report some epochs again.
+    """
+    settings = Settings(grace_period=3, reduction_factor=2)
+    generator = random.Random(seed)
+    folder.mkdir()
+    Search(folder, settings, {}, {}, {}, Objective("accuracy", "max")).write()
+    search = opened(folder)
+    search.draw([{"seed": i} for i in range(8)])
+    losses = {}
+    for name in search.trials:
+        level = generator.uniform(1, 5)
+        losses[name] = [level + 3 / epoch + generator.gauss(0, 0.3) for epoch in range(1, EPOCHS + 1)]
+    scheduler = ResumableScheduler(hparam_search.new_scheduler(settings, EPOCHS), search, end_of_training)
+    waiting, running, moment = list(search.trials), {}, 0  # running: name → epochs reported
+
+    def report(name: str) -> str:
+        running[name] += 1
+        metrics = dict.fromkeys(METRICS, 0.5) | {"epoch": running[name], "loss": losses[name][running[name] - 1]}
+        decision = scheduler.on_trial_result(CONTROLLER, name, metrics)
+        search.record("reported", trial=name, **metrics, end="ended" if decision == "STOP" else None)
+        if decision == "STOP":
+            scheduler.on_trial_complete(CONTROLLER, name, metrics)
+            del running[name]
+        return decision
+
+    while waiting or running:
+        while waiting and len(running) < 3:
+            name = waiting.pop(0)
+            running[name] = 0
+            scheduler.on_trial_add(CONTROLLER, name)
+        report(generator.choice(list(running)))
+        if moment in interrupted_at:
+            search = opened(folder)
+            scheduler = ResumableScheduler(hparam_search.new_scheduler(settings, EPOCHS), search, end_of_training)
+            for name, epochs in list(running.items()):
+                scheduler.on_trial_add(CONTROLLER, name)
+                running[name] = random.Random(moment).randint(0, epochs)
+                search.record("restarted", trial=name, epoch=running[name])
+                assert {report(name) for _ in range(epochs - running[name])} <= {"CONTINUE"}
+        moment += 1
+    return {name: len(trial.reports) for name, trial in opened(folder).trials.items()}
+
+
+def test_scheduler_decides_as_if_the_search_had_not_been_interrupted(tmp_path: Path) -> None:
+    stopped = 0
+    for seed in range(30):
+        whole = play(seed, tmp_path / f"{seed}_whole", interrupted_at=[])
+        assert play(seed, tmp_path / f"{seed}_interrupted", random.Random(seed).sample(range(60), 3)) == whole
+        stopped += sum(epochs < EPOCHS for epochs in whole.values())
+    assert stopped > 30
