@@ -102,16 +102,17 @@ def search_space(settings: Settings) -> dict:
     return entries
 
 
-def draw(settings: Settings) -> list[dict]:
-    """Return the configs of all trials, in the order in which they start."""
-    first = [] if settings.quick else first_trials
+def draw(settings: Settings) -> tuple[list[dict], dict]:
+    """Return the configs of all trials, in the order in which they start, and a summary of what they are drawn from."""
+    entries, first = search_space(settings), [] if settings.quick else space.to_plain(first_trials)
     tpe = settings.sampler == "tpe"
-    return sampler.draw_configs(search_space(settings), settings.num_samples, settings.seed, first, tpe)
+    configs = sampler.draw_configs(entries, settings.num_samples, settings.seed, first, tpe)
+    return configs, space.summarize(entries) | {"first_trials": first}
 
 
 def with_defaults(settings: Settings) -> Settings:
     """Return the settings of a new search with the scheduler's figures, and the path of its images."""
-    settings = replace(settings, data_dir=str(Path(settings.data_dir).resolve()))
+    settings = replace(settings, data_dir=str(Path(settings.data_dir).absolute()))
     if settings.scheduler == "none":
         return settings
     max_epochs = search_space(settings)["epochs"]
@@ -131,13 +132,12 @@ def image_source(settings: Settings) -> dict:
 def new_search(settings: Settings) -> int:
     """Run a new search from its first trial to its end, and return the exit code."""
     settings = with_defaults(settings)
-    configs = draw(settings)
+    configs, drawn_from = draw(settings)
     records.check_new_folder(settings)
     dataset = read_images(**image_source(settings))
     with tuner.running_ray():
         tuner.share_resources(settings, len(configs))  # refuses what this machine lacks
-        objective = records.Objective(METRIC, MODE)
-        search = records.create_search(settings, search_space(settings), dataset, objective)
+        search = records.create_search(settings, drawn_from, dataset, records.Objective(METRIC, MODE))
         with records.locked(search.folder):
             search.draw(configs)
             return run(search, dataset)
@@ -149,12 +149,12 @@ def resume_search(folder: Path, changes: dict) -> int:
         search = records.open_search(folder, changes)
         if search.trials and not search.unfinished():
             search.draw_repeats(REPEATED_TRIALS)
-            if not search.unfinished() and "num_samples" not in changes:
+            if not (search.unfinished() or search.damaged or "num_samples" in changes):
                 return finish(search, None)
         if search.time_left() <= 0:
             raise InputError(f"the time budget of {search.settings.time_budget:g} s is spent; raise --time-budget")
-        records.check_unchanged(search, search_space(search.settings), records.Objective(METRIC, MODE))
-        configs = draw(search.settings)
+        configs, drawn_from = draw(search.settings)
+        records.check_unchanged(search, drawn_from, records.Objective(METRIC, MODE))
         dataset = load_images(search)
         with tuner.running_ray():
             search.write()

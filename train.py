@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +20,11 @@ from data import Batches, Dataset, epoch_seed
 from model import SmallResNet
 
 EVALUATION_BATCH_SIZE = 500
-EAGER_STEPS = 3  # of a trial, before its step is captured as a CUDA graph
-COOLDOWN = 0.3  # share of the epochs
-WARMUP = 0.3  # of one_cycle, share of the epochs
+EAGER_STEPS = 3  # before a trial's step is captured as a CUDA graph
+COOLDOWN = 0.3  # the last share of the steps, in which the learning rate decays
+WARMUP = 0.3  # the first share of the steps, in which one_cycle raises the learning rate
 
-# The learning rate, as a fraction of config["lr"], when a fraction t of all steps is done.
+# The learning rate as a fraction of config["lr"], after a share t of all steps.
 SCHEDULES = {
     "constant": lambda t: 1.0,
     # Constant, then linear to zero: "trapezoidal", Xing et al. 2018, "A Walk with SGD".
@@ -39,11 +40,11 @@ def _is_whole(value: object) -> bool:
     return type(value) is int and 1 <= value <= 1_000_000
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < math.inf
 
 
-# What a hyperparameter may be: a test, and the words for it.
+# Valid values of a hyperparameter: a test, and words for error messages.
 WHOLE = (_is_whole, "a whole number from 1 to 1,000,000")
 POSITIVE = (lambda v: _is_number(v) and v > 0, "a number above 0")
 NOT_NEGATIVE = (lambda v: _is_number(v) and v >= 0, "a number of at least 0")
@@ -52,23 +53,23 @@ SWITCH = (lambda v: isinstance(v, bool), "True or False")
 SCHEDULE = (lambda v: isinstance(v, str) and v in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
 SEED = (lambda v: type(v) is int and 0 <= v < 2**63, "a whole number from 0 up to, not including, 2**63")
 
-# The hyperparameters. Those of MODEL, OPTIMIZER and LOSS are passed on as the keyword arguments of the same names.
+# The hyperparameters. Those of MODEL, OPTIMIZER and LOSS become keyword arguments of the same names.
 MODEL = {"h_1": WHOLE, "h_2": WHOLE, "p_drop": FRACTION}  # of SmallResNet
 OPTIMIZER = {"lr": POSITIVE, "momentum": FRACTION, "weight_decay": NOT_NEGATIVE, "nesterov": SWITCH}  # of torch's SGD
 LOSS = {"label_smoothing": FRACTION}  # of torch's cross_entropy, in training
 LOOP = {
     "epochs": WHOLE,
     "batch_size": WHOLE,
-    "schedule": SCHEDULE,  # how the learning rate goes
+    "schedule": SCHEDULE,  # of the learning rate
     "augment": SWITCH,  # random crops and flips
-    "ema_decay": FRACTION,  # per step, of the averaged weights; 0 for none
-    "seed": SEED,  # of the weights, the batches and the dropout
+    "ema_decay": FRACTION,  # decay per step of the averaged weights; 0 switches averaging off
+    "seed": SEED,  # of weights, batches and dropout
 }
 CONFIG_KEYS = MODEL | OPTIMIZER | LOSS | LOOP
 
 
 def arguments(config: dict, keys: dict) -> dict:
-    """Return those hyperparameters of a config that are named in keys."""
+    """Return the part of a config with these keys."""
     return {key: config[key] for key in keys}
 
 
@@ -107,7 +108,7 @@ class Training:
         return self.history[-1].seconds if self.history else 0.0
 
     @property
-    def evaluated(self) -> SmallResNet:
+    def evaluated(self) -> nn.Module:
         """The model that is validated and saved."""
         return self.averaged.module if self.averaged else self.model
 
@@ -132,26 +133,25 @@ def new_training(config: dict, num_classes: int, device: torch.device) -> Traini
 
 
 def update_average(averaged: list[Tensor], current: list[Tensor], n: int, decay: float) -> None:
-    """Take a step of the average, in place: averaged ← d · averaged + (1 − d) · current, d = min(decay, n / (9 + n)).
+    """Update the average in place: averaged ← d · averaged + (1 − d) · current, d = min(decay, n / (9 + n)).
 
-    n counts the steps so far, so that the average begins as what it averages, and soon forgets the first steps, even
-    where an epoch has few of them.
+    n counts the updates before. The average starts as a copy, and forgets the first steps soon, even in a short epoch.
     """
     get_ema_multi_avg_fn(min(decay, n / (9 + n)))(averaged, current, n)
 
 
 def averaged_tensors(model: nn.Module) -> list[Tensor]:
-    """Return what is averaged of a model: its weights, and the statistics of batch norm."""
+    """Return the tensors of a model that are averaged: weights and batch norm statistics."""
     return [t.detach() for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
 
 
 def best_device(gpus: float = 1) -> torch.device:
-    """Return this process's GPU if it has one and gpus, its share of it, is above 0; else the CPU."""
+    """Return the GPU if this process has one, and a share `gpus` of it above 0; else the CPU."""
     return torch.device("cuda" if gpus > 0 and torch.cuda.is_available() else "cpu")
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """Return bfloat16 where the device multiplies it in hardware, else None, for float32."""
+    """Return bfloat16 if the hardware of the device supports it, else None, for float32."""
     if device.type == "cuda":
         supported = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -176,7 +176,7 @@ def train_epochs(training: Training, config: dict, dataset: Dataset, device: tor
         shuffle=True,
         augment=config["augment"],
         seed=config["seed"],
-        # A noisier step than the others, right before validation, costs accuracy: see benchmarks/RESULTS.md.
+        # A smaller last batch would add noise right before validation: see benchmarks/RESULTS.md.
         drop_last=True,
     )
     validation = evaluation_batches(dataset.val_images, dataset.val_labels, dataset.mean, dataset.std, device)
@@ -193,7 +193,7 @@ def train_epochs(training: Training, config: dict, dataset: Dataset, device: tor
         for i, (images, labels) in enumerate(batches.epoch(epoch)):
             lr = config["lr"] * schedule((training.epoch * len(batches) + i) / total_steps)
             step(images, labels, lr)
-        # Read once an epoch: at every step, the CPU would wait for the GPU.
+        # Read once per epoch, since reading makes the CPU wait for the GPU.
         train_loss, train_accuracy = (total / batches.count for total in step.sums.tolist())
         seconds = time.perf_counter() - start
         loss, accuracy = evaluate(training.evaluated, validation)
@@ -234,7 +234,8 @@ class TrainStep:
         self.current = averaged_tensors(training.model)
         self.averaged = averaged_tensors(training.averaged.module) if training.averaged else []
         self.graphed = device.type == "cuda"
-        self.graph, self.eager_steps = None, 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.eager_steps = 0
         self.aside = side_stream(device) if self.graphed else None
         if self.graphed and TrainStep.failure:
             self.run_eagerly()
@@ -247,7 +248,7 @@ class TrainStep:
         else:
             self.descend(images, labels)
         if self.averaged:
-            n = self.training.averaged.n_averaged  # lies on the CPU: reading it waits for nothing
+            n = self.training.averaged.n_averaged  # on the CPU, so reading it waits for nothing
             update_average(self.averaged, self.current, int(n), self.decay)
             n += 1
 
@@ -316,7 +317,7 @@ def side_stream(device: torch.device) -> torch.cuda.Stream:
 def evaluation_batches(
     images: Tensor, labels: Tensor, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
 ) -> Batches:
-    """Return batches of uint8 images (N, 32, 32, 3) and int64 labels (N,), in order and as they are, on the device."""
+    """Return batches of uint8 images (N, 32, 32, 3) and int64 labels (N,) on the device, in order, not augmented."""
     return Batches(images.to(device), labels.to(device), EVALUATION_BATCH_SIZE, mean, std)
 
 

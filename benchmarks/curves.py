@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 from ray import tune
 
-from benchmarks.recipes import first_classes
+from benchmarks.recipes import BASELINE_RECIPE, first_classes
 from data import Dataset, read_images, usable_cpus
-from hparam_search import BASELINE_RECIPE, param_space
-from search.records import write_whole
-from search.space import draw_trials
+from hparam_search import param_space
+from search.files import atomic_write
+from search.sampler import draw_configs
 from train import best_device, new_training, train_epochs
 
 FOLDER = Path(__file__).parent / "curves"
@@ -39,7 +39,7 @@ def curve(config: dict) -> list[dict]:
     device = best_device()
     training = new_training(config, len(dataset.classes), device)
     epochs = train_epochs(training, config, dataset, device)
-    return [{"epoch": metrics["epoch"]} | {key: round(metrics[key], 5) for key in REPORTED} for metrics in epochs]
+    return [{"epoch": each.epoch} | {key: round(getattr(each, key), 5) for key in REPORTED} for each in epochs]
 
 
 def prepare(images: Dataset) -> None:
@@ -59,9 +59,10 @@ def read_curves(path: Path) -> dict[int, list[dict]]:
 
 
 def write_curves(path: Path, curves: dict[int, list[dict]]) -> None:
-    """Write such a CSV, which is there whole or as it was."""
+    """Write such a CSV atomically."""
     lines = [COLUMNS, *([row[key] for key in COLUMNS] for i in sorted(curves) for row in curves[i])]
-    write_whole(path, "".join(",".join(map(str, line)) + "\n" for line in lines))
+    with atomic_write(path) as temporary:
+        temporary.write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     for recipe in args.recipe or RECIPES:
         space = param_space | {"seed": 0, "epochs": args.epochs} | widths | RECIPES[recipe]
-        configs = list(draw_trials(space, args.samples, seed=0).values())
+        configs = draw_configs(space, args.samples, seed=0)
         path = args.output / f"{recipe}.csv"
         curves = read_curves(path) if path.exists() else {}
         for i, rows in curves.items():

@@ -30,7 +30,7 @@ import torchvision
 
 from benchmarks.throughput import WIDTHS, example_config, print_row, seconds_of, steps_alone, take
 from data import make_synthetic, usable_cpus
-from search.records import read_log
+from search.files import read_lines
 from train import EAGER_STEPS, TrainStep, best_device, new_training, train_epochs
 
 DEVICE = best_device()
@@ -52,7 +52,7 @@ def smoke() -> None:
         training = new_training(config, 8, DEVICE)
         launched.clear()
         *_, last = train_epochs(training, config, dataset, DEVICE)
-        print_row(f"{h_1}/{h_2}", last["images_per_second"], len(launched), training.notes)
+        print_row(f"{h_1}/{h_2}", last.images_per_second, len(launched), training.notes)
 
 
 def profile(h_1: int, h_2: int) -> None:
@@ -87,7 +87,8 @@ def quick() -> None:
         command = [sys.executable, "hparam_search.py", "--quick", "--output-dir", folder, "--name", "it"]
         subprocess.run(command, check=True)
         end = time.time()
-        first = min(read_log(path.parent)[0][0]["time"] for path in Path(folder).glob("it/*/result.json"))
+        events, _ = read_lines(Path(folder, "it", "log.jsonl"))
+        first = next(event["time"] for event in events if event["event"] == "reported")
     print_row("a quick search", f"first epoch after {first - start:.1f} s, end after {end - start:.1f} s")
 
 

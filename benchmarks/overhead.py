@@ -31,7 +31,7 @@ from ray import tune
 
 import hparam_search
 from data import Dataset, map_dataset
-from train import METRICS
+from search.records import METRICS
 
 IMAGES = 12_000  # for training, 37 MB: with much more, Ray refuses the closure of Tune's defaults
 REPORT = dict.fromkeys(METRICS, 0.0)
@@ -56,7 +56,7 @@ def blank_images() -> Dataset:
     )  # fmt: skip
 
 
-def idle_trial(config: dict, images: Path, search_folder: Path, checkpoint_period: float) -> None:
+def idle_trial(config: dict, images: Path, search_folder: Path, **others: object) -> None:
     """Stand in for train_cifar."""
     report_idly(config, map_dataset(images), search_folder)
 
@@ -72,7 +72,7 @@ def report_idly(config: dict, dataset: Dataset, folder: Path) -> None:
 def own_search(trials: int, epochs: int, dataset: Dataset, folder: Path) -> None:
     """Run hparam_search.main on idle trials."""
     hparam_search.train_cifar = idle_trial
-    hparam_search.load_dataset = lambda settings: dataset
+    hparam_search.read_images = lambda **source: dataset
     hparam_search.param_space["h_1"] = hparam_search.param_space["h_2"] = 64
     arguments = ["--num-samples", str(trials), "--max-epochs", str(epochs), "--output-dir", str(folder), "--name", "it"]
     if hparam_search.main(arguments) != 1:  # "No trial has a model"
@@ -110,7 +110,7 @@ def measure(kind: str, trials: int, epochs: int) -> dict:
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         dataset = blank_images()
         start = time.perf_counter()
-        with hparam_search.running_ray():
+        with hparam_search.tuner.running_ray():
             started = time.perf_counter()
             SEARCHES[kind](trials, epochs, dataset, Path(folder))
             ended = time.perf_counter()

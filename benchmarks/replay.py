@@ -18,13 +18,14 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
 from benchmarks.curves import FOLDER, read_curves
-from hparam_search import GRACE_PERIOD, PATIENCE, REDUCTION_FACTOR, new_stopper
-from search.early_stopping import EarlyStopping
+from hparam_search import GRACE_PERIOD, MAX_SECONDS_PER_TRIAL, MIN_DELTA, PATIENCE, REDUCTION_FACTOR
+from search.hooks import early_stop
 
 Curve = list[dict]  # of a config: what each epoch reported, with the keys of curves.COLUMNS
 GOOD_LR = 0.01  # a config that one would try first has half to twice that
@@ -46,8 +47,13 @@ class Trial:
         self.trial_id = str(number)
 
 
+def own_early_stop(max_epochs: int) -> Callable[[list], str | None]:
+    """Return the early stopping of the search itself."""
+    return functools.partial(early_stop, max_epochs, PATIENCE, MIN_DELTA, MAX_SECONDS_PER_TRIAL)
+
+
 def play(
-    curves: Iterable[Curve], scheduler: TrialScheduler, stopper: EarlyStopping | None, at_once: int,
+    curves: Iterable[Curve], scheduler: TrialScheduler, stop: Callable[[list], str | None] | None, at_once: int,
     ended: dict[int, int] | None = None,
 ) -> list[int]:  # fmt: skip
     """Play a search and return how many epochs each of its trials was trained.
@@ -55,7 +61,7 @@ def play(
     Args:
         curves: of its trials, in the order in which they begin, asked for one by one.
         scheduler: a new one of Ray's, by epochs.
-        stopper: a new one, or None; as in Tune, it comes before the scheduler.
+        stop: see early_stop, or None; it comes before the scheduler.
         at_once: how many trials run at once.
         ended: to be filled with number → epochs of the trials as they end, for what draws the next to know.
     """
@@ -74,7 +80,7 @@ def play(
     while running:
         now, i, trial, curve, epochs = heapq.heappop(running)
         row, epochs = curve[epochs], epochs + 1
-        stopped = stopper is not None and stopper(trial.trial_id, row)
+        stopped = stop is not None and stop([SimpleNamespace(**each) for each in curve[:epochs]])
         stopped = stopped or scheduler.on_trial_result(controller, trial, row) == TrialScheduler.STOP
         if stopped or epochs == len(curve):
             scheduler.on_trial_complete(controller, trial, row)
@@ -139,8 +145,8 @@ def replay(
         if first:
             beginning = rng.choice(first)
             drawn = [beginning, *(curve for curve in drawn if curve is not beginning)][:trials]
-        stopper = new_stopper(len(drawn[0]), time_left=None) if early_stopping else None
-        results.append(judge(drawn, play(drawn, new_scheduler(), stopper, at_once)))
+        stop = own_early_stop(len(drawn[0])) if early_stopping else None
+        results.append(judge(drawn, play(drawn, new_scheduler(), stop, at_once)))
     return results
 
 

@@ -18,11 +18,10 @@ import numpy as np
 from ray import tune
 
 from benchmarks.curves import FOLDER, read_curves
-from benchmarks.replay import Curve, play
-from hparam_search import new_scheduler, new_stopper, param_space, with_scheduler
-from search.command_line import Settings
-from search.sampling import suggested
-from search.space import draw_trials
+from benchmarks.replay import Curve, own_early_stop, play
+from hparam_search import GRACE_PERIOD, REDUCTION_FACTOR, new_scheduler, param_space
+from search.sampler import draw_configs, suggest_config
+from search.settings import Settings
 
 BUDGETS = (60, 120, 240, 480, 960)  # epochs
 RANGES = ("p_drop", "lr")
@@ -71,7 +70,7 @@ def search(recorded: list[Curve], startup: int | None, seed: int) -> list[float]
     max_epochs = len(recorded[0])
     widths = {key: tune.choice(sorted({curve[0][key] for curve in recorded})) for key in ("h_1", "h_2")}
     space = param_space | {"seed": seed} | widths
-    at_random = list(draw_trials(space, max(BUDGETS), seed).values())  # each takes an epoch at least
+    at_random = draw_configs(space, max(BUDGETS), seed)  # each takes an epoch at least
     configs, curves, ended = [], [], {}  # of the trials drawn; number → epochs
 
     def draws() -> Iterator[Curve]:
@@ -80,13 +79,14 @@ def search(recorded: list[Curve], startup: int | None, seed: int) -> list[float]
                 config = at_random[len(configs)]
             else:
                 found = [(config, best_accuracy(curves[i], ended[i])) for i, config in enumerate(configs)]
-                config = suggested(space, seed, len(configs), found, startup)
+                config = suggest_config(space, seed, len(configs), found, startup)
             configs.append(config)
             curves.append(nearest(recorded, config))
             yield curves[-1]
 
-    scheduler = new_scheduler(with_scheduler(Settings(), max_epochs), max_epochs)
-    epochs = play(draws(), scheduler, new_stopper(max_epochs, time_left=None), at_once=1, ended=ended)
+    settings = Settings(grace_period=min(GRACE_PERIOD, max_epochs), reduction_factor=REDUCTION_FACTOR)
+    scheduler = new_scheduler(settings, max_epochs)
+    epochs = play(draws(), scheduler, own_early_stop(max_epochs), at_once=1, ended=ended)
     return [best_after(curves, epochs, budget) for budget in BUDGETS]
 
 

@@ -25,6 +25,7 @@ import torch
 
 import hparam_search
 from benchmarks.overhead import status
+from benchmarks.recipes import BASELINE_RECIPE
 from benchmarks.throughput import baseline_steps, example_config, new_model, print_row, seconds_of, take
 from data import Dataset, usable_cpus
 from train import best_device
@@ -63,7 +64,7 @@ def watching() -> Iterator[list[dict]]:
 
 def run_search(arguments: list[str], dataset: Dataset) -> dict:
     """Run a search to its end and return its figures."""
-    hparam_search.load_dataset = lambda settings: dataset
+    hparam_search.read_images = lambda **source: dataset
     with tempfile.TemporaryDirectory() as folder, watching() as samples:
         start = time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()):
@@ -120,9 +121,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         for space in (hparam_search.param_space, hparam_search.QUICK_SPACE):
             space["h_1"], space["h_2"] = args.widths
     if args.baseline_recipe:
-        hparam_search.param_space |= hparam_search.BASELINE_RECIPE
-    settings = hparam_search.parse_args(rest)
-    dataset = hparam_search.load_dataset(settings)
+        hparam_search.param_space |= BASELINE_RECIPE
+    settings, _ = hparam_search.parse_args(rest, __doc__)
+    dataset = hparam_search.read_images(**hparam_search.image_source(settings))
     results = []
     for count in args.at_once:
         share = str(1 / count) if on_gpu else str(max(1, usable_cpus() // count))

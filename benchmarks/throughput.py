@@ -29,9 +29,9 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 from data import Batches, Dataset, make_synthetic
-from hparam_search import CHECKPOINT_PERIOD, param_space
+from hparam_search import SAVE_PERIOD, param_space
 from model import SmallResNet
-from search.trial import prune_weights, save_training, save_weights
+from search.trial import prune_weights, save_training, save_weights, weights_path
 from train import EAGER_STEPS, TrainStep, best_device, new_training, train_epochs
 
 WIDTHS = ((64, 512), (128, 1024))
@@ -125,20 +125,21 @@ def measure(config: dict, dataset: Dataset, rounds: int, with_baseline: bool, de
     if with_baseline:
         others["baseline"] = baseline_steps(new_model(config, dataset, device), config, dataset, device)
     # Warm-up, not in the rates: libraries choose their algorithms here.
-    first_seconds = before = next(epochs)["seconds"]
+    first_seconds = before = next(epochs).seconds
     for steps in others.values():
         take(steps, EAGER_STEPS + 1 if device.type == "cuda" else 1)
     rates, validation, weights, state = {name: [] for name in ("search", *others)}, [], [], []
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(rounds):
-            metrics = next(epochs)
-            rates["search"].append(metrics["images_per_second"])
-            training_seconds = count * batch_size / metrics["images_per_second"]
-            validation.append((metrics["seconds"] - before - training_seconds) / len(dataset.val_images))
-            before = metrics["seconds"]
-            weights.append(seconds_of(lambda: save_weights(training, Path(folder)), device))
+            report = next(epochs)
+            path = weights_path(Path(folder), report.epoch)
+            rates["search"].append(report.images_per_second)
+            training_seconds = count * batch_size / report.images_per_second
+            validation.append((report.seconds - before - training_seconds) / len(dataset.val_images))
+            before = report.seconds
+            weights.append(seconds_of(lambda path=path: save_weights(training, path), device))
             state.append(seconds_of(lambda: save_training(training, config, Path(folder)), device))
-            prune_weights(Path(folder), metrics)
+            prune_weights(Path(folder), {report.epoch})
             for name, steps in others.items():
                 seconds = seconds_of(lambda steps=steps: take(steps, count), device)
                 rates[name].append(count * batch_size / seconds)
@@ -147,7 +148,7 @@ def measure(config: dict, dataset: Dataset, rounds: int, with_baseline: bool, de
         "validation": CIFAR_VALIDATION * statistics.median(validation),
         "weights": statistics.median(weights),
     }
-    parts["training state"] = statistics.median(state) * min(1, sum(parts.values()) / CHECKPOINT_PERIOD)
+    parts["training state"] = statistics.median(state) * min(1, sum(parts.values()) / SAVE_PERIOD)
     figures = {f"{name}, images/s": statistics.median(of) for name, of in rates.items()}
     for name in others:  # ratios of the same round, so that what slows the machine for a while slows both
         ratios = [own / other for own, other in zip(rates["search"], rates[name], strict=True)]

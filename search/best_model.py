@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from data import Dataset, InputError, usable_cpus
 from model import SmallResNet
@@ -35,23 +36,24 @@ def evaluate_best_model(search: Search, dataset: Dataset, source: dict) -> dict 
         source: arguments of data.read_images.
 
     Returns:
-        The content of metrics.json: trial_id, epoch, val_loss, val_accuracy, test_loss and test_accuracy; None if no
-        trial has a model.
+        The content of metrics.json: trial_id, epoch, val_loss, val_accuracy, test_loss, test_accuracy, and val_<metric>
+        of another objective; None if no trial has a model.
     """
     folder = search.folder / BEST_MODEL
     if folder.exists() and not read_metrics(folder):
         print(f"{shown(folder)} is damaged; rebuilding it.", file=sys.stderr)
     torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
-    for trial in search.ranking():
-        model = load_model(weights_path(search.folder / trial.name, trial.best.epoch), trial.config, dataset.classes)
-        if model:
+    for i, trial in enumerate(search.ranking()):
+        path = weights_path(search.folder / trial.name, trial.best.epoch)
+        if model := load_model(path, trial.config, dataset.classes):
             break
-        print(f"{trial.name} was better, but its weights are damaged or missing.", file=sys.stderr)
+        if i == 0 or path.exists():
+            print(f"{trial.name} was better, but its weights are damaged or missing.", file=sys.stderr)
     else:
         return None
     best = trial.best
-    metrics = {"trial_id": trial.id, "epoch": best.epoch, "val_loss": best.loss, "val_accuracy": best.accuracy}
-    metrics |= test(model, dataset)
+    metrics = {"trial_id": trial.id, "epoch": best.epoch}
+    metrics |= {f"val_{key}": getattr(best, key) for key in search.objective.shown} | test(model, dataset)
     about = {"images": source, "objective": search.objective}
     write_model(folder, model, trial.config, dataset, about, metrics)
     images = evaluation_batches(dataset.test_images, dataset.test_labels, dataset.mean, dataset.std, best_device())
@@ -59,7 +61,7 @@ def evaluate_best_model(search: Search, dataset: Dataset, source: dict) -> dict 
     return metrics
 
 
-def test(model: SmallResNet, dataset: Dataset) -> dict[str, float]:
+def test(model: nn.Module, dataset: Dataset) -> dict[str, float]:
     """Return a model's loss and accuracy on the test images, and move it to the best device here."""
     device = best_device()
     images = evaluation_batches(dataset.test_images, dataset.test_labels, dataset.mean, dataset.std, device)
@@ -76,7 +78,7 @@ def read_best_model(search: Search) -> dict | None:
     return metrics if (metrics["trial_id"], metrics["epoch"]) == (best.id, best.best.epoch) else None
 
 
-def write_model(folder: Path, model: SmallResNet, config: dict, dataset: Dataset, about: dict, metrics: dict) -> None:
+def write_model(folder: Path, model: nn.Module, config: dict, dataset: Dataset, about: dict, metrics: dict) -> None:
     """Write a model's folder atomically.
 
     Args:
@@ -112,11 +114,13 @@ def read_model(folder: Path) -> tuple[SmallResNet, dict]:
     """
     try:
         about = loads((folder / CONFIG).read_bytes())
+        check_space(about["hyperparameters"])
+        if not {"classes", "mean", "std", "images", "objective"} <= about.keys():
+            raise ValueError
     except OSError as error:
         raise InputError(f"no model found in {str(folder)!r}; pass a folder such as outputs/NAME/best_model") from error
-    except ValueError as error:
+    except (ValueError, KeyError) as error:
         raise InputError(f"{folder / CONFIG} is damaged, or from another version; pass another model") from error
-    check_space(about["hyperparameters"])
     model = load_model(folder / WEIGHTS, about["hyperparameters"], about["classes"])
     if model is None:
         raise InputError(f"{folder / WEIGHTS} is damaged; resume the search to rebuild its best model")

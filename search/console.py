@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import TextIO
+from typing import Any
 
 from data import InputError
 from search.settings import print_error
@@ -26,7 +26,7 @@ def run_program(name: str, work: Callable[[], int]) -> int:
         try:
             return work()
         except SystemExit as end:  # argparse has printed why
-            return end.code
+            return int(end.code or 0)
         except (InputError, OSError) as error:
             print_error(error, name)
             return 2 if isinstance(error, InputError) else 1
@@ -108,7 +108,7 @@ def run_in_thread(function: Callable[[], object], interrupted: threading.Event) 
 class SafeStream:
     """A text stream that replaces what it cannot encode with "?" and drops what it cannot write."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: Any) -> None:
         self.stream = stream
         with contextlib.suppress(AttributeError, OSError, ValueError):
             stream.reconfigure(errors="replace")

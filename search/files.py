@@ -1,8 +1,8 @@
 """How a search's files survive a kill, a full disk and a power cut.
 
-A file or folder is written under a temporary name, flushed to disk, then renamed: it is there whole or as it was. A log
-only grows, and an incomplete last line is dropped. JSON carries a checksum, torch's archives have their own: a damaged
-file is noticed, never misread.
+A file or folder is written under a temporary name, flushed to disk and then renamed, so it is never there in part. A log
+only grows, and an incomplete last line is dropped. JSON carries a checksum and torch's archives have their own, so
+damage is noticed.
 """
 
 import contextlib

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from ray import tune
 from ray.tune.schedulers import TrialScheduler
@@ -127,29 +128,32 @@ class ResumableScheduler(TrialScheduler):
         self.reasons = {}
         self.known = {}  # name → KnownTrial
         self.judged = {}  # name → the last epoch that the scheduler has seen
-        no_controller = SimpleNamespace(get_live_trials=list, get_trials=list)  # Tune has not started
+        no_controller: Any = SimpleNamespace(get_live_trials=list, get_trials=list)  # Tune has not started
         for event in read_lines(search.folder / LOG_FILE)[0]:
             trial = search.trials.get(event.get("trial"))
             if event["event"] == "reported" and trial and not trial.repeats:
-                self.on_trial_add(no_controller, trial)
+                self.add(no_controller, trial.name)
                 self.judge(no_controller, trial.name, event)
                 if trial.end and event["end"]:
                     self.scheduler.on_trial_complete(no_controller, self.known[trial.name], event)
 
-    def judge(self, controller: object, name: str, result: dict) -> str:
+    def judge(self, controller: Any, name: str, result: dict) -> str:
         """Tell the scheduler of a new epoch, and return its decision."""
         if result["epoch"] <= self.judged.get(name, 0):
             return self.CONTINUE
         self.judged[name] = result["epoch"]
         return self.scheduler.on_trial_result(controller, self.known[name], result)
 
-    def on_trial_add(self, controller: object, trial: object) -> None:
-        name = getattr(trial, "name", None) or str(trial)
+    def add(self, controller: Any, name: str) -> None:
+        """Tell the scheduler of a trial, unless it knows it."""
         if name not in self.known:
             self.known[name] = KnownTrial(name)
             self.scheduler.on_trial_add(controller, self.known[name])
 
-    def on_trial_result(self, controller: object, trial: object, result: dict) -> str:
+    def on_trial_add(self, controller: Any, trial: Any) -> None:
+        self.add(controller, str(trial))
+
+    def on_trial_result(self, controller: Any, trial: Any, result: dict) -> str:
         if "restored" in result:
             return self.CONTINUE
         known = self.search.trials[str(trial)]
@@ -159,16 +163,17 @@ class ResumableScheduler(TrialScheduler):
             return self.STOP
         return self.CONTINUE if known.repeats else self.judge(controller, known.name, result)
 
-    def on_trial_complete(self, controller: object, trial: object, result: dict) -> None:
-        self.scheduler.on_trial_complete(controller, self.known[str(trial)], result)
+    def on_trial_complete(self, controller: Any, trial: Any, result: dict) -> None:
+        if not self.search.trials[str(trial)].repeats:
+            self.scheduler.on_trial_complete(controller, self.known[str(trial)], result)
 
-    def on_trial_error(self, controller: object, trial: object) -> None:
+    def on_trial_error(self, controller: Any, trial: Any) -> None:
         self.scheduler.on_trial_error(controller, self.known[str(trial)])
 
-    def on_trial_remove(self, controller: object, trial: object) -> None:
+    def on_trial_remove(self, controller: Any, trial: Any) -> None:
         self.scheduler.on_trial_remove(controller, self.known[str(trial)])
 
-    def choose_trial_to_run(self, controller: object) -> object | None:
+    def choose_trial_to_run(self, controller: Any) -> Any:
         return self.scheduler.choose_trial_to_run(controller)
 
     def debug_string(self) -> str:
@@ -209,10 +214,10 @@ class Recorder(tune.Callback):
                 self.on_experiment_end(trials)
                 raise ConnectionError("Ray died on this machine, perhaps out of memory; resume the search")
 
-    def on_trial_start(self, iteration: int, trials: list, trial: object, **info: object) -> None:
+    def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: object) -> None:
         self.progress.update(self.search, running(trials))
 
-    def on_trial_result(self, iteration: int, trials: list, trial: object, result: dict, **info: object) -> None:
+    def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: object) -> None:
         known = self.search.trials[str(trial)]
         if "note" in result:
             self.progress.say(f"{known.name}: {result['note']}.")
@@ -237,7 +242,7 @@ class Recorder(tune.Callback):
             self.progress.say(f"{known.name}: {end}, at epoch {len(known.reports)}{best}.")
         self.progress.update(self.search, [name for name in running(trials) if not (end and name == known.name)])
 
-    def on_trial_error(self, iteration: int, trials: list, trial: object, **info: object) -> None:
+    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: object) -> None:
         name, text = str(trial), Path(trial.error_file).read_text(errors="replace") if trial.error_file else ""
         error = error_sentence(text, trial.config)
         self.record("failed", trial=name, error=error)

@@ -15,7 +15,7 @@ from search.console import run_program
 from search.settings import Parser
 from train import best_device, evaluation_batches, predict
 
-PROGRAM = "search.predict"
+PROGRAM = "python -m search.predict"
 CLASSES_SHOWN = 5
 
 

@@ -20,7 +20,7 @@ class Progress:
     def __init__(self, period: float) -> None:
         self.in_place, self.period = sys.stdout.isatty(), period
         self.last = time.monotonic()
-        self.first_epochs = None  # done before this process
+        self.first_epochs: int | None = None  # done before this process
         self.drawn = 0  # lines above the cursor
 
     def say(self, sentence: str) -> None:
@@ -94,7 +94,7 @@ def time_left(search: Search, epochs: int) -> float | None:
     if not epochs:
         return None
     ended = [len(trial.reports) for trial in search.trials.values() if trial.end]
-    left = 0
+    left = 0.0
     for trial in search.unfinished():
         expected = sum(ended) / len(ended) if ended else trial.config["epochs"]
         left += max(1, expected - len(trial.reports))

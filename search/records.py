@@ -7,7 +7,6 @@ What is known of the trials changes by Search.apply(event) alone, live and on re
 """
 
 import contextlib
-import json
 import math
 import os
 import shlex
@@ -22,7 +21,6 @@ from typing import NamedTuple
 from data import Dataset, InputError, fingerprint
 from search.files import append_lines, loads, lock, read_lines, write_json
 from search.settings import GROWABLE, Settings, flag
-from search.space import describe, searched_ranges
 from train import Report
 
 SEARCH_FILE, LOG_FILE, TRIAL_PREFIX = "search.json", "log.jsonl", "train_cifar_"
@@ -39,7 +37,7 @@ class Objective(NamedTuple):
     @property
     def shown(self) -> list[str]:
         """The metrics that are shown of a best epoch."""
-        return list(dict.fromkeys(["accuracy", "loss", self.metric]))
+        return list(dict.fromkeys(["loss", "accuracy", self.metric]))
 
     def score(self, report: Report) -> float:
         """Return a number that is higher for a better report."""
@@ -94,8 +92,7 @@ class Search:
 
     folder: Path  # absolute
     settings: Settings
-    space: dict[str, str]  # its entries as text: see describe
-    searched: dict[str, dict]  # see searched_ranges
+    space: dict[str, object]  # a summary, see summarize, and the first trials
     images: dict[str, str]  # see fingerprint
     objective: Objective
     trials: dict[str, Trial] = field(default_factory=dict)  # by name, in the order in which they were drawn
@@ -103,6 +100,12 @@ class Search:
     started: tuple[float, float] = (0.0, 0.0)  # when this process began to run them, and `seconds` at that time
     resources: str = ""  # what they run on
     unwritten: list[dict] = field(default_factory=list)  # events that did not fit on the disk
+    damaged: int = 0  # lines of the log
+
+    @property
+    def searched(self) -> dict[str, dict]:
+        """The part of the space that is not fixed."""
+        return {key: entry for key, entry in self.space.items() if isinstance(entry, dict)}
 
     def apply(self, event: dict) -> None:
         """Change what is known by an event.
@@ -195,7 +198,7 @@ class Search:
 
     def write(self) -> None:
         """Write search.json."""
-        parts = {"space": self.space, "searched": self.searched, "images": self.images, "objective": self.objective}
+        parts = {"objective": self.objective, "space": self.space, "images": self.images}
         write_json(self.folder / SEARCH_FILE, {"format": FORMAT, "settings": asdict(self.settings)} | parts)
 
 
@@ -206,7 +209,7 @@ def check_new_folder(settings: Settings) -> Path:
         InputError: it exists, or cannot be made.
     """
     name = settings.name or datetime.now().strftime("search_%Y-%m-%d_%H-%M-%S")
-    folder = Path(settings.output_dir).resolve() / name
+    folder = Path(settings.output_dir).absolute() / name
     if folder.exists():
         raise InputError(f"{shown(folder)} already exists; choose another --name, or --resume it")
     parent = next(parent for parent in folder.parents if parent.exists())
@@ -226,7 +229,7 @@ def create_search(settings: Settings, space: dict, dataset: Dataset, objective: 
         folder.mkdir(parents=True)
     except OSError as error:
         raise InputError(f"cannot create {folder} ({error.strerror}); choose another --name") from error
-    search = Search(folder, settings, describe(space), searched_ranges(space), fingerprint(dataset), objective)
+    search = Search(folder, settings, space, fingerprint(dataset), objective)
     search.write()
     return search
 
@@ -241,28 +244,28 @@ def open_search(folder: Path, changes: dict) -> Search:
     Raises:
         InputError: it is damaged or from another version, or a setting would shrink.
     """
-    path = folder / SEARCH_FILE
+    path, log = folder / SEARCH_FILE, folder / LOG_FILE
     try:
-        content = json.loads(path.read_bytes())
-        if isinstance(content, dict) and content.get("format") != FORMAT:
-            raise InputError(f"{path} is from another version; use that version, or start a new search")
-        content = loads(path.read_bytes())
+        text = path.read_bytes()
     except OSError as error:
         raise InputError(f"no search found in {shown(folder)!r}; pass a search folder such as outputs/NAME") from error
-    except (ValueError, RecursionError) as error:
-        raise (
-            error if isinstance(error, InputError) else InputError(f"{path} is damaged; start a new search")
-        ) from error
-    settings = extend(Settings(**content["settings"]), changes)
-    objective = Objective(*content["objective"])
-    search = Search(folder, settings, content["space"], content["searched"], content["images"], objective)
-    events, damaged = read_lines(folder / LOG_FILE)
-    for event in events:
-        search.apply(event)
-    if damaged:
-        print(
-            f"Skipping {damaged} unreadable lines of {folder / LOG_FILE}; those epochs are retrained.", file=sys.stderr
-        )
+    other_version = InputError(f"{path} is from another version; use that version, or start a new search")
+    try:
+        content = loads(text)
+    except ValueError as error:
+        raise InputError(f"{path} is damaged, or from another version; start a new search") from error
+    if content["format"] != FORMAT:
+        raise other_version
+    try:
+        settings, objective = extend(Settings(**content["settings"]), changes), Objective(*content["objective"])
+        search = Search(folder, settings, content["space"], content["images"], objective)
+        events, search.damaged = read_lines(log)
+        for event in events:
+            search.apply(event)
+    except (TypeError, KeyError) as error:
+        raise other_version from error
+    if search.damaged:
+        print(f"Skipping {search.damaged} unreadable lines of {log}; their epochs are retrained.", file=sys.stderr)
     return search
 
 
@@ -279,11 +282,11 @@ def extend(settings: Settings, changes: dict) -> Settings:
 
 def check_unchanged(search: Search, space: dict, objective: Objective) -> None:
     """Refuse to resume a search with another space or objective."""
-    before = search.space | {"METRIC": search.objective.metric, "MODE": search.objective.mode}
-    for key, text in (describe(space) | {"METRIC": objective.metric, "MODE": objective.mode}).items():
-        if text != before.get(key):
+    before = search.space | search.objective._asdict()
+    for key, now in (space | objective._asdict()).items():
+        if now != before.get(key):
             raise InputError(
-                f"{key!r} is {text}, but was {before.get(key)} when the search began; restore it, or start a new search"
+                f"{key!r} is {now}, but was {before.get(key)} when the search began; restore it, or start a new search"
             )
 
 

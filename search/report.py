@@ -11,13 +11,12 @@ from datetime import datetime
 from pathlib import Path
 from statistics import NormalDist
 
-import numpy as np
 import pandas
 
 from data import InputError
 from search.best_model import BEST_MODEL, read_best_model
 from search.files import atomic_write, lock
-from search.records import SEARCH_FILE, Search, Trial, open_search, shown
+from search.records import SEARCH_FILE, TRIAL_PREFIX, Search, Trial, open_search, shown
 from search.space import end_of_range
 from search.trial import weights_path
 
@@ -34,7 +33,7 @@ def write_results(search: Search) -> None:
     for trial in search.trials.values():
         config, best, last = parameters | trial.config, trial.best, trial.reports[-1] if trial.reports else None
         weights = best and weights_path(Path(trial.name), best.epoch)
-        row = {"trial_id": trial.id, "status": trial.status}
+        row: dict[str, object] = {"trial_id": trial.id, "status": trial.status}
         row |= {"max_epochs" if name == "epochs" else name: value for name, value in config.items()}
         row |= {"epochs": last and last.epoch}
         row |= {f"best_{name}": best and getattr(best, name) for name in ("epoch", *search.objective.shown)}
@@ -68,7 +67,7 @@ def recap(search: Search) -> str:
         table(rows),
         *textwrap.wrap(f"All trials: {shared}.", COLUMNS, break_on_hyphens=False),
         *search.settings.methods(),
-        *([f"Ended: {'; '.join(f'{count} {reason}' for reason, count in ends.items())}."] if ends else []),
+        *([f"Ended: {', '.join(f'{reason} ({count})' for reason, count in ends.items())}."] if ends else []),
         *(f"{trial.name} failed: {trial.error}." for trial in trials if trial.error),
     ]
     return "\n".join(lines)
@@ -89,15 +88,14 @@ def recap_best(search: Search, metrics: dict) -> str:
         search: the one that has finished.
         metrics: of its best model: see evaluate_best_model.
     """
-    best = search.trials[f"train_cifar_{metrics['trial_id']}"]
+    best = search.trials[f"{TRIAL_PREFIX}{metrics['trial_id']}"]
     ended = search.ended()
     planned = sum(trial.config["epochs"] for trial in ended)
     saved = planned - sum(len(trial.reports) for trial in ended)
     lines = [
         f"Best trial: {best.name}, epoch {metrics['epoch']} of {best.config['epochs']}",
         *(f'    "{name}": {best.config[name]!r},' for name in search.searched),
-        f"  validation loss: {metrics['val_loss']:.4f}",
-        f"  validation accuracy: {metrics['val_accuracy']:.4f}",
+        *(f"  validation {key}: {metrics[f'val_{key}']:.4f}" for key in search.objective.shown),
         f"  test accuracy: {metrics['test_accuracy']:.4f}",
         f"Best model: {shown(search.folder / BEST_MODEL)}",
         f"TensorBoard: {shlex.join(['tensorboard', '--logdir', shown(search.folder.parent)])}",
@@ -133,29 +131,30 @@ def importance(search: Search, ended: list[Trial]) -> list[str]:
     """
     if len(ended) < MIN_TRIALS:
         return [f"Importance: needs at least {MIN_TRIALS} finished trials ({len(ended)} so far)."]
+    objective = search.objective
     epoch = min((len(trial.reports) for trial in ended if not trial.diverged), default=1)
-    scores = [-math.inf if t.diverged else search.objective.score(t.reports[epoch - 1]) for t in ended]
-    searched = {key: values for key, values in search.searched.items() if values}
+    scores = [-math.inf if trial.diverged else objective.score(trial.reports[epoch - 1]) for trial in ended]
+    searched = {key: entry for key, entry in search.searched.items() if entry}
     limit = NormalDist().inv_cdf(1 - SIGNIFICANCE / 2 / max(1, len(searched)))
     found, others, edges = {}, [], []
-    for key, values in searched.items():
-        listed = values.get("values", [])
-        numbers = [t.config[key] if type(t.config[key]) in (int, float) else listed.index(t.config[key]) for t in ended]
-        rho = rank_correlation(numbers, scores)
-        if abs(math.atanh(max(-0.9999, min(0.9999, rho)))) * math.sqrt((len(ended) - 3) / 1.06) < limit:
+    for key, entry in searched.items():
+        values = [trial.config[key] for trial in ended]
+        if not all(type(value) in (int, float) for value in values):
+            values = [[*entry.get("values", []), value].index(value) for value in values]
+        rho = rank_correlation(values, scores)
+        if abs(math.atanh(0.9999 * rho)) * math.sqrt((len(ended) - 3) / 1.06) < limit:
             others.append(key)
             continue
         found[key] = rho
         # The best value is often at an end by chance: the objective must improve towards it, too.
-        if search.ranking() and end_of_range(search.ranking()[0].config[key], values) == (
-            "upper" if rho > 0 else "lower"
-        ):
-            edges.append(f"{key} ({'upper' if rho > 0 else 'lower'} end)")
+        end = "upper" if rho > 0 else "lower"
+        if search.ranking() and end_of_range(search.ranking()[0].config[key], entry) == end:
+            edges.append(f"{key} ({end} end)")
     lines = []
     if found:
-        strongest_first = sorted(found.items(), key=lambda item: -abs(item[1]))
-        about = f"rank correlation with {search.objective.metric} at epoch {epoch}, {len(ended)} trials"
-        lines.append(f"Importance ({about}): {', '.join(f'{key} {rho:+.2f}' for key, rho in strongest_first)}.")
+        metric = f"lower {objective.metric}" if objective.mode == "min" else objective.metric
+        text = ", ".join(f"{key} {rho:+.2f}" for key, rho in sorted(found.items(), key=lambda item: -abs(item[1])))
+        lines.append(f"Importance (rank correlation with {metric} at epoch {epoch}, {len(ended)} trials): {text}.")
     if others:
         lines.append(f"No significant effect: {', '.join(others)}.")
     if edges:
@@ -165,32 +164,25 @@ def importance(search: Search, ended: list[Trial]) -> list[str]:
 
 def rank_correlation(one: list[float], other: list[float]) -> float:
     """Return Spearman's rank correlation, from -1 to 1; 0 if all values of one are equal."""
-    ranks = pandas.DataFrame({"one": one, "other": other}).rank()
-    if 0 in ranks.std().to_numpy():
+    if len(set(one)) < 2 or len(set(other)) < 2:
         return 0.0
-    return float(np.corrcoef(ranks["one"], ranks["other"])[0, 1])
+    return pandas.Series(one).rank().corr(pandas.Series(other).rank())
 
 
 def repeats(search: Search) -> list[str]:
-    """Return lines on the configs that were repeated: mean and standard deviation of the objective over their seeds."""
-    scores = {}
-    for trial in search.trials.values():
-        if trial.repeats and trial.end:
-            scores.setdefault(trial.repeats, []).append(trial.best and getattr(trial.best, search.objective.metric))
+    """Return lines on the repeated configs: mean and standard deviation of the objective over their random seeds."""
     lines = []
-    for name, values in scores.items():
-        if None in values:
-            lines.append((math.inf, f"  {name}  diverged with {values.count(None)} of {len(values)} seeds"))
-        elif len(values) > 1:
-            mean, error = statistics.mean(values), statistics.stdev(values)
-            sign = 1 if search.objective.mode == "min" else -1
-            lines.append((sign * mean, f"  {name}  {mean:.4f} ± {error:.4f} ({len(values)} seeds)"))
-    if not lines:
-        return []
-    return [
-        f"Best {search.objective.metric} with other seeds (mean ± standard deviation):",
-        *(t for _, t in sorted(lines)),
-    ]
+    for own in search.ranking():
+        trials = [trial for trial in search.trials.values() if trial.repeats == own.name and trial.end]
+        values = [getattr(trial.best, search.objective.metric) for trial in trials if trial.best]
+        if len(values) > 1:
+            text = f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"
+            diverged = f", {len(trials) - len(values)} diverged" if len(values) < len(trials) else ""
+            lines.append(f"  {own.name}  {text} ({len(trials)} seeds{diverged})")
+        elif trials:
+            lines.append(f"  {own.name}  {len(trials) - len(values)} of {len(trials)} seeds diverged")
+    header = f"Best {search.objective.metric} with other random seeds, mean ± standard deviation:"
+    return [header, *lines] if lines else []
 
 
 def list_searches(output_dir: Path) -> str:

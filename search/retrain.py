@@ -1,7 +1,7 @@
 """Train a model's config again, without Ray: as it was, with other values, or on all images.
 
 python -m search.retrain outputs/NAME/best_model
-python -m search.retrain outputs/NAME/best_model --full      # on training and validation images together
+python -m search.retrain outputs/NAME/best_model --full    # on training and validation images together
 python -m search.retrain outputs/NAME/best_model --lr 0.02 --epochs 30
 """
 
@@ -24,7 +24,7 @@ from search.settings import Parser, Settings, flag, folder_name
 from search.space import check_space
 from train import CONFIG_KEYS, best_device, new_training, train_epochs
 
-PROGRAM = "search.retrain"
+PROGRAM = "python -m search.retrain"
 
 
 def parse_value(text: str) -> object:
@@ -90,7 +90,7 @@ def retrain(given: dict) -> int:
             f"train loss {report.train_loss:.4f}  train accuracy {report.train_accuracy:.4f}  {report.seconds:.0f} s",
             flush=True,
         )
-    metrics = {"epoch": kept.epoch}
+    metrics: dict[str, float] = {"epoch": kept.epoch}
     if not given.get("full"):
         metrics |= {"val_loss": kept.loss, "val_accuracy": kept.accuracy}
         print(f"validation accuracy: {kept.accuracy:.4f}, at epoch {kept.epoch}")

@@ -8,13 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 from ray import tune
 from ray.tune.search.optuna import OptunaSearch
-from ray.tune.search.sample import Domain, LogUniform, Quantized
+from ray.tune.search.sample import Domain
 from ray.tune.search.variant_generator import generate_variants
 
 from data import InputError
-from search.space import check_value, describe_entry, searched_ranges, to_plain
-
-MAX_TRIALS = 100_000
+from search.space import check_value, to_plain
 
 
 def draw_configs(
@@ -26,11 +24,11 @@ def draw_configs(
         space: checked by check_space.
         num_samples: at least 1.
         seed: of the random draws; those of the grid do not depend on the first trials.
-        first_trials: values for searched hyperparameters; omitted ones are drawn.
+        first_trials: plain values for searched hyperparameters; omitted ones are drawn.
         tpe: leave the grid's draws to suggest_config; their configs hold only the fixed values.
 
     Raises:
-        InputError: there are too many, one is invalid, or TPE cannot draw from the space.
+        InputError: one is invalid, or TPE cannot draw from the space.
     """
     if tpe:
         if importlib.util.find_spec("optuna") is None:
@@ -39,19 +37,15 @@ def draw_configs(
     for i, values in enumerate(first_trials):
         if not isinstance(values, dict):
             raise InputError(f"first_trials[{i}] is {values!r}; make it a dict of hyperparameters")
-        if others := values.keys() - searched_ranges(space).keys():
-            raise InputError(f"first_trials[{i}] has {min(others)!r}, which is not searched; remove it")
+        for key in values:
+            if not isinstance(space.get(key), dict | Domain):
+                raise InputError(f"first_trials[{i}] has {key!r}, which is not searched; remove it")
     space = to_plain(space)
     points = math.prod(len(entry["grid_search"]) for entry in space.values() if isinstance(entry, dict))
-    if num_samples * points > MAX_TRIALS:
-        raise InputError(
-            f"--num-samples {num_samples} and the grid make {num_samples * points:,} trials; "
-            f"reduce them to at most {MAX_TRIALS:,}"
-        )
     fixed = {key: entry for key, entry in space.items() if not isinstance(entry, dict | Domain)}
     random, random_first = np.random.default_rng(seed), np.random.default_rng([seed, 1])
     try:
-        drawn = [draw_grid(space | values, random_first)[0] for values in to_plain(list(first_trials))]
+        drawn = [draw_grid(space | values, random_first)[0] for values in first_trials]
         for _ in range(num_samples):
             drawn += [fixed] * points if tpe else draw_grid(space, random)
     except Exception as error:  # raised by a user's function
@@ -79,15 +73,11 @@ def distributions(space: dict) -> dict:
         domain = tune.choice(entry["grid_search"]) if isinstance(entry, dict) else entry
         if not isinstance(domain, Domain):
             continue
-        sampler = domain.get_sampler()
         try:
-            if isinstance(sampler, Quantized) and isinstance(sampler.sampler, LogUniform):
-                raise ValueError  # OptunaSearch would ignore the quantization
             found |= OptunaSearch.convert_search_space({key: domain})
         except ValueError as error:
             raise InputError(
-                f"param_space[{key!r}] is {describe_entry(entry)}, from which Optuna cannot draw; use another range, "
-                "a choice or a grid, or remove --sampler tpe"
+                f"Optuna cannot draw param_space[{key!r}]; use another range or a choice, or remove --sampler tpe"
             ) from error
     return found
 

@@ -6,10 +6,10 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 PROGRAM = "hparam_search.py"
-QUICK_DEFAULTS = {"dataset": "synthetic", "num_samples": 2}
+QUICK_DEFAULTS: dict[str, Any] = {"dataset": "synthetic", "num_samples": 2}
 GROWABLE = ("num_samples", "repeats", "time_budget")  # settings that --resume can raise
 UNITS = {"s": 1, "m": 60, "h": 3600}
 

@@ -1,16 +1,16 @@
-"""What may be searched: checking and describing a space of hyperparameters."""
+"""What may be searched: checking and summarizing a space of hyperparameters."""
 
 import copy
-import inspect
 import math
+from typing import Any
 
-from ray.tune.search.sample import Categorical, Domain, Float, Integer, LogUniform, Sampler
+from ray.tune.search.sample import Categorical, Domain, Float, Integer, LogUniform
 
 from data import InputError
 from train import CONFIG_KEYS
 
 
-def to_plain(entry: object) -> object:
+def to_plain(entry: Any) -> Any:
     """Return a value or an entry of a space with NumPy values, tuples and ranges as Python numbers and lists."""
     if hasattr(entry, "tolist"):
         return entry.tolist()
@@ -35,7 +35,7 @@ def check_space(space: dict) -> None:
             raise InputError(f"param_space has the unknown key {key!r}; use only {', '.join(CONFIG_KEYS)}")
     for key, (_, words) in CONFIG_KEYS.items():
         if key not in space:
-            raise InputError(f"param_space lacks {key!r}; set it to {words}")
+            raise InputError(f"param_space lacks {key!r}; add it with {words}")
         entry = space[key]
         values = possible_values(entry)
         if not values and not isinstance(entry, Domain):
@@ -58,7 +58,7 @@ def check_value(key: str, value: object) -> None:
     """Refuse a value that no trial could train with."""
     is_valid, words = CONFIG_KEYS[key]
     if not is_valid(value):
-        raise InputError(f"param_space[{key!r}] can be {value!r}; make it {words}")
+        raise InputError(f"{key} cannot be {value!r}; use {words}")
 
 
 def possible_values(entry: object) -> list:
@@ -75,40 +75,24 @@ def possible_values(entry: object) -> list:
     return [] if isinstance(entry, Domain) else [entry]
 
 
-def describe(space: dict) -> dict[str, str]:
-    """Return the entries of a space as text, which differs for different entries."""
-    return {key: describe_entry(entry) for key, entry in space.items()}
+def summarize(space: dict) -> dict[str, object]:
+    """Return a space as JSON can hold it: a fixed value as it is, a searched hyperparameter as a dict.
 
-
-def describe_entry(entry: object) -> str:
-    """Return an entry of a space as text, which differs for different entries."""
-    if isinstance(entry, Domain | Sampler):
-        parts = [f"{name}={describe_entry(value)}" for name, value in vars(entry).items() if value is not None]
-        return f"{type(entry).__name__}({', '.join(parts)})"
-    if callable(entry):
-        try:
-            return inspect.getsource(entry).strip()
-        except (OSError, TypeError):  # built in, or typed into an interpreter
-            return getattr(entry, "__qualname__", repr(entry))
-    return repr(entry)
-
-
-def searched_ranges(space: dict) -> dict[str, dict]:
-    """Return the hyperparameters that a space searches → their values, as JSON can hold them.
-
-    Those are {"values": […]} for a grid or a choice, {"lower": …, "upper": …, "log": …} for a range (both ends can
+    The dict is {"values": […]} for a grid or choice, {"lower": …, "upper": …, "log": …} for a range (both ends can
     occur), and {} for a function.
     """
-    found = {}
+    summary: dict[str, object] = {}
     for key, entry in space.items():
         values = possible_values(entry)
         if isinstance(entry, Float | Integer):
             sampler = entry.get_sampler()
             sampler = getattr(sampler, "sampler", sampler)  # of a quantized range
-            found[key] = {"lower": values[0], "upper": values[1], "log": isinstance(sampler, LogUniform)}
-        elif isinstance(entry, dict | Domain) and (len(values) > 1 or not values):
-            found[key] = {"values": values} if values else {}
-    return found
+            summary[key] = {"lower": values[0], "upper": values[1], "log": isinstance(sampler, LogUniform)}
+        elif isinstance(entry, dict | Domain) and len(values) != 1:
+            summary[key] = {"values": values} if values else {}
+        else:
+            summary[key] = values[0]
+    return summary
 
 
 def end_of_range(value: float, searched: dict, margin: float = 0.05) -> str | None:

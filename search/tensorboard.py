@@ -5,8 +5,8 @@ the slash, and sorts these groups by the alphabet.
 """
 
 import math
-from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from search.records import Search, Trial
-from train import Report
+from search.records import METRICS, Search, Trial
 
 # Groups of curves that stand side by side; the other metrics stand in "training".
 TAGS = {
@@ -35,7 +34,7 @@ class Board:
 
     def __init__(self, search: Search) -> None:
         self.search = search
-        self.writers = {}  # folder → SummaryWriter, while it is written to
+        self.writers: dict[str, Any] = {}  # folder → SummaryWriter, while it is written to
 
     def write(self, trial: Trial, num_running: int) -> None:
         """Write a trial's latest report, and how the trial and the search stand.
@@ -44,8 +43,8 @@ class Board:
             OSError: the events cannot be written.
         """
         report, writer = trial.reports[-1], self.trial_writer(trial)
-        for key in fields(Report)[1:]:
-            writer.add_scalar(TAGS.get(key.name, f"training/{key.name}"), getattr(report, key.name), report.epoch)
+        for metric in METRICS[1:]:
+            writer.add_scalar(TAGS.get(metric, f"training/{metric}"), getattr(report, metric), report.epoch)
         if trial.best:
             for key in self.search.objective.shown:
                 writer.add_scalar(f"trial/best_{key}", getattr(trial.best, key), report.epoch)
@@ -66,17 +65,17 @@ class Board:
         if trial.end:
             self.close(trial.name)
 
-    def trial_writer(self, trial: Trial) -> SummaryWriter:
+    def trial_writer(self, trial: Trial) -> Any:
         """Return the writer of a trial's events, which begin with its hyperparameters."""
         if trial.name not in self.writers:
             # TensorBoard hides what was written for these and later epochs before a restart.
-            writer = SummaryWriter(str(self.search.folder / trial.name), purge_step=trial.reports[-1].epoch)
-            self.writers[trial.name] = writer
+            step = trial.reports[-1].epoch
+            self.writers[trial.name] = SummaryWriter(str(self.search.folder / trial.name), purge_step=step)
             values = {key: to_hparam(trial.config[key], searched) for key, searched in self.search.searched.items()}
-            writer.file_writer.add_summary(hp.hparams_pb(values, trial_id=trial.name))
+            self.writers[trial.name].file_writer.add_summary(hp.hparams_pb(values, trial_id=trial.name))
         return self.writers[trial.name]
 
-    def search_writer(self) -> SummaryWriter:
+    def search_writer(self) -> Any:
         """Return the writer of the search's events, which begin with what is searched and what is measured."""
         if "" not in self.writers:
             self.writers[""] = SummaryWriter(str(self.search.folder))
@@ -98,7 +97,7 @@ class Board:
 
 
 def domain(searched: dict) -> hp.Domain | None:
-    """Return the values of a hyperparameter for HPARAMS: see searched_ranges."""
+    """Return the values of a hyperparameter for HPARAMS: see summarize."""
     if "values" in searched:
         return hp.Discrete(sorted({to_hparam(value, searched) for value in searched["values"]}))
     if not searched:
@@ -107,7 +106,7 @@ def domain(searched: dict) -> hp.Domain | None:
     return (hp.IntInterval if type(lower) is type(upper) is int else hp.RealInterval)(lower, upper)
 
 
-def to_hparam(value: object, searched: dict) -> object:
+def to_hparam(value: Any, searched: dict) -> Any:
     """Return a value for HPARAMS, where those of one hyperparameter must have one type."""
     types = {type(other) for other in searched.get("values", [value])}
     if types == {int, float}:

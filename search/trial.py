@@ -45,7 +45,7 @@ def prune_weights(folder: Path, epochs: set[int]) -> None:
     kept = {weights_path(folder, epoch) for epoch in epochs}
     for path in (*folder.glob("weights_*"), *folder.glob(".*.tmp")):
         if path not in kept:
-            path.unlink()
+            path.unlink(missing_ok=True)
 
 
 def save_training(training: Training, config: dict, folder: Path) -> None:
@@ -96,17 +96,17 @@ def run_trial(
 ) -> None:
     """Train one trial, from where an earlier process of it left off, and report every epoch.
 
-    Before an epoch is reported its weights are saved, if they are the best so far; and the training state, if at least
+    Before an epoch is reported, its weights are saved if they are the best so far, and the training state if at least
     save_period seconds of training have passed. The epochs up to a restored state are reported again as they were.
 
     Args:
         config: hyperparameters.
         dataset: the images.
         folder: the trial's.
-        objective: which epoch is the best.
+        objective: tells which epoch is the best.
         save_period: seconds.
-        report: first gets {"restored": the epoch of the training state}, then the metrics of each epoch (see Report);
-            with a "note" if there is something to tell.
+        report: called with {"restored": the epoch of the training state}, then with the metrics of each epoch (see
+            Report); with a "note" if there is something to tell.
         device: where to train.
     """
     training = restore_training(config, len(dataset.classes), device, folder)
