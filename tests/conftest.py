@@ -74,7 +74,7 @@ def ray_started() -> Iterator[None]:
 
 # --- small searches and what they leave -------------------------------------------------------------------------------
 
-EXAMPLE = ["--num-samples", "2", "--repeats", "2", "--max-epochs", "8"]  # the flags of `finished`
+EXAMPLE = ["--num-samples", "2", "--max-epochs", "8"]  # the flags of `finished`
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import io
 import json
 import random
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,18 +19,30 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 import hparam_search
 from data import make_synthetic
 from hparam_search import main
-from search.best_model import BEST_MODEL, read_best_model, read_model
+from search.best_model import BEST_MODEL, load_model, read_best_model, read_model
 from search.hooks import ResumableScheduler
 from search.records import METRICS, Objective, Search
+from search.sampler import suggest_config
 from search.settings import Settings
-from tests.conftest import REPOSITORY, SMALL_IMAGES, Finished, epochs_reported, figures, opened, read_csv, run_search
+from search.trial import weights_path
+from tests.conftest import (
+    REPOSITORY,
+    SMALL_IMAGES,
+    Finished,
+    epochs_reported,
+    figures,
+    make_small,
+    opened,
+    read_csv,
+    run_search,
+)
 from train import evaluate, evaluation_batches
 
 
 def test_results_have_a_row_per_trial_with_its_best_epoch(finished: Finished) -> None:
     trials = list(finished.search.trials.values())
     assert [row["trial_id"] for row in finished.rows] == [trial.id for trial in trials]
-    assert [row["h_2"] for row in finished.rows[:4]] == ["16", "32", "16", "32"]
+    assert [row["h_2"] for row in finished.rows] == ["16", "32", "16", "32"]
     for trial, row in zip(trials, finished.rows, strict=True):
         assert [report.epoch for report in trial.reports] == list(range(1, int(row["epochs"]) + 1))
         best = max(trial.reports, key=lambda report: report.accuracy)
@@ -41,21 +54,9 @@ def test_results_have_a_row_per_trial_with_its_best_epoch(finished: Finished) ->
     assert {row["ended_because"] for row in finished.rows} == {"all epochs done", "stopped by the scheduler"}
 
 
-def test_best_config_is_repeated_with_other_seeds(finished: Finished) -> None:
-    repeats = [row for row in finished.rows if row["repeats"]]
-    best = finished.metrics["trial_id"]
-    assert [row["trial_id"] for row in repeats] == [f"{best}_seed_1", f"{best}_seed_2"]
-    assert {row["repeats"] for row in repeats} == {f"train_cifar_{best}"}
-    assert [(row["seed"], row["epochs"]) for row in repeats] == [("1", "8"), ("2", "8")]  # ASHA does not stop them
-    one, other = (float(row["best_accuracy"]) for row in repeats)
-    mean, deviation = (one + other) / 2, abs(one - other) / 2**0.5
-    assert f"\n  train_cifar_{best}  {mean:.4f} ± {deviation:.4f} (2 seeds)\n" in finished.out
-
-
 def test_best_model_has_the_accuracies_that_were_reported(finished: Finished) -> None:
     model, about = read_model(finished.folder / BEST_MODEL)
-    own = [row for row in finished.rows if not row["repeats"]]
-    best = max(own, key=lambda row: (float(row["best_accuracy"]), -float(row["best_loss"])))
+    best = max(finished.rows, key=lambda row: (float(row["best_accuracy"]), -float(row["best_loss"])))
     for key in ("epoch", "val_accuracy", "val_loss"):
         assert str(finished.metrics[key]) == best[key.replace("val", "best") if "val" in key else "best_epoch"]
     assert about["hyperparameters"] == finished.search.trials[f"train_cifar_{best['trial_id']}"].config
@@ -68,11 +69,11 @@ def test_best_model_has_the_accuracies_that_were_reported(finished: Finished) ->
         assert loss == pytest.approx(finished.metrics[f"{split}_loss"], rel=0.02)
 
 
-def test_readme_classifies_a_picture_with_the_best_model(
+def test_guide_classifies_a_picture_with_the_best_model(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
-    lines = next(block for block in blocks if "weights.pt" in block)
+    guide = (REPOSITORY / "README.md").read_text() + (REPOSITORY / "docs" / "guide.md").read_text()
+    lines = next(block for block in re.findall(r"```python\n(.*?)```", guide, re.DOTALL) if "weights.pt" in block)
     Image.fromarray(make_synthetic(**SMALL_IMAGES).test_images[0].numpy()).save(tmp_path / "picture.png")
     monkeypatch.chdir(tmp_path)
     exec(lines.replace("outputs/NAME", str(finished.folder)), {})
@@ -114,7 +115,7 @@ def test_tensorboard_shows_trials_search_and_best_model(finished: Finished) -> N
     assert best == sorted(best)
     assert best[-1] == pytest.approx(finished.metrics["val_accuracy"])
     assert events.Scalars("search/best_accuracy")[-1].step == sum(epochs_reported(finished.folder).values())
-    assert events.Scalars("search/trials_finished")[-1].value == 6
+    assert events.Scalars("search/trials_finished")[-1].value == 4
     text = events.Tensors("search/methods/text_summary")[-1].tensor_proto.string_val[0]
     assert text == b"Sampler: random.\n\nScheduler: asha, grace period 2, reduction factor 3."
     experiment = hparams_of(events, "experiment").experiment
@@ -123,7 +124,7 @@ def test_tensorboard_shows_trials_search_and_best_model(finished: Finished) -> N
     assert [value.number_value for value in domains["h_2"].domain_discrete.values] == [16, 32]
     assert domains["lr"].domain_interval.max_value == 0.1
     metrics = [info.name.tag for info in experiment.metric_infos]
-    assert metrics == ["trial/best_accuracy", "trial/best_loss", "trial/epochs"]
+    assert metrics == ["trial/best_loss", "trial/best_accuracy", "trial/epochs"]
     for name in ("confusion_matrix", "accuracy_by_class", "most_confident_mistakes"):
         picture = Image.open(io.BytesIO(events.Images(f"best_model/{name}")[-1].encoded_image_string))
         assert picture.width > 100
@@ -140,7 +141,7 @@ def test_terminal_shows_the_recap_and_why_each_trial_ended(finished: Finished) -
     assert "All trials: seed 0, epochs 8, h_1 4, batch_size 32," in out
     assert f'    "h_2": {config["h_2"]},\n    "p_drop": {config["p_drop"]!r},\n    "lr": {config["lr"]!r},\n' in out
     assert f"test accuracy: {finished.metrics['test_accuracy']:.4f}\n" in out
-    saved = 32 - sum(int(row["epochs"]) for row in finished.rows if not row["repeats"])
+    saved = 32 - sum(int(row["epochs"]) for row in finished.rows)
     assert f"Early stopping saved {saved} of 32 epochs.\n" in out
     ends = re.findall(r"^train_cifar_(\w+): (.+), at epoch (\d+); best accuracy (0\.\d+)\.$", finished.err, re.M)
     assert ends == [
@@ -163,9 +164,32 @@ def test_resuming_a_finished_search_trains_nothing(
     assert without_clock(capsys.readouterr().out) == without_clock(finished.out)
     assert {path: path.read_bytes() for path in finished.folder.rglob("*") if path.is_file()} == before
 
+
+def test_list_shows_a_finished_search(finished: Finished, capsys: pytest.CaptureFixture) -> None:
     assert main(["--list", "--output-dir", str(finished.folder.parent)]) == 0
     validation, test = finished.metrics["val_accuracy"], finished.metrics["test_accuracy"]
     assert re.search(rf"\nit +finished +4/4 +{validation:.4f} +{test:.4f}\n", capsys.readouterr().out)
+
+
+@pytest.mark.usefixtures("small_search")
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("QUICK_SPACE", {"lr": tune.loguniform(1e-3, 1e-1)}, "'lr' is {'lower': 0.001"),
+        ("MODE", "min", "'mode' is min, but was max when the search began"),
+        ("QUICK_IMAGES", {"num_train": 251}, "the training images in"),
+    ],
+)
+def test_another_space_objective_or_set_of_images_is_refused_on_resume(
+    name: str, value: object, words: str, finished: Finished, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    before = (finished.folder / "log.jsonl").read_bytes()
+    before_that = getattr(hparam_search, name)
+    monkeypatch.setattr(hparam_search, name, before_that | value if isinstance(value, dict) else value)
+    assert main(["--resume", str(finished.folder), "--num-samples", "3"]) == 2
+    assert words in capsys.readouterr().err
+    assert (finished.folder / "log.jsonl").read_bytes() == before
 
 
 class OverInTheFirstTrial(tune.Stopper):
@@ -204,77 +228,68 @@ def test_search_grown_step_by_step_ends_as_if_asked_for_everything_at_first(
     assert "test accuracy: " in out
     assert [row["status"] for row in read_csv(folder)] == ["UNFINISHED", "PENDING"]
 
-    # With time enough, more samples and then repeats, it is as if there had been no budget.
-    assert main(["--resume", str(folder), "--time-budget", "2h", "--num-samples", "2"]) == 0
-    out = capsys.readouterr().out
+    # With time enough and more samples, it is as if there had been no budget.
+    assert main(["--resume", str(folder), "--time-budget", "2h", "--num-samples", "2", "--repeats", "2"]) == 0
+    out, rows = capsys.readouterr().out, read_csv(folder)
     assert "budget is spent" not in out
-    assert "other seeds" not in out
-    assert main(["--resume", str(folder), "--repeats", "2"]) == 0
-    assert figures(folder) == figures(finished.folder)
+    assert figures(folder)[:4] == figures(finished.folder)
     assert json.loads((folder / BEST_MODEL / "metrics.json").read_text()) == finished.metrics
     assert main(["--resume", str(folder), "--num-samples", "1"]) == 2
     assert "--num-samples can only grow: the search already has 2" in capsys.readouterr().err
 
-
-@pytest.mark.usefixtures("small_search")
-def test_search_by_tpe_draws_the_same_trials_when_it_is_interrupted_and_grown(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    pytest.importorskip("optuna", reason="optuna is not installed")
-    monkeypatch.setattr(hparam_search, "STARTUP_TRIALS", 1)
-    flags = ["--sampler", "tpe", "--scheduler", "none", "--max-epochs", 3]
-    assert run_search(tmp_path / "whole", *flags, "--num-samples", 2) == 0
-    assert "\nSampler: tpe.\nScheduler: none.\n" in capsys.readouterr().out
-    assert len({row["lr"] for row in read_csv(tmp_path / "whole")}) == 4
-
-    with monkeypatch.context() as patch:
-        patch.setattr(tune.stopper, "TimeoutStopper", OverInTheFirstTrial)
-        assert run_search(tmp_path / "it", *flags, "--num-samples", 1, "--time-budget", "1h") == 0
-    rows = read_csv(tmp_path / "it")
-    assert [bool(row["lr"]) for row in rows] == [True, False]  # the second is not drawn yet
-    assert main(["--resume", str(tmp_path / "it"), "--time-budget", "2h", "--num-samples", "2"]) == 0
-    assert figures(tmp_path / "it") == figures(tmp_path / "whole")
+    # The best config is trained again with two other seeds, whatever the scheduler thinks of them.
+    best = f"train_cifar_{finished.metrics['trial_id']}"
+    repeats = [(row["trial_id"], row["repeats"], row["seed"], row["epochs"]) for row in rows[4:]]
+    assert repeats == [(f"{finished.metrics['trial_id']}_seed_{seed}", best, seed, "8") for seed in "12"]
+    one, other = (float(row["best_accuracy"]) for row in rows[4:])
+    assert f"\n  {best}  {(one + other) / 2:.4f} ± {abs(one - other) / 2**0.5:.4f} (2 seeds)\n" in out
 
 
-@pytest.mark.usefixtures("small_search")
-def test_search_for_the_lowest_loss_finds_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    monkeypatch.setattr(hparam_search, "METRIC", "loss")
-    monkeypatch.setattr(hparam_search, "MODE", "min")
-    folder = tmp_path / "it"
-    assert run_search(folder, "--scheduler", "none") == 0
-    search = opened(folder)
-    reports = [report for trial in search.trials.values() for report in trial.reports]
-    lowest, most_accurate = min(report.loss for report in reports), max(reports, key=lambda report: report.accuracy)
-    assert lowest < most_accurate.loss  # so that the two objectives differ
-    assert read_best_model(search)["val_loss"] == lowest
-    model, about = read_model(folder / BEST_MODEL)
-    data = make_synthetic(**SMALL_IMAGES)
-    batches = evaluation_batches(data.val_images, data.val_labels, about["mean"], about["std"], torch.device("cpu"))
-    assert evaluate(model, batches)[0] == pytest.approx(lowest, rel=0.02)
-    best = [event.value for event in EventAccumulator(str(folder)).Reload().Scalars("search/best_loss")]
-    assert best == sorted(best, reverse=True)
-
-
-@pytest.mark.usefixtures("small_search")
-def test_another_space_objective_or_set_of_images_is_refused_on_resume(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    folder = tmp_path / "it"
-    assert run_search(folder, "--time-budget", "0.001s") == 1
-    before = (folder / "log.jsonl").read_bytes()
-    for name, value, words in (
-        ("QUICK_SPACE", hparam_search.QUICK_SPACE | {"lr": tune.loguniform(1e-3, 1e-1)}, "'lr' is Float(lower=0.001"),
-        ("MODE", "min", "'MODE' is min, but was max when the search began"),
-        ("QUICK_IMAGES", SMALL_IMAGES | {"num_train": 251}, "the training images in"),
-    ):
-        capsys.readouterr()
-        with monkeypatch.context() as patch:
+@pytest.fixture(scope="module")
+def for_the_lowest_loss(ray_started: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a search for the lowest loss, by TPE if possible, that was interrupted and grown."""
+    folder, sampler = tmp_path_factory.mktemp("loss") / "it", "tpe" if find_spec("optuna") else "random"
+    flags = ["--sampler", sampler, "--scheduler", "none", "--time-budget", "1h", "--max-epochs", 4]
+    with pytest.MonkeyPatch.context() as patch:
+        make_small(patch.setattr)
+        for name, value in {"METRIC": "loss", "MODE": "min", "STARTUP_TRIALS": 1}.items():
             patch.setattr(hparam_search, name, value)
-            assert main(["--resume", str(folder), "--time-budget", "1h"]) == 2
-        assert words in capsys.readouterr().err
-    assert (folder / "log.jsonl").read_bytes() == before
+        with pytest.MonkeyPatch.context() as budget:
+            budget.setattr(tune.stopper, "TimeoutStopper", OverInTheFirstTrial)
+            assert run_search(folder, *flags, "--num-samples", 1) == 0
+        assert main(["--resume", str(folder), "--time-budget", "2h", "--num-samples", "2"]) == 0
+    return folder
+
+
+@pytest.mark.skipif(not find_spec("optuna"), reason="optuna is not installed")
+def test_tpe_draws_each_trial_by_the_outcomes_before_it(for_the_lowest_loss: Path, small_search: None) -> None:
+    search, outcomes = opened(for_the_lowest_loss), []
+    space = hparam_search.search_space(search.settings)
+    for i, trial in enumerate(search.trials.values()):
+        assert trial.config == suggest_config(space, 0, i, outcomes, startup=1)
+        outcomes.append((trial.config, -min(report.loss for report in trial.reports)))
+    assert len(outcomes) == 4
+    # Another outcome would have given another trial.
+    assert suggest_config(space, 0, 3, [(config, -score) for config, score in outcomes[:3]], 1) != outcomes[3][0]
+
+
+def test_models_are_those_of_the_lowest_losses(for_the_lowest_loss: Path) -> None:
+    search, rows = opened(for_the_lowest_loss), read_csv(for_the_lowest_loss)
+    trials = sorted(search.trials.values(), key=lambda trial: min(report.loss for report in trial.reports))
+    most_accurate = [max(trial.reports, key=lambda report: report.accuracy).loss for trial in trials]
+    lowest = [min(report.loss for report in trial.reports) for trial in trials]
+    assert lowest != most_accurate
+    assert sorted(float(row["best_loss"]) for row in rows) == lowest
+    data = make_synthetic(**SMALL_IMAGES)
+    batches = evaluation_batches(data.val_images, data.val_labels, data.mean, data.std, torch.device("cpu"))
+    for trial in trials[:2]:
+        model = load_model(weights_path(search.folder / trial.name, trial.best.epoch), trial.config, data.classes)
+        assert evaluate(model, batches)[0] == pytest.approx(trial.best.loss, rel=0.001)
+    assert read_best_model(search)["val_loss"] == lowest[0]
+    assert evaluate(read_model(search.folder / BEST_MODEL)[0], batches)[0] == pytest.approx(lowest[0], rel=0.001)
+    best = [event.value for event in EventAccumulator(str(for_the_lowest_loss)).Reload().Scalars("search/best_loss")]
+    assert best == sorted(best, reverse=True)
+    assert best[-1] == pytest.approx(lowest[0])
 
 
 # --- the scheduler of a search that is interrupted --------------------------------------------------------------------
@@ -295,7 +310,7 @@ def play(seed: int, folder: Path, interrupted_at: list[int]) -> dict[str, int]:
     settings = Settings(grace_period=3, reduction_factor=2)
     generator = random.Random(seed)
     folder.mkdir()
-    Search(folder, settings, {}, {}, {}, Objective("accuracy", "max")).write()
+    Search(folder, settings, {}, {}, Objective("accuracy", "max")).write()
     search = opened(folder)
     search.draw([{"seed": i} for i in range(8)])
     losses = {}
