@@ -83,7 +83,7 @@ class TrialQueue(Searcher):
     def outcomes(self) -> list[tuple[dict, float]]:
         """Return config and score of each trial that has ended; diverged ones get the lowest score of the others."""
         ended = self.search.ended()
-        scores = {trial.name: trial.objective.score(trial.best) for trial in ended if trial.best}
+        scores = {trial.name: self.search.objective.score(trial.best) for trial in ended if trial.best}
         lowest = min(scores.values(), default=0.0)
         return [(trial.config, scores.get(trial.name, lowest)) for trial in ended]
 
@@ -237,7 +237,7 @@ class Recorder(tune.Callback):
         if end:
             (self.search.folder / known.name / ERROR_FILE).unlink(missing_ok=True)
             prune(self.search, [known, *self.search.ranking(ended=True)[self.models_kept :][:1]], self.models_kept)
-            metric = known.objective.metric
+            metric = self.search.objective.metric
             best = f"; best {metric} {getattr(known.best, metric):.4f}" if known.best else ""
             self.progress.say(f"{known.name}: {end}, at epoch {len(known.reports)}{best}.")
         self.progress.update(self.search, [name for name in running(trials) if not (end and name == known.name)])

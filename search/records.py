@@ -54,10 +54,10 @@ class Trial:
     """What is known of a trial."""
 
     name: str
-    objective: Objective
     config: dict = field(default_factory=dict)
     repeats: str | None = None  # the trial whose config it trains again, with another seed
     reports: list[Report] = field(default_factory=list)  # one per epoch, in order
+    best: Report | None = None  # whose weights are on disk as long as they are needed; None if it diverged
     end: str | None = None  # why it ended
     error: str | None = None  # why it failed, in a sentence
 
@@ -79,11 +79,6 @@ class Trial:
         if self.end:
             return "DIVERGED" if self.diverged else "TERMINATED"
         return "UNFINISHED" if self.reports else "PENDING"
-
-    @property
-    def best(self) -> Report | None:
-        """Its best epoch, whose weights are on disk as long as they are needed; None if it diverged."""
-        return None if self.diverged else self.objective.best(self.reports)
 
 
 @dataclass
@@ -120,18 +115,18 @@ class Search:
         """
         kind, name = event["event"], event.get("trial")
         if kind == "drawn":
-            trial = self.trials.setdefault(name, Trial(name, self.objective))
+            trial = self.trials.setdefault(name, Trial(name))
             trial.config, trial.repeats = event["config"], event["repeats"]
             return
         if kind == "started":
             self.started, self.resources = (event["time"], self.seconds), event["resources"]
         self.seconds = self.started[1] + event["time"] - self.started[0]
-        if name not in self.trials:  # the event of the search, or of a trial whose config is damaged
+        if name not in self.trials:  # an event of the whole search, or of a trial whose config is damaged
             return
         trial = self.trials[name]
-        if (
-            kind == "reported" and event["epoch"] <= len(trial.reports) + 1
-        ):  # if one is damaged, all later ones are void
+        if kind == "reported":
+            if event["epoch"] > len(trial.reports) + 1:
+                return  # an epoch before is damaged, and will be trained again
             trial.reports[event["epoch"] - 1 :] = [Report(**{key: event[key] for key in METRICS})]
             trial.end, trial.error = event["end"], None
         elif kind == "restarted":
@@ -139,6 +134,7 @@ class Search:
             trial.end = trial.error = None
         elif kind == "failed":
             trial.error = event["error"]
+        trial.best = None if trial.diverged else self.objective.best(trial.reports)
 
     def record(self, kind: str, **details: object) -> None:
         """Apply an event and append it to the log.
