@@ -5,12 +5,14 @@ import io
 import json
 import multiprocessing
 import os
+import random
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -243,3 +245,36 @@ def in_a_process(
     if prepare:
         prepare(*values)
     os._exit(hparam_search.main(arguments))
+
+
+@pytest.fixture(scope="session")
+def cluster(ray_started: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Start a cluster of one node with one CPU, for searches beside the other tests, and return its address."""
+    port, mark = random.SystemRandom().randrange(20_000, 30_000), f"head_of_{tmp_path_factory.getbasetemp()}"
+    options = ["--head", "--port", str(port), "--include-dashboard", "false", "--node-ip-address", "127.0.0.1"]
+    with node(mark, *options):
+        wait_for(lambda: len(processes_with(f"MARK={mark}")) > 3, 60)
+        time.sleep(2)
+        yield f"127.0.0.1:{port}"
+
+
+@contextmanager
+def node(mark: str, *arguments: str, within: Sequence[str] = ()) -> Iterator[None]:
+    """Run a node of a cluster, of one CPU, until the block ends; its processes have the mark in their environment."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": os.environ["RAY_AUTH_TOKEN"]}
+    subprocess.Popen(
+        [*within, sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus", "1", *arguments],
+        env=environment | token | {"MARK": mark},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        yield
+    finally:
+        kill_all(mark)
+
+
+def kill_all(mark: str) -> None:
+    for pid in processes_with(f"MARK={mark}"):
+        os.kill(pid, signal.SIGKILL)
