@@ -1,7 +1,7 @@
 """How a search's files survive a kill, a full disk and a power cut.
 
-A file or folder is written under a temporary name, flushed to disk and then renamed, so it is never there in part. A log
-only grows, and an incomplete last line is dropped. JSON carries a checksum and torch's archives have their own, so
+A file or folder is written under a temporary name, flushed to disk and then renamed, so it is never there in part. A
+log only grows, and an incomplete last line is dropped. JSON carries a checksum and torch's archives have their own, so
 damage is noticed.
 """
 
