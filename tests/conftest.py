@@ -76,7 +76,7 @@ def ray_started() -> Iterator[None]:
 
 # --- small searches and what they leave -------------------------------------------------------------------------------
 
-EXAMPLE = ["--num-samples", "2", "--max-epochs", "8"]  # the flags of `finished`
+EXAMPLE = ["--num-samples", "2", "--max-epochs", "12"]  # the flags of `finished`
 
 
 @pytest.fixture
@@ -217,22 +217,23 @@ def own_address(ray_started: None) -> str:
 
 
 def start(
-    address: str, arguments: list[str], output: Path, prepare: Callable | None = None, *values: object
+    address: str | None, arguments: list[str], output: Path, prepare: Callable | None = None, *values: object
 ) -> multiprocessing.Process:
-    """Start a small search in a process of its own, which joins a running Ray; prepare(*values) comes first.
+    """Start a small search in a process of its own, which joins a running Ray, or starts one if address is None.
 
-    From a fork server: a script would take seconds to import torch and Ray.
+    From a fork server: a script would take seconds to import torch and Ray. prepare(*values) is called first.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.conftest"])
-    token = os.environ["RAY_AUTH_TOKEN"]
-    process = context.Process(target=in_a_process, args=(address, token, arguments, output, prepare, values))
+    environment = {"RAY_AUTH_TOKEN": os.environ["RAY_AUTH_TOKEN"], "RAY_AUTH_MODE": "token"}
+    environment |= {"RAY_ADDRESS": address} if address else {}
+    process = context.Process(target=in_a_process, args=(environment, arguments, output, prepare, values))
     process.start()
     return process
 
 
 def in_a_process(
-    address: str, token: str, arguments: list[str], output: Path, prepare: Callable | None, values: tuple
+    environment: dict[str, str], arguments: list[str], output: Path, prepare: Callable | None, values: tuple
 ) -> None:
     """Run a search; what it prints goes into a file."""
     for number in (signal.SIGINT, signal.SIGHUP):  # ignored where the tests run in the background or under nohup
@@ -240,7 +241,7 @@ def in_a_process(
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    os.environ |= {"RAY_ADDRESS": address, "RAY_AUTH_TOKEN": token, "RAY_AUTH_MODE": "token"}
+    os.environ |= environment
     make_small(setattr)
     if prepare:
         prepare(*values)

@@ -181,9 +181,9 @@ def search_killed_at_random_moments(address: str, folder: Path) -> Path:
         process = start(address, resume if before else quick(folder, *EXAMPLE), output)
         if moment % 2:  # as it trains
             wait_for(lambda: epochs_reported(folder) != before or process.exitcode is not None)  # noqa: B023
-            process.join(generator.uniform(0, 0.4))
+            process.join(generator.uniform(0, 0.2))
         else:  # as it starts
-            process.join(generator.uniform(0, 3))
+            process.join(generator.uniform(0, 1.5))
         assert process.exitcode is None, output.read_text()
         process.kill()
         process.join()
@@ -264,7 +264,7 @@ def test_search_killed_at_any_moment_of_its_end_ends_on_resume(
     (folder / "results.csv").unlink()
     for path in folder.glob("*/weights_*.pt"):  # what pruning deletes
         (path.parent / TRAINING_FILE).touch()
-        shutil.copyfile(path, weights_path(path.parent, 9))
+        shutil.copyfile(path, weights_path(path.parent, 99))
     whole = [Path("results.csv"), *(Path(BEST_MODEL, name) for name in ("config.json", "metrics.json", "weights.pt"))]
     moments = 0
     while True:
@@ -338,7 +338,13 @@ def test_any_damage_ends_in_a_sentence_and_in_no_figure_that_was_not_reported(
         reported[each.id] = values | {key: {str(value)} for key, value in each.config.items() if key != "epochs"}
         if model := load_model(weights_path(whole / each.name, each.best.epoch), each.config, dataset.classes):
             tested.add(f"  test accuracy: {best_model.test(model, dataset)['test_accuracy']:.4f}")
-    codes = []
+
+    def without_weights(folder: Path) -> list[dict]:
+        return [row | {"weights": None} for row in figures(folder)]
+
+    undamaged = shutil.copytree(whole, tmp_path / "undamaged")
+    assert main(["--resume", str(undamaged)]) == 0
+    expected, codes = without_weights(undamaged), []
     for file in sorted(path.relative_to(whole) for path in whole.rglob("*") if path.is_file()):
         for damage, change in DAMAGES.items():
             folder, what = tmp_path / "it", f"{file} {damage}"
@@ -358,6 +364,7 @@ def test_any_damage_ends_in_a_sentence_and_in_no_figure_that_was_not_reported(
                 assert last.startswith("hparam_search.py: "), what
                 continue
             assert {line for line in printed.out.splitlines() if "test accuracy" in line} <= tested, what
+            assert file.name == LOG_FILE or without_weights(folder) == expected, what
             for row in read_csv(folder):
                 for key, column in (
                     ("loss", "loss"), ("loss", "best_loss"), ("accuracy", "accuracy"), ("accuracy", "best_accuracy"),

@@ -49,8 +49,8 @@ def test_results_have_a_row_per_trial_with_its_best_epoch(finished: Finished) ->
         assert row["best_epoch"] == str(best.epoch)
         assert (row["best_accuracy"], row["best_loss"]) == (str(best.accuracy), str(best.loss))
         assert (row["loss"], row["accuracy"]) == (str(trial.reports[-1].loss), str(trial.reports[-1].accuracy))
-        assert (row["lr"], row["status"], row["max_epochs"]) == (str(trial.config["lr"]), "TERMINATED", "8")
-        assert row["ended_because"] == ("all epochs done" if row["epochs"] == "8" else "stopped by the scheduler")
+        assert (row["lr"], row["status"], row["max_epochs"]) == (str(trial.config["lr"]), "TERMINATED", "12")
+        assert row["ended_because"] == ("all epochs done" if row["epochs"] == "12" else "stopped by the scheduler")
     assert {row["ended_because"] for row in finished.rows} == {"all epochs done", "stopped by the scheduler"}
 
 
@@ -138,11 +138,11 @@ def test_terminal_shows_the_recap_and_why_each_trial_ended(finished: Finished) -
     assert "Trial status: 4 TERMINATED\n" in out
     header = next(line for line in out.splitlines() if line.startswith("trial "))
     assert header.split() == ["trial", "status", "p_drop", "lr", "h_2", "iter", "time", "(s)", "loss", "accuracy"]
-    assert "All trials: seed 0, epochs 8, h_1 4, batch_size 32," in out
+    assert "All trials: seed 0, epochs 12, h_1 4, batch_size 32," in out
     assert f'    "h_2": {config["h_2"]},\n    "p_drop": {config["p_drop"]!r},\n    "lr": {config["lr"]!r},\n' in out
     assert f"test accuracy: {finished.metrics['test_accuracy']:.4f}\n" in out
-    saved = 32 - sum(int(row["epochs"]) for row in finished.rows)
-    assert f"Early stopping saved {saved} of 32 epochs.\n" in out
+    saved = 48 - sum(int(row["epochs"]) for row in finished.rows)
+    assert f"Early stopping saved {saved} of 48 epochs.\n" in out
     ends = re.findall(r"^train_cifar_(\w+): (.+), at epoch (\d+); best accuracy (0\.\d+)\.$", finished.err, re.M)
     assert ends == [
         (row["trial_id"], row["ended_because"], row["epochs"], f"{float(row['best_accuracy']):.4f}")
@@ -212,7 +212,7 @@ def test_search_grown_step_by_step_ends_as_if_asked_for_everything_at_first(
 ) -> None:
     folder = tmp_path / "it"
     # A budget that is spent at once: nothing has been trained.
-    assert run_search(folder, "--max-epochs", 8, "--num-samples", 1, "--time-budget", "0.001s") == 1
+    assert run_search(folder, "--max-epochs", 12, "--num-samples", 1, "--time-budget", "0.001s") == 1
     printed = capsys.readouterr()
     assert re.search(rf"The time budget is spent\. To resume: .* --resume {folder} --time-budget ", printed.out)
     assert "No trial has a model" in printed.err
@@ -240,7 +240,7 @@ def test_search_grown_step_by_step_ends_as_if_asked_for_everything_at_first(
     # The best config is trained again with two other seeds, whatever the scheduler thinks of them.
     best = f"train_cifar_{finished.metrics['trial_id']}"
     repeats = [(row["trial_id"], row["repeats"], row["seed"], row["epochs"]) for row in rows[4:]]
-    assert repeats == [(f"{finished.metrics['trial_id']}_seed_{seed}", best, seed, "8") for seed in "12"]
+    assert repeats == [(f"{finished.metrics['trial_id']}_seed_{seed}", best, seed, "12") for seed in "12"]
     one, other = (float(row["best_accuracy"]) for row in rows[4:])
     assert f"\n  {best}  {(one + other) / 2:.4f} ± {abs(one - other) / 2**0.5:.4f} (2 seeds)\n" in out
 
