@@ -68,7 +68,9 @@ def block(search: Search, running: list[str], left: float | None) -> list[str]:
     trials = search.trials.values()
     ended = sum(bool(trial.end or trial.error) and trial.name not in running for trial in trials)
     epochs, planned = sum(len(trial.reports) for trial in trials), sum(trial.config["epochs"] for trial in trials)
-    remaining = "" if left is None else f", about {duration(left if left < 90 else 60 * round(left / 60))} left"
+    remaining = ""
+    if left is not None:
+        remaining = f", about {duration(left) if left < 90 else f'{left / 60:.0f}min'} left"
     lines = [
         f"Trials: {ended} done, {len(running)} running, {len(trials) - ended - len(running)} waiting. "
         f"Epochs: {epochs} of at most {planned}.",
