@@ -10,10 +10,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from data import Dataset, make_synthetic
 from search.files import load_tensors
 from search.records import SEARCH_FILE, Search, open_search
 
+torch.set_num_threads(1)  # of two, one may wait for the other if the machine is busy
 REPOSITORY = Path(hparam_search.__file__).parent
 SMALL_IMAGES = {"num_train": 250, "num_test": 100, "num_classes": 5}
 # Runs a command in its own mount namespace, if allowed.
@@ -76,7 +76,7 @@ def ray_started() -> Iterator[None]:
 
 # --- small searches and what they leave -------------------------------------------------------------------------------
 
-EXAMPLE = ["--num-samples", "2", "--max-epochs", "12"]  # the flags of `finished`
+EXAMPLE = ["--num-samples", "2", "--max-epochs", "10"]  # the flags of `finished`
 
 
 @pytest.fixture
@@ -102,7 +102,6 @@ class Finished:
     folder: Path
     out: str  # what it printed
     err: str
-    most_files: dict[str, int]  # see watched
 
     @property
     def search(self) -> Search:
@@ -121,31 +120,10 @@ class Finished:
 @pytest.fixture(scope="session")
 def finished(ray_started: None, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     folder, out, err = tmp_path_factory.mktemp("finished") / "it", io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err), watched(folder) as most:
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         make_small(patch.setattr)
         assert run_search(folder, *EXAMPLE) == 0
-    return Finished(folder, out.getvalue(), err.getvalue(), most)
-
-
-@contextmanager
-def watched(folder: Path) -> Iterator[dict[str, int]]:
-    """Yield how many weights and training states a trial, and all together, have at most while the block runs."""
-    most, ended = {}, threading.Event()
-
-    def watch() -> None:
-        while not ended.wait(0.02):
-            for kind in ("weights", "training"):
-                counts = [len(list(trial.glob(f"{kind}*.pt"))) for trial in folder.glob("train_cifar_*")]
-                most[kind] = max(most.get(kind, 0), sum(counts))
-                most[f"{kind} of a trial"] = max(most.get(f"{kind} of a trial", 0), *counts, 0)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield most
-    finally:
-        ended.set()
-        watcher.join()
+    return Finished(folder, out.getvalue(), err.getvalue())
 
 
 def run_search(folder: Path, *flags: object) -> int:
@@ -202,11 +180,9 @@ def processes_with(mark: str) -> list[int]:
     """Return the processes that have a mark in their environment."""
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
-        try:
+        with suppress(OSError):  # it has ended, or is another user's
             if mark.encode() in path.read_bytes():
                 found.append(int(path.parent.name))
-        except OSError:
-            continue
     return found
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import hparam_search
 from hparam_search import main
 from tests.conftest import epochs_reported, processes_with, quick, read_csv, run_search, start, wait_for
 
@@ -41,6 +42,7 @@ def check_interrupted(folder: Path, printed: str) -> None:
 
 def become_a_job(mark: str) -> None:
     """Put this process into a group of its own, as a shell does; what it starts has the mark in its environment."""
+    hparam_search.tuner.usable_cpus = lambda: 1
     os.setsid()
     os.environ["MARK"] = mark
 
@@ -86,8 +88,7 @@ def test_search_is_interrupted_by_a_signal_unless_that_is_ignored(
 ) -> None:
     for name, number, code in (
         ("interrupted", signal.SIGINT, 130),
-        ("hung up", signal.SIGHUP, 129),
-        ("nohup", signal.SIGHUP, 0),
+        ("goes on under nohup", signal.SIGHUP, 0),
     ):
         folder, output = tmp_path / name, tmp_path / f"{name}.txt"
         flags, prepare = (LONG, None) if code else ([*LONG, "--max-epochs", "4"], ignore_hangups)
