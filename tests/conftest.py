@@ -1,36 +1,41 @@
-"""Fixtures: Ray, started once, and small sets of images."""
+"""Ray, started once; small sets of images; and searches, here or as processes of their own."""
 
 import csv
+import io
+import json
 import multiprocessing
 import os
+import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-import hparam_search  # first, for it sets what Ray reads when it is imported
+import hparam_search  # before Ray: it sets what Ray reads at its import
 from data import Dataset, make_synthetic
-from model import SmallResNet
-from search.records import read_log
-from search.signals import SIGNALS
-from train import METRICS
+from search.files import load_tensors
+from search.records import SEARCH_FILE, Search, open_search
 
+torch.set_num_threads(1)  # of two, one may wait for the other if the machine is busy
 REPOSITORY = Path(hparam_search.__file__).parent
+SMALL_IMAGES = {"num_train": 250, "num_test": 100, "num_classes": 5}
 # Runs a command in its own mount namespace, if allowed.
 NAMESPACE = ["unshare", "-rm"]
 if shutil.which("unshare") is None or subprocess.run([*NAMESPACE, "true"], check=False).returncode != 0:
     NAMESPACE = []
-SMALL_IMAGES = {"num_train": 250, "num_test": 100, "num_classes": 5}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: "waits_for_searches" in item.keywords)  # they go on beside the other tests
+    items.sort(key=lambda item: "waits_for_searches" in item.keywords)  # which run beside the other tests
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
@@ -38,73 +43,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def ray_started() -> Iterator[None]:
-    with hparam_search.running_ray():
-        yield
-
-
-@pytest.fixture(scope="session")
 def small_dataset() -> Dataset:
     """300 training, 75 validation and 100 test images of 5 classes."""
     return make_synthetic(num_train=375, num_test=100, num_classes=5)
-
-
-@pytest.fixture
-def small_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make --quick smaller yet: 2 trials of 200 training images."""
-    make_small(monkeypatch.setattr)
-
-
-def make_small(setattr: Callable) -> None:
-    setattr(hparam_search, "QUICK_IMAGES", SMALL_IMAGES)
-    setattr(hparam_search, "QUICK_SPACE", hparam_search.QUICK_SPACE | {"h_1": 4, "h_2": 32})
-    setattr(hparam_search, "PATIENCE", 8)  # the loss on few images is rough
-    setattr(hparam_search, "CHECKPOINT_PERIOD", 0)  # as where epochs are long
-
-
-CONFIG = {"seed": 0, "epochs": 10, "h_1": 4, "h_2": 8, "p_drop": 0.1, "lr": 0.01, "schedule": "constant"}
-# Accuracies of seven trials; two are alike, and of these the one with the lower loss is better.
-ACCURACIES = [0.3, 0.5, 0.1, 0.5, 0.2, 0.6, 0.4]
-
-
-@pytest.fixture
-def search(tmp_path: Path) -> tuple[Path, list[dict]]:
-    """Return the folder and results of a search of seven trials, each with a best and a last checkpoint."""
-    results = []
-    for i, accuracy in enumerate(ACCURACIES):
-        for epoch in (4, 6):
-            checkpoint = tmp_path / f"trial_{i}" / f"checkpoint_{epoch:06}"
-            checkpoint.mkdir(parents=True)
-            torch.manual_seed(i)
-            torch.save(SmallResNet(4 + i % 2, 8, 0.1, 5).state_dict(), checkpoint / "weights.pt")
-            (checkpoint.parent / f"training_{epoch:06}.pt").write_bytes(b"state")
-        row = {"trial_id": str(i), "name": f"trial_{i}", "status": "TERMINATED", "config": CONFIG | {"h_1": 4 + i % 2}}
-        row |= {"epochs": 6, "loss": 2.0, "accuracy": 0.1, "seconds": 12.5, "error": None}
-        row |= {"best_epoch": 4, "best_accuracy": accuracy, "best_loss": 1.0 - i / 10}
-        results.append(row | {"checkpoint": f"trial_{i}/checkpoint_000004"})
-    return tmp_path, results
-
-
-def log_line(epoch: int, time: float = 0.0, **metrics: object) -> dict:
-    """Return a line of a trial's log."""
-    return dict.fromkeys(METRICS, 0.5) | {"epoch": epoch, "time": time} | metrics
-
-
-def read_csv(folder: Path) -> list[dict[str, str]]:
-    """Return the rows of a search's results.csv."""
-    with (folder / "results.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def figures(folder: Path) -> list[dict]:
-    """Return results.csv without what a clock measured."""
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in read_csv(folder)]
-
-
-def reported_epochs(folder: Path) -> dict[str, list[int]]:
-    """Return, for each trial that has begun, the epochs in its log, in order."""
-    logs = {file.parent.name: read_log(file.parent)[0] for file in folder.glob("*/result.json")}
-    return {name: [line["epoch"] for line in lines if "epoch" in line] for name, lines in logs.items()}
 
 
 @pytest.fixture
@@ -124,6 +65,107 @@ def make_folder(tmp_path: Path) -> Callable:
     return make
 
 
+@pytest.fixture(scope="session")
+def ray_started() -> Iterator[None]:
+    """Start Ray with one CPU: searches train one trial at a time, on one thread, and so the same figures each time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hparam_search.tuner, "usable_cpus", lambda: 1)
+        with hparam_search.tuner.running_ray():
+            yield
+
+
+# --- small searches and what they leave -------------------------------------------------------------------------------
+
+EXAMPLE = ["--num-samples", "2", "--max-epochs", "10"]  # the flags of `finished`
+
+
+@pytest.fixture
+def small_search(ray_started: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make --quick even smaller, with the tests' Ray."""
+    make_small(monkeypatch.setattr)
+
+
+def make_small(setattr: Callable) -> None:
+    setattr(hparam_search, "QUICK_IMAGES", SMALL_IMAGES)
+    space = {"h_1": 4, "h_2": hparam_search.tune.grid_search([16, 32])}
+    setattr(hparam_search, "QUICK_SPACE", hparam_search.QUICK_SPACE | space)
+    setattr(hparam_search, "PATIENCE", 1000)  # the loss on few images is rough
+    setattr(hparam_search, "SAVE_PERIOD", 0)  # as if epochs were long
+    setattr(hparam_search, "MODELS_KEPT", 2)
+    setattr(hparam_search, "REPEATED_TRIALS", 1)
+
+
+@dataclass
+class Finished:
+    """A search that has finished."""
+
+    folder: Path
+    out: str  # what it printed
+    err: str
+
+    @property
+    def search(self) -> Search:
+        return opened(self.folder)
+
+    @property
+    def rows(self) -> list[dict[str, str]]:
+        return read_csv(self.folder)
+
+    @property
+    def metrics(self) -> dict:
+        """The content of best_model/metrics.json."""
+        return json.loads((self.folder / "best_model" / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def finished(ray_started: None, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    folder, out, err = tmp_path_factory.mktemp("finished") / "it", io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        make_small(patch.setattr)
+        assert run_search(folder, *EXAMPLE) == 0
+    return Finished(folder, out.getvalue(), err.getvalue())
+
+
+def run_search(folder: Path, *flags: object) -> int:
+    """Run a quick search in a folder and return its exit code."""
+    return hparam_search.main(quick(folder, *flags))
+
+
+def quick(folder: Path, *flags: object) -> list[str]:
+    """Return the arguments of a quick search in a folder."""
+    where = ["--output-dir", str(folder.parent), "--name", folder.name, "--gpus-per-trial", "0"]
+    return ["--quick", *where, *map(str, flags)]
+
+
+def opened(folder: Path) -> Search:
+    """Return what the log of a search tells."""
+    return open_search(folder, {})
+
+
+def read_csv(folder: Path) -> list[dict[str, str]]:
+    """Return the rows of a search's results.csv."""
+    with (folder / "results.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def figures(folder: Path) -> list[dict]:
+    """Return results.csv without what a clock measured."""
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in read_csv(folder)]
+
+
+def epochs_reported(folder: Path) -> dict[str, int]:
+    """Return, for each trial that has begun, how many epochs it has reported."""
+    if not (folder / SEARCH_FILE).exists():
+        return {}
+    return {trial.name: len(trial.reports) for trial in opened(folder).trials.values() if trial.reports}
+
+
+def epochs_saved(folder: Path) -> dict[str, int]:
+    """Return, for each training state, its epoch."""
+    states = {path.parent.name: load_tensors(path) for path in folder.glob("*/training.pt")}
+    return {name: len(state["history"]) for name, state in states.items() if state}  # None: pruned just now
+
+
 # --- searches as processes of their own -------------------------------------------------------------------------------
 
 
@@ -134,33 +176,43 @@ def wait_for(condition: Callable, seconds: float = 120) -> None:
         time.sleep(0.05)
 
 
-def last_checkpoints(folder: Path) -> dict[str, int]:
-    """Return, for each trial, the epoch of the newest state that can be resumed."""
-    return {path.parent.name: int(path.stem.split("_")[1]) for path in sorted(folder.glob("*/training_*.pt"))}
-
-
 def processes_with(mark: str) -> list[int]:
     """Return the processes that have a mark in their environment."""
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
-        try:
+        with suppress(OSError):  # it has ended, or is another user's
             if mark.encode() in path.read_bytes():
                 found.append(int(path.parent.name))
-        except OSError:
-            continue
     return found
 
 
+@pytest.fixture(scope="session")
+def own_address(ray_started: None) -> str:
+    """Return the address of the tests' Ray."""
+    return hparam_search.tuner.ray.get_runtime_context().gcs_address
+
+
+def start(
+    address: str | None, arguments: list[str], output: Path, prepare: Callable | None = None, *values: object
+) -> multiprocessing.Process:
+    """Start a small search in a process of its own, which joins a running Ray, or starts one if address is None.
+
+    From a fork server: a script would take seconds to import torch and Ray. prepare(*values) is called first.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.conftest"])
+    environment = {"RAY_AUTH_TOKEN": os.environ["RAY_AUTH_TOKEN"], "RAY_AUTH_MODE": "token"}
+    environment |= {"RAY_ADDRESS": address} if address else {}
+    process = context.Process(target=in_a_process, args=(environment, arguments, output, prepare, values))
+    process.start()
+    return process
+
+
 def in_a_process(
-    main: Callable,
-    environment: dict[str, str],
-    arguments: list[str],
-    output: Path,
-    prepare: Callable | None,
-    values: tuple,
+    environment: dict[str, str], arguments: list[str], output: Path, prepare: Callable | None, values: tuple
 ) -> None:
-    """Run main as a process of its own; what it prints goes into a file."""
-    for number in SIGNALS:  # where the tests run under nohup, or in the background, some are ignored
+    """Run a search; what it prints goes into a file."""
+    for number in (signal.SIGINT, signal.SIGHUP):  # ignored where the tests run in the background or under nohup
         signal.signal(number, signal.SIG_DFL)
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
@@ -169,29 +221,37 @@ def in_a_process(
     make_small(setattr)
     if prepare:
         prepare(*values)
-    os._exit(main(arguments))
-
-
-def start(
-    address: str, arguments: list[str], output: Path, prepare: Callable | None = None, *values: object
-) -> multiprocessing.Process:
-    """Start a search in a process that joins a running Ray."""
-    environment = {"RAY_ADDRESS": address, "RAY_AUTH_TOKEN": os.environ["RAY_AUTH_TOKEN"], "RAY_AUTH_MODE": "token"}
-    return start_main(hparam_search.main, environment, arguments, output, prepare, values)
-
-
-def start_main(main: Callable, *arguments: object) -> multiprocessing.Process:
-    """Start in_a_process: faster than starting a script, which would import torch and Ray anew."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.conftest"])
-    process = context.Process(target=in_a_process, args=(main, *arguments))
-    process.start()
-    return process
+    os._exit(hparam_search.main(arguments))
 
 
 @pytest.fixture(scope="session")
-def own_address(ray_started: None) -> str:
-    """Return the address of the tests' Ray."""
-    import ray  # here, for hparam_search sets what Ray reads when it is imported
+def cluster(ray_started: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Start a cluster of one node with one CPU, for searches beside the other tests, and return its address."""
+    port, mark = random.SystemRandom().randrange(20_000, 30_000), f"head_of_{tmp_path_factory.getbasetemp()}"
+    options = ["--head", "--port", str(port), "--include-dashboard", "false", "--node-ip-address", "127.0.0.1"]
+    with node(mark, *options):
+        wait_for(lambda: len(processes_with(f"MARK={mark}")) > 3, 60)
+        time.sleep(2)
+        yield f"127.0.0.1:{port}"
 
-    return ray.get_runtime_context().gcs_address
+
+@contextmanager
+def node(mark: str, *arguments: str, within: Sequence[str] = ()) -> Iterator[None]:
+    """Run a node of a cluster, of one CPU, until the block ends; its processes have the mark in their environment."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": os.environ["RAY_AUTH_TOKEN"]}
+    subprocess.Popen(
+        [*within, sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus", "1", *arguments],
+        env=environment | token | {"MARK": mark},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        yield
+    finally:
+        kill_all(mark)
+
+
+def kill_all(mark: str) -> None:
+    for pid in processes_with(f"MARK={mark}"):
+        os.kill(pid, signal.SIGKILL)

@@ -2,38 +2,19 @@
 
 import contextlib
 import os
+import shlex
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from ray import tune
 
 import hparam_search
 from hparam_search import main
-from search.records import FINISHED
-from tests.conftest import REPOSITORY, make_small, processes_with, read_csv, reported_epochs, start, wait_for
+from tests.conftest import epochs_reported, processes_with, quick, read_csv, run_search, start, wait_for
 
-COMMAND = ["--quick", "--num-samples", "1", "--scheduler", "none"]
-SCRIPT = """
-import sys
-import hparam_search
-from tests.conftest import make_small
-make_small(setattr)
-hparam_search.PATIENCE = 1000
-sys.exit(hparam_search.main(sys.argv[1:]))
-"""
-
-
-def keep_on() -> None:
-    hparam_search.PATIENCE = 1000
-
-
-def ignore_hangups() -> None:
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+LONG = ["--num-samples", "1", "--scheduler", "none", "--max-epochs", "500"]
 
 
 def listening(pids: list[int]) -> set[str]:
@@ -51,79 +32,78 @@ def listening(pids: list[int]) -> set[str]:
     return addresses
 
 
+def check_interrupted(folder: Path, printed: str) -> None:
+    assert "Traceback" not in printed
+    assert "Trial status: " in printed
+    assert printed.strip().splitlines()[-1].endswith(f"hparam_search.py --resume {shlex.quote(str(folder))}")
+    assert {row["status"] for row in read_csv(folder)} <= {"UNFINISHED", "PENDING"}
+    assert not (folder / "best_model").exists()
+
+
+def become_a_job(mark: str) -> None:
+    """Put this process into a group of its own, as a shell does; what it starts has the mark in its environment."""
+    hparam_search.tuner.usable_cpus = lambda: 1
+    os.setsid()
+    os.environ["MARK"] = mark
+
+
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
-def test_searches_whose_processes_are_all_told_to_stop(tmp_path: Path) -> None:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    processes, codes = {}, {"all_at_once": 143, "ray_first": 138}
-    for name in codes:  # each has a Ray of its own, as a user's search has
-        command = [*COMMAND, "--max-epochs", "500", "--output-dir", str(tmp_path), "--name", name]
-        processes[name] = subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, *command],
-            env=environment | {"MARK": f"{tmp_path}/{name}"}, cwd=REPOSITORY, start_new_session=True,
-            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
+def test_search_whose_processes_are_all_told_to_stop_says_how_to_resume(ray_started: None, tmp_path: Path) -> None:
+    codes = {"all_at_once": 143, "ray_first": 138}
+    processes = {
+        name: start(None, quick(tmp_path / name, *LONG), tmp_path / f"{name}.txt", become_a_job, f"{tmp_path}/{name}")
+        for name in codes  # each has a Ray of its own, as a user's search has
+    }
     try:
         for name, process in processes.items():
-            mark = f"MARK={tmp_path}/{name}"
-            wait_for(lambda name=name, process=process: reported_epochs(tmp_path / name) or process.poll() is not None)
+            wait_for(lambda: epochs_reported(tmp_path / name) or process.exitcode is not None)  # noqa: B023
+            assert process.exitcode is None, (tmp_path / f"{name}.txt").read_text()
+            others = processes_with(f"MARK={tmp_path}/{name}")
             if name == "all_at_once":
-                assert listening(processes_with(mark)) == {"127.0.0.1"}
+                assert listening([process.pid, *others]) == {"127.0.0.1"}
                 os.killpg(process.pid, signal.SIGTERM)
             else:
-                for pid in processes_with(mark):
-                    if pid != process.pid:
-                        with contextlib.suppress(ProcessLookupError):
-                            os.kill(pid, signal.SIGKILL)
+                for pid in others:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
                 time.sleep(0.3)
-                process.send_signal(signal.SIGUSR1)
+                os.kill(process.pid, signal.SIGUSR1)
         for name, process in processes.items():
-            out, err = process.communicate(timeout=30)
-            assert process.returncode == codes[name], err
-            assert "Trial status: 1 UNFINISHED" in out
-            assert out.strip().splitlines()[-1].endswith(f"hparam_search.py --resume {tmp_path / name}")
-            assert "Traceback" not in out
-            assert [row["status"] for row in read_csv(tmp_path / name)] == ["UNFINISHED"]
-            assert not (tmp_path / name / "best_model").exists()
+            process.join(30)
+            printed = (tmp_path / f"{name}.txt").read_text()
+            assert process.exitcode == codes[name], printed
+            check_interrupted(tmp_path / name, printed)
         wait_for(lambda: not processes_with(f"MARK={tmp_path}/"), 30)  # no orphans
     finally:
         for process in processes.values():
             process.kill()
 
 
-def test_searches_are_interrupted_or_go_on(
-    own_address: str, small_search: None, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    processes, outputs = {}, {name: tmp_path / f"{name}.txt" for name in ("interrupted", "hung_up", "nohup")}
-    signals = {"interrupted": signal.SIGINT, "hung_up": signal.SIGHUP, "nohup": signal.SIGHUP}
-    for name, output in outputs.items():
-        command = [*COMMAND, "--output-dir", str(tmp_path), "--name", name]
-        prepare, epochs = (ignore_hangups, 20) if name == "nohup" else (keep_on, 500)
-        processes[name] = start(own_address, [*command, "--max-epochs", str(epochs)], output, prepare)
-        wait_for(lambda name=name: reported_epochs(tmp_path / name))
-        if name == "interrupted":  # what is running is left alone
-            assert main(["--resume", str(tmp_path / name)]) == 2
-            assert "another process is running" in capsys.readouterr().err
-            assert main(["--quick", "--output-dir", str(tmp_path), "--name", name]) == 2
-            assert f"--name {name} is taken" in capsys.readouterr().err
-        os.kill(processes[name].pid, signals[name])
-        processes[name].join(150)
-    for name, code in {"interrupted": 130, "hung_up": 129, "nohup": 0}.items():
-        printed = outputs[name].read_text()
-        assert processes[name].exitcode == code, printed
-        assert "Traceback" not in printed
-        assert (tmp_path / name / "best_model").exists() == (code == 0)
-        assert all(row["status"] in FINISHED for row in read_csv(tmp_path / name)) == (code == 0)
-        last = printed.strip().splitlines()[-1]
-        assert last.endswith(f"hparam_search.py --resume {tmp_path / name}") == (code != 0)
+def ignore_hangups() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
-    # What has been edited since is refused.
-    folder = str(tmp_path / "interrupted")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hparam_search, "QUICK_SPACE", hparam_search.QUICK_SPACE | {"lr": tune.loguniform(1e-3, 1e-1)})
-        assert main(["--resume", folder]) == 2
-        assert "param_space['lr'] is Float(lower=0.001" in capsys.readouterr().err
-        make_small(patch.setattr)
-        patch.setattr(hparam_search, "QUICK_IMAGES", {"num_train": 251, "num_test": 100, "num_classes": 5})
-        patch.setattr(hparam_search, "QUICK_SPACE", hparam_search.QUICK_SPACE | {"lr": tune.loguniform(1e-2, 1e-1)})
-        assert main(["--resume", folder]) == 2
-        assert "the training images in" in capsys.readouterr().err
+
+def test_search_is_interrupted_by_a_signal_unless_that_is_ignored(
+    own_address: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for name, number, code in (
+        ("interrupted", signal.SIGINT, 130),
+        ("goes on under nohup", signal.SIGHUP, 0),
+    ):
+        folder, output = tmp_path / name, tmp_path / f"{name}.txt"
+        flags, prepare = (LONG, None) if code else ([*LONG, "--max-epochs", "4"], ignore_hangups)
+        process = start(own_address, quick(folder, *flags), output, prepare)
+        wait_for(lambda: epochs_reported(folder) or process.exitcode is not None)  # noqa: B023
+        if name == "interrupted":  # a search that runs is left alone
+            assert main(["--resume", str(folder)]) == 2
+            assert "another process is running this search" in capsys.readouterr().err
+            assert run_search(folder) == 2
+            assert f"{folder} already exists" in capsys.readouterr().err
+        assert process.exitcode is None, output.read_text()
+        os.kill(process.pid, number)
+        process.join(60)
+        assert process.exitcode == code, output.read_text()
+        if code:
+            check_interrupted(folder, output.read_text())
+        else:
+            assert {row["status"] for row in read_csv(folder)} == {"TERMINATED"}

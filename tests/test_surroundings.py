@@ -1,4 +1,4 @@
-"""Searches where people run them: from other folders and scripts, in containers and batch jobs, with any output."""
+"""Searches where people run them: from other folders and scripts, in containers and clusters, with any output."""
 
 import contextlib
 import io
@@ -8,14 +8,29 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import ray
 
-import hparam_search
 from hparam_search import main
-from search.output import printing_safely
-from search.ray_session import options_of_own
-from tests.conftest import REPOSITORY, SMALL_IMAGES, figures
+from search.console import safe_output
+from tests.conftest import (
+    EXAMPLE,
+    NAMESPACE,
+    REPOSITORY,
+    Finished,
+    epochs_saved,
+    figures,
+    kill_all,
+    node,
+    opened,
+    quick,
+    read_csv,
+    run_search,
+    start,
+    wait_for,
+)
 
 # A notebook somewhere else, or a script, that calls the search.
 CALLER = """
@@ -25,14 +40,13 @@ if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 sys.path.insert(0, %r)
 import hparam_search
-hparam_search.QUICK_IMAGES = {"num_train": 250, "num_test": 100, "num_classes": 5}
+from tests.conftest import make_small
+make_small(setattr)
 sys.exit(hparam_search.main(sys.argv[1:]))
 """
-COMMAND = ["--quick", "--num-samples", "1", "--max-epochs", "1", "--name", "it"]
 
 
-@pytest.mark.usefixtures("ray_started")
-def test_search_in_odd_surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_search_from_another_folder_and_without_an_output_finds_the_same(finished: Finished, tmp_path: Path) -> None:
     for name in ("train", "data", "model", "search"):  # another project's, in the folder that it is called from
         (tmp_path / f"{name}.py").write_text("raise SystemExit('another project')")
     (tmp_path / "caller.py").write_text(CALLER % str(REPOSITORY))
@@ -41,7 +55,7 @@ def test_search_in_odd_surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     environment |= {"RAY_ADDRESS": " ", "TMPDIR": str(scratch), "PYTHONIOENCODING": "ascii", "HOME": str(tmp_path)}
     process = subprocess.Popen(
-        [sys.executable, "caller.py", *COMMAND, "--output-dir=~/my outputs"],
+        [sys.executable, "caller.py", *quick(Path("~", "my outputs", "it"), *EXAMPLE)],
         cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     assert process.stdout.readline().startswith("5 classes")
@@ -51,64 +65,43 @@ def test_search_in_odd_surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "Traceback" not in err
     assert "BrokenPipe" not in err
     folder = tmp_path / "my outputs" / "it"
-    assert [row["status"] for row in figures(folder)] == ["TERMINATED"] * 2
+    assert figures(folder) == figures(finished.folder)
     if hasattr(os, "sched_setaffinity"):
-        assert json.loads((folder / "search.json").read_text())["resource_usage"] == "1/1 CPUs, 0/0 GPUs"
-    assert (folder / "best_model" / "weights.pt").exists()
+        assert opened(folder).resources == "1/1 CPUs, 0/0 GPUs"
     assert not (tmp_path / "~").exists()
-    assert not list(folder.glob(".ray_*"))
-    # Digit for digit what it finds anywhere else.
-    monkeypatch.setattr(hparam_search, "QUICK_IMAGES", SMALL_IMAGES)
-    assert main([*COMMAND, "--output-dir", str(tmp_path)]) == 0
-    assert figures(tmp_path / "it") == figures(folder)
+    assert not list(folder.glob(".*"))
 
 
 @pytest.mark.parametrize("address", ["nonsense", "http://there", "127.0.0.1:1", "127.0.0.1:99999"])
 def test_address_without_a_cluster_is_refused(
     address: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small_search: None, capsys: pytest.CaptureFixture
 ) -> None:
+    def init(address: str, **options: object) -> None:
+        assert ":" not in address[5:], "Ray would wait for minutes"
+        raise ValueError("as Ray does with what is not an address")
+
     monkeypatch.setenv("RAY_ADDRESS", address)
-    monkeypatch.setattr("ray.is_initialized", lambda: False)
-    monkeypatch.setattr("ray.init", lambda address, **_: pytest.fail("Ray waits") if ":" in address[5:] else refuse())
-    assert main([*COMMAND, "--output-dir", str(tmp_path)]) == 2
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    assert run_search(tmp_path / "it") == 2
     sentence = f"hparam_search.py: no Ray cluster answers at RAY_ADDRESS {address!r}; start one there, or unset it.\n"
     assert capsys.readouterr().err == sentence
-
-
-def refuse() -> None:
-    raise ValueError("as Ray does with what is no address")
 
 
 def test_ray_that_was_started_otherwise_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small_search: None, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr("ray.is_initialized", lambda: True)
-    monkeypatch.setattr("search.ray_session.ray.get_runtime_context", lambda: Context)
-    assert main([*COMMAND, "--output-dir", str(tmp_path)]) == 2
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(runtime_env={}))
+    assert run_search(tmp_path / "it") == 2
     assert "call ray.shutdown() first" in capsys.readouterr().err
+    assert not (tmp_path / "it").exists()
 
 
-class Context:
-    runtime_env: dict = {}  # noqa: RUF012
-
-
-def test_temporary_folder_for_sockets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path / ("long" * 20)))
-    assert options_of_own()["_temp_dir"] == "/tmp/ray"
-    monkeypatch.setattr("search.ray_session.os.access", lambda *_: False)
-    with pytest.raises(hparam_search.InputError, match=r"sockets into .*longlong.*; set TMPDIR to a writable folder"):
-        options_of_own()
-
-
-def test_home_that_is_missing_and_streams_that_are_closed(tmp_path: Path) -> None:
-    # Without a home, Python leaves ~ as it is. What is opened later must not get number 1 or 2.
-    script = "import search, sys; from pathlib import Path; f = open(sys.argv[1], 'w')"
-    script += "; print(f.fileno(), Path.home(), file=f)"
-    command = f'exec "{sys.executable}" -c "{script}" {tmp_path}/out <&- >&- 2>&-'
-    subprocess.run(["sh", "-c", command], cwd=REPOSITORY, env=os.environ | {"HOME": "~"}, check=True)
-    number, home = (tmp_path / "out").read_text().split()
-    assert int(number) > 2
-    assert Path(home).is_dir()
+def test_home_is_replaced_in_a_container_without_one() -> None:
+    script = "import search; from pathlib import Path; print(Path.home())"
+    command = [sys.executable, "-c", script]
+    home = subprocess.check_output(command, cwd=REPOSITORY, env=os.environ | {"HOME": "~"}, text=True)
+    assert Path(home.strip()).is_dir()
 
 
 class Full(io.StringIO):
@@ -118,47 +111,90 @@ class Full(io.StringIO):
         raise OSError("No space left on device")
 
 
-def test_output_that_fails_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_that_fails_costs_nothing(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
     read_end, write_end = os.pipe()
     os.close(read_end)
     closed_pipe, ascii_bytes, closed = os.fdopen(write_end, "w"), io.BytesIO(), io.StringIO()
     closed.close()
-    for stream in (closed_pipe, io.TextIOWrapper(ascii_bytes, "ascii"), Full(), closed):
+    for stream in (closed_pipe, io.TextIOWrapper(ascii_bytes, "ascii"), Full(), closed, None):
         monkeypatch.setattr(sys, "stdout", stream)
         monkeypatch.setattr(sys, "stderr", stream)
-        with contextlib.suppress(OSError, ValueError):
-            print("before", file=stream)
-        with printing_safely():
-            print("32×32", flush=True)
-            print("─" * 100_000)
+        assert main(["--resume", str(finished.folder)]) == 0
+        with safe_output():
+            print("─" * 100_000, "32×32", flush=True)
             print("to stderr", file=sys.stderr)
             assert not sys.stdout.isatty()
-        assert sys.stdout is stream
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(AttributeError, ValueError):
             stream.flush()  # as Python does when it exits
-    assert ascii_bytes.getvalue().startswith(b"before\n32?32\n???")
+    assert ascii_bytes.getvalue().endswith(b"??? 32?32\nto stderr\n")
 
 
-@pytest.mark.usefixtures("ray_started", "small_search")
+@pytest.mark.usefixtures("small_search")
 def test_images_may_move_between_two_jobs(
     make_folder: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     make_folder({f"job_1/{split}": {"a": n, "b": n} for split, n in (("train", 20), ("test", 5))})
     monkeypatch.chdir(tmp_path)
-    command = [*COMMAND, "--dataset", "folder", "--data-dir", "job_1", "--time-budget", "0.001s"]
-    assert main(command) == 1
+    flags = ["--max-epochs", 1, "--num-samples", 1, "--dataset", "folder", "--data-dir", "job_1"]
+    assert run_search(tmp_path / "it", *flags, "--time-budget", "0.001s") == 1
     (tmp_path / "job_1").rename(tmp_path / "job_2")
-    resume = ["--resume", "outputs/it", "--time-budget", "1h"]
+    resume = ["--resume", "it", "--time-budget", "1h"]
     assert main(resume) == 2
     assert "job_1/train is not a folder" in capsys.readouterr().err
-    (tmp_path / "job_1").symlink_to("job_2")
-    (tmp_path / "job_2" / "train" / "a" / "000.png").rename(tmp_path / "job_2" / "train" / "a" / "999.png")
-    assert main([*resume, "--data-dir", "job_2"]) == 2  # these are others
+    picture = tmp_path / "job_2" / "train" / "a" / "000.png"
+    picture.rename(picture.with_name("999.png"))
+    assert main([*resume, "--data-dir", "job_2"]) == 2  # the order is another one
     assert "the training images in" in capsys.readouterr().err
-    (tmp_path / "job_2" / "train" / "a" / "999.png").rename(tmp_path / "job_2" / "train" / "a" / "000.png")
-    (tmp_path / "job_1").unlink()
+    picture.with_name("999.png").rename(picture)
     assert main([*resume, "--data-dir", "job_2"]) == 0
-    config = json.loads((tmp_path / "outputs" / "it" / "best_model" / "config.json").read_text())
+    config = json.loads((tmp_path / "it" / "best_model" / "config.json").read_text())
     assert config["images"]["data_dir"] == str(tmp_path / "job_2")
-    assert main(["--resume", "outputs/it", "--data-dir", "nowhere", "--num-samples", "2"]) == 2
+    assert main(["--resume", "it", "--data-dir", "nowhere", "--num-samples", "2"]) == 2
     assert "nowhere/train is not a folder" in capsys.readouterr().err
+
+
+# --- a cluster --------------------------------------------------------------------------------------------------------
+
+
+def wait_for_resource(name: str, count: int) -> None:
+    ray.init(os.environ["RAY_ADDRESS"], log_to_driver=False)
+    wait_for(lambda: ray.cluster_resources().get(name) == count)
+    ray.shutdown()  # for the search to join it
+
+
+@pytest.mark.waits_for_searches
+def test_trials_of_a_node_that_dies_continue_on_another(cluster: str, tmp_path: Path) -> None:
+    folder, output, mark = tmp_path / "it", tmp_path / "output.txt", f"second_of_{tmp_path}"
+    # If possible, this node has nothing of the program: Ray brings it along.
+    files = " ".join(f"{REPOSITORY / name}.py" for name in ("hparam_search", "train", "model", "data"))
+    hide = f'mount -t tmpfs none {REPOSITORY}/search; for f in {files}; do mount --bind /dev/null $f; done; exec "$@"'
+    flags = quick(folder, "--num-samples", "1", "--max-epochs", "60", "--scheduler", "none")
+    with node(mark, "--address", cluster, within=[*NAMESPACE, "sh", "-c", hide, "sh"] if NAMESPACE else []):
+        process = start(cluster, flags, output, wait_for_resource, "CPU", 2)
+        wait_for(lambda: len(epochs_saved(folder)) == 2 or process.exitcode is not None)
+        assert process.exitcode is None, output.read_text()
+        before = epochs_saved(folder)
+        kill_all(mark)
+        process.join(180)
+    assert process.exitcode == 0, output.read_text()
+    assert [(row["status"], row["epochs"]) for row in read_csv(folder)] == [("TERMINATED", "60")] * 2
+
+
+@pytest.mark.waits_for_searches
+@pytest.mark.skipif(not NAMESPACE, reason="no mount namespaces here, for a node that sees another disk")
+def test_node_that_does_not_see_the_folder_fails_its_trials_with_a_sentence(cluster: str, tmp_path: Path) -> None:
+    folder, output, mark = tmp_path / "disk" / "it", tmp_path / "output.txt", f"blind_of_{tmp_path}"
+    folder.parent.mkdir()
+    mount = f'mount -t tmpfs none {folder.parent} && exec "$@"'
+    within = [*NAMESPACE, "sh", "-c", mount, "sh"]
+    with node(mark, "--address", cluster, "--resources", '{"blind": 1}', within=within):
+        process = start(cluster, quick(folder, *EXAMPLE), output, wait_for_resource, "blind", 1)
+        process.join(120)
+    printed = output.read_text()
+    assert process.exitcode == 0, printed
+    failed = [row for row in read_csv(folder) if row["status"] == "ERROR"]
+    assert failed
+    for row in failed:
+        sentence = f"this machine does not see {folder}; pass an --output-dir on a disk that all machines share"
+        assert sentence in row["ended_because"]
+        assert f"train_cifar_{row['trial_id']} failed: " in printed

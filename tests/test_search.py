@@ -1,0 +1,282 @@
+"""Whole searches through the command line: what they leave, and how they are resumed and grown."""
+
+import io
+import json
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from ray import tune
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.api_pb2 import Status
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+import hparam_search
+from data import make_synthetic
+from hparam_search import main
+from search.best_model import BEST_MODEL, load_model, read_best_model, read_model
+from search.sampler import suggest_config
+from search.trial import weights_path
+from tests.conftest import (
+    REPOSITORY,
+    SMALL_IMAGES,
+    Finished,
+    epochs_reported,
+    figures,
+    make_small,
+    opened,
+    read_csv,
+    run_search,
+)
+from train import evaluate, evaluation_batches
+
+
+def test_results_have_a_row_per_trial_with_its_best_epoch(finished: Finished) -> None:
+    trials = list(finished.search.trials.values())
+    assert [row["trial_id"] for row in finished.rows] == [trial.id for trial in trials]
+    assert [row["h_2"] for row in finished.rows] == ["16", "32", "16", "32"]
+    for trial, row in zip(trials, finished.rows, strict=True):
+        assert [report.epoch for report in trial.reports] == list(range(1, int(row["epochs"]) + 1))
+        best = max(trial.reports, key=lambda report: report.accuracy)
+        assert row["best_epoch"] == str(best.epoch)
+        assert (row["best_accuracy"], row["best_loss"]) == (str(best.accuracy), str(best.loss))
+        assert (row["loss"], row["accuracy"]) == (str(trial.reports[-1].loss), str(trial.reports[-1].accuracy))
+        assert (row["lr"], row["status"], row["max_epochs"]) == (str(trial.config["lr"]), "TERMINATED", "10")
+        assert row["ended_because"] == ("all epochs done" if row["epochs"] == "10" else "stopped by the scheduler")
+    assert {row["ended_because"] for row in finished.rows} == {"all epochs done", "stopped by the scheduler"}
+
+
+def test_best_model_has_the_accuracies_that_were_reported(finished: Finished) -> None:
+    model, about = read_model(finished.folder / BEST_MODEL)
+    best = max(finished.rows, key=lambda row: (float(row["best_accuracy"]), -float(row["best_loss"])))
+    for key in ("epoch", "val_accuracy", "val_loss"):
+        assert str(finished.metrics[key]) == best[key.replace("val", "best") if "val" in key else "best_epoch"]
+    assert about["hyperparameters"] == finished.search.trials[f"train_cifar_{best['trial_id']}"].config
+    data = make_synthetic(**SMALL_IMAGES)
+    for split in ("val", "test"):
+        images, labels = getattr(data, f"{split}_images"), getattr(data, f"{split}_labels")
+        batches = evaluation_batches(images, labels, about["mean"], about["std"], torch.device("cpu"))
+        loss, accuracy = evaluate(model, batches)
+        assert accuracy == pytest.approx(finished.metrics[f"{split}_accuracy"], abs=0.011)
+        assert loss == pytest.approx(finished.metrics[f"{split}_loss"], rel=0.02)
+
+
+def test_guide_classifies_a_picture_with_the_best_model(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    guide = (REPOSITORY / "README.md").read_text() + (REPOSITORY / "docs" / "guide.md").read_text()
+    lines = next(block for block in re.findall(r"```python\n(.*?)```", guide, re.DOTALL) if "weights.pt" in block)
+    Image.fromarray(make_synthetic(**SMALL_IMAGES).test_images[0].numpy()).save(tmp_path / "picture.png")
+    monkeypatch.chdir(tmp_path)
+    exec(lines.replace("outputs/NAME", str(finished.folder)), {})
+    assert capsys.readouterr().out.strip() in make_synthetic(**SMALL_IMAGES).classes
+
+
+def test_disk_holds_the_best_models_and_little_else(finished: Finished) -> None:
+    kept = sorted(path.relative_to(finished.folder).as_posix() for path in finished.folder.glob("*/weights_*.pt"))
+    assert kept == sorted(row["weights"] for row in finished.rows if row["weights"])
+    assert len(kept) == 2
+    assert not list(finished.folder.glob("*/training*"))
+    assert not list(finished.folder.rglob(".*"))
+
+
+def hparams_of(events: EventAccumulator, name: str) -> HParamsPluginData:
+    return HParamsPluginData.FromString(events.summary_metadata[f"_hparams_/{name}"].plugin_data.content)
+
+
+def test_tensorboard_shows_trials_search_and_best_model(finished: Finished) -> None:
+    for trial in finished.search.trials.values():
+        events = EventAccumulator(str(finished.folder / trial.name)).Reload()
+        for tag, key in (("accuracy/validation", "accuracy"), ("loss/train", "train_loss"), ("training/lr", "lr")):
+            curve = {report.epoch: getattr(report, key) for report in trial.reports}
+            assert {event.step: event.value for event in events.Scalars(tag)} == pytest.approx(curve)
+        final = {"best_accuracy": trial.best.accuracy, "best_loss": trial.best.loss, "epochs": len(trial.reports)}
+        assert {key: events.Scalars(f"trial/{key}")[-1].value for key in final} == pytest.approx(final)
+        start, end = (hparams_of(events, f"session_{key}_info") for key in ("start", "end"))
+        values = {key: value.number_value for key, value in start.session_start_info.hparams.items()}
+        assert values == {key: trial.config[key] for key in ("h_2", "p_drop", "lr")}
+        assert end.session_end_info.status == Status.Value("STATUS_SUCCESS")
+
+    events = EventAccumulator(str(finished.folder)).Reload()
+    best = [event.value for event in events.Scalars("search/best_accuracy")]
+    assert best == sorted(best)
+    assert best[-1] == pytest.approx(finished.metrics["val_accuracy"])
+    assert events.Scalars("search/best_accuracy")[-1].step == sum(epochs_reported(finished.folder).values())
+    assert events.Scalars("search/trials_finished")[-1].value == 4
+    text = events.Tensors("search/methods/text_summary")[-1].tensor_proto.string_val[0]
+    assert text == b"Sampler: random.\n\nScheduler: asha, grace period 2, reduction factor 3."
+    experiment = hparams_of(events, "experiment").experiment
+    domains = {info.name: info for info in experiment.hparam_infos}
+    assert domains.keys() == {"h_2", "p_drop", "lr"}
+    assert [value.number_value for value in domains["h_2"].domain_discrete.values] == [16, 32]
+    assert domains["lr"].domain_interval.max_value == 0.1
+    metrics = [info.name.tag for info in experiment.metric_infos]
+    assert metrics == ["trial/best_loss", "trial/best_accuracy", "trial/epochs"]
+    for name in ("confusion_matrix", "accuracy_by_class", "most_confident_mistakes"):
+        picture = Image.open(io.BytesIO(events.Images(f"best_model/{name}")[-1].encoded_image_string))
+        assert picture.width > 100
+
+
+def test_terminal_shows_the_recap_and_why_each_trial_ended(finished: Finished) -> None:
+    out, config = finished.out, finished.search.ranking()[0].config
+    assert "Traceback" not in out + finished.err
+    assert "\x1b" not in out
+    assert max(len(line) for line in out.splitlines() if str(finished.folder.parent) not in line) <= 80
+    assert "Trial status: 4 TERMINATED\n" in out
+    header = next(line for line in out.splitlines() if line.startswith("trial "))
+    assert header.split() == ["trial", "status", "p_drop", "lr", "h_2", "iter", "time", "(s)", "loss", "accuracy"]
+    assert "All trials: seed 0, epochs 10, h_1 4, batch_size 32," in out
+    assert f'    "h_2": {config["h_2"]},\n    "p_drop": {config["p_drop"]!r},\n    "lr": {config["lr"]!r},\n' in out
+    assert f"test accuracy: {finished.metrics['test_accuracy']:.4f}\n" in out
+    saved = 40 - sum(int(row["epochs"]) for row in finished.rows)
+    assert f"Early stopping saved {saved} of 40 epochs.\n" in out
+    ends = re.findall(r"^train_cifar_(\w+): (.+), at epoch (\d+); best accuracy (0\.\d+)\.$", finished.err, re.M)
+    assert ends == [
+        (row["trial_id"], row["ended_because"], row["epochs"], f"{float(row['best_accuracy']):.4f}")
+        for row in finished.rows
+    ]
+
+
+def test_resuming_a_finished_search_trains_nothing(
+    finished: Finished, small_search: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    before = {path: path.read_bytes() for path in finished.folder.rglob("*") if path.is_file()}
+    monkeypatch.setattr(hparam_search.tuner, "running_ray", lambda: pytest.fail("Ray was started"))
+    monkeypatch.setattr(hparam_search, "read_images", lambda **_: pytest.fail("images were read"))
+    assert main(["--resume", str(finished.folder)]) == 0
+
+    def without_clock(text: str) -> list[str]:
+        return [line for line in text[text.index("Trial status") :].splitlines() if "Current time" not in line]
+
+    assert without_clock(capsys.readouterr().out) == without_clock(finished.out)
+    assert {path: path.read_bytes() for path in finished.folder.rglob("*") if path.is_file()} == before
+
+
+def test_list_shows_a_finished_search(finished: Finished, capsys: pytest.CaptureFixture) -> None:
+    assert main(["--list", "--output-dir", str(finished.folder.parent)]) == 0
+    validation, test = finished.metrics["val_accuracy"], finished.metrics["test_accuracy"]
+    assert re.search(rf"\nit +finished +4/4 +{validation:.4f} +{test:.4f}\n", capsys.readouterr().out)
+
+
+@pytest.mark.usefixtures("small_search")
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("QUICK_SPACE", {"lr": tune.loguniform(1e-3, 1e-1)}, "'lr' is {'lower': 0.001"),
+        ("MODE", "min", "'mode' is min, but was max when the search began"),
+        ("QUICK_IMAGES", {"num_train": 251}, "the training images in"),
+    ],
+)
+def test_another_space_objective_or_set_of_images_is_refused_on_resume(
+    name: str, value: object, words: str, finished: Finished, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    before = (finished.folder / "log.jsonl").read_bytes()
+    before_that = getattr(hparam_search, name)
+    monkeypatch.setattr(hparam_search, name, before_that | value if isinstance(value, dict) else value)
+    assert main(["--resume", str(finished.folder), "--num-samples", "3"]) == 2
+    assert words in capsys.readouterr().err
+    assert (finished.folder / "log.jsonl").read_bytes() == before
+
+
+class OverInTheFirstTrial(tune.Stopper):
+    """A time budget that is spent in the middle of a trial, however fast this machine is."""
+
+    def __init__(self, seconds: float) -> None:
+        self.epochs = 0
+
+    def __call__(self, trial_id: str, result: dict) -> bool:
+        self.epochs = result.get("epoch", 0)
+        return False
+
+    def stop_all(self) -> bool:
+        return self.epochs == 3
+
+
+@pytest.mark.usefixtures("small_search")
+def test_search_grown_step_by_step_ends_as_if_asked_for_everything_at_first(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / "it"
+    # A budget that is spent at once: nothing has been trained.
+    assert run_search(folder, "--max-epochs", 10, "--num-samples", 1, "--time-budget", "0.001s") == 1
+    printed = capsys.readouterr()
+    assert re.search(rf"The time budget is spent\. To resume: .* --resume {folder} --time-budget ", printed.out)
+    assert "No trial has a model" in printed.err
+    assert main(["--resume", str(folder)]) == 2
+    assert "time budget of 0.001 s is spent" in capsys.readouterr().err
+
+    # A larger one is spent in the middle of a trial, whose model is tested.
+    with monkeypatch.context() as patch:
+        patch.setattr(tune.stopper, "TimeoutStopper", OverInTheFirstTrial)
+        assert main(["--resume", str(folder), "--time-budget", "1h"]) == 0
+    out = capsys.readouterr().out
+    assert "The time budget is spent." in out
+    assert "test accuracy: " in out
+    assert [row["status"] for row in read_csv(folder)] == ["UNFINISHED", "PENDING"]
+
+    # With time enough and more samples, it is as if there had been no budget.
+    assert main(["--resume", str(folder), "--time-budget", "2h", "--num-samples", "2", "--repeats", "2"]) == 0
+    out, rows = capsys.readouterr().out, read_csv(folder)
+    assert "budget is spent" not in out
+    assert figures(folder)[:4] == figures(finished.folder)
+    assert json.loads((folder / BEST_MODEL / "metrics.json").read_text()) == finished.metrics
+    assert main(["--resume", str(folder), "--num-samples", "1"]) == 2
+    assert "--num-samples can only grow: the search already has 2" in capsys.readouterr().err
+
+    # The best config is trained again with two other seeds, whatever the scheduler thinks of them.
+    best = f"train_cifar_{finished.metrics['trial_id']}"
+    repeats = [(row["trial_id"], row["repeats"], row["seed"], row["epochs"]) for row in rows[4:]]
+    assert repeats == [(f"{finished.metrics['trial_id']}_seed_{seed}", best, seed, "10") for seed in "10"]
+    one, other = (float(row["best_accuracy"]) for row in rows[4:])
+    assert f"\n  {best}  {(one + other) / 2:.4f} ± {abs(one - other) / 2**0.5:.4f} (2 seeds)\n" in out
+
+
+@pytest.fixture(scope="module")
+def for_the_lowest_loss(ray_started: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a search for the lowest loss, by TPE if possible, that was interrupted and grown."""
+    folder, sampler = tmp_path_factory.mktemp("loss") / "it", "tpe" if find_spec("optuna") else "random"
+    flags = ["--sampler", sampler, "--scheduler", "none", "--time-budget", "1h", "--max-epochs", 4]
+    with pytest.MonkeyPatch.context() as patch:
+        make_small(patch.setattr)
+        for name, value in {"METRIC": "loss", "MODE": "min", "STARTUP_TRIALS": 1}.items():
+            patch.setattr(hparam_search, name, value)
+        with pytest.MonkeyPatch.context() as budget:
+            budget.setattr(tune.stopper, "TimeoutStopper", OverInTheFirstTrial)
+            assert run_search(folder, *flags, "--num-samples", 1) == 0
+        assert main(["--resume", str(folder), "--time-budget", "2h", "--num-samples", "2"]) == 0
+    return folder
+
+
+@pytest.mark.skipif(not find_spec("optuna"), reason="optuna is not installed")
+def test_tpe_draws_each_trial_by_the_outcomes_before_it(for_the_lowest_loss: Path, small_search: None) -> None:
+    search, outcomes = opened(for_the_lowest_loss), []
+    space = hparam_search.search_space(search.settings)
+    for i, trial in enumerate(search.trials.values()):
+        assert trial.config == suggest_config(space, 0, i, outcomes, startup=1)
+        outcomes.append((trial.config, -min(report.loss for report in trial.reports)))
+    assert len(outcomes) == 4
+    # Another outcome would have given another trial.
+    assert suggest_config(space, 0, 3, [(config, -score) for config, score in outcomes[:3]], 1) != outcomes[3][0]
+
+
+def test_models_are_those_of_the_lowest_losses(for_the_lowest_loss: Path) -> None:
+    search, rows = opened(for_the_lowest_loss), read_csv(for_the_lowest_loss)
+    trials = sorted(search.trials.values(), key=lambda trial: min(report.loss for report in trial.reports))
+    most_accurate = [max(trial.reports, key=lambda report: report.accuracy).loss for trial in trials]
+    lowest = [min(report.loss for report in trial.reports) for trial in trials]
+    assert lowest != most_accurate
+    assert sorted(float(row["best_loss"]) for row in rows) == lowest
+    data = make_synthetic(**SMALL_IMAGES)
+    batches = evaluation_batches(data.val_images, data.val_labels, data.mean, data.std, torch.device("cpu"))
+    for trial in trials[:2]:
+        model = load_model(weights_path(search.folder / trial.name, trial.best.epoch), trial.config, data.classes)
+        assert evaluate(model, batches)[0] == pytest.approx(trial.best.loss, rel=0.001)
+    assert read_best_model(search)["val_loss"] == lowest[0]
+    assert evaluate(read_model(search.folder / BEST_MODEL)[0], batches)[0] == pytest.approx(lowest[0], rel=0.001)
+    best = [event.value for event in EventAccumulator(str(for_the_lowest_loss)).Reload().Scalars("search/best_loss")]
+    assert best == sorted(best, reverse=True)
+    assert best[-1] == pytest.approx(lowest[0])
