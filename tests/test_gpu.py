@@ -187,7 +187,7 @@ def test_failed_capture_is_told_and_the_process_trains_eagerly(small_dataset: Da
     expected = run(CONFIG, small_dataset)
     for metrics, notes in trainings:
         assert len(notes) == 1
-        assert notes[0].startswith("trains slowly: CUDA graph capture failed (")
+        assert notes[0].startswith("CUDA graph capture failed (")
         assert_losses_alike(metrics, expected.metrics)
 
 
@@ -268,7 +268,7 @@ def test_out_of_memory_is_a_sentence_and_the_next_trial_trains(small_dataset: Da
     with pytest.raises(torch.OutOfMemoryError) as error:
         run(large, many)
     text = "Failure # 1 (occurred at)\n" + "".join(traceback.format_exception(error.value))
-    assert error_sentence(text, large).startswith("out of memory with batch_size 3000, h_1 256, h_2 2048: make these")
+    assert error_sentence(text, large).startswith("out of memory with batch_size 3000, h_1 256, h_2 2048; reduce these")
     del error
     result = run(CONFIG, small_dataset)
     assert len(result.metrics) == 3
