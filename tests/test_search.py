@@ -225,7 +225,7 @@ def test_search_grown_step_by_step_ends_as_if_asked_for_everything_at_first(
     assert figures(folder)[:4] == figures(finished.folder)
     assert json.loads((folder / BEST_MODEL / "metrics.json").read_text()) == finished.metrics
     assert main(["--resume", str(folder), "--num-samples", "1"]) == 2
-    assert "--num-samples can only grow: the search already has 2" in capsys.readouterr().err
+    assert "--num-samples 1 is less than the search has; use at least 2" in capsys.readouterr().err
 
     # The best config is trained again with two other seeds, whatever the scheduler thinks of them.
     best = f"train_cifar_{finished.metrics['trial_id']}"
