@@ -13,15 +13,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from PIL import Image
 
 import hparam_search  # before Ray: it sets what Ray reads at its import
-from data import Dataset, make_synthetic
 from search.files import load_tensors
 from search.records import SEARCH_FILE, Search, open_search
 
@@ -40,12 +39,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
-
-
-@pytest.fixture(scope="session")
-def small_dataset() -> Dataset:
-    """300 training, 75 validation and 100 test images of 5 classes."""
-    return make_synthetic(num_train=375, num_test=100, num_classes=5)
 
 
 @pytest.fixture
@@ -95,26 +88,15 @@ def make_small(setattr: Callable) -> None:
     setattr(hparam_search, "REPEATED_TRIALS", 1)
 
 
-@dataclass
-class Finished:
+class Finished(NamedTuple):
     """A search that has finished."""
 
     folder: Path
     out: str  # what it printed
     err: str
-
-    @property
-    def search(self) -> Search:
-        return opened(self.folder)
-
-    @property
-    def rows(self) -> list[dict[str, str]]:
-        return read_csv(self.folder)
-
-    @property
-    def metrics(self) -> dict:
-        """The content of best_model/metrics.json."""
-        return json.loads((self.folder / "best_model" / "metrics.json").read_text())
+    search: Search
+    rows: list[dict[str, str]]  # of results.csv
+    metrics: dict  # of the best model
 
 
 @pytest.fixture(scope="session")
@@ -123,7 +105,8 @@ def finished(ray_started: None, tmp_path_factory: pytest.TempPathFactory) -> Fin
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         make_small(patch.setattr)
         assert run_search(folder, *EXAMPLE) == 0
-    return Finished(folder, out.getvalue(), err.getvalue())
+    metrics = json.loads((folder / "best_model" / "metrics.json").read_text())
+    return Finished(folder, out.getvalue(), err.getvalue(), opened(folder), read_csv(folder), metrics)
 
 
 def run_search(folder: Path, *flags: object) -> int:

@@ -18,43 +18,37 @@ from ray import tune
 import hparam_search
 from data import make_synthetic
 from hparam_search import main
-from search import best_model, records, trial
+from search import best_model, records
 from search.files import append_lines, read_lines
-from search.records import LOG_FILE, METRICS, Objective
-from search.trial import TRAINING_FILE, save_weights, train_cifar, weights_path
+from search.records import LOG_FILE, METRICS
+from search.trial import TRAINING_FILE, train_cifar, weights_path
 from tests import conftest
-from tests.conftest import EXAMPLE, Finished, epochs_reported, epochs_saved, figures, opened, read_csv, run_search
+from tests.conftest import EXAMPLE, Finished, epochs_saved, figures, opened, read_csv, run_search
 
 # --- trials that fail -------------------------------------------------------------------------------------------------
 
 
-def faulty(config: dict, images: Path, search_folder: Path, objective: Objective, save_period: float) -> None:
+def faulty(config: dict, **others: object) -> None:
     """Train as train_cifar does, with a fault of its own in each trial but the first."""
     number, report_to_ray = tune.get_context().get_trial_name()[-1], tune.report
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def killed_in_epoch_3(metrics: dict) -> None:
         if metrics.get("epoch") == 3:
             os.kill(os.getpid(), signal.SIGKILL)
         report_to_ray(metrics)
 
-    def without_room(*arguments: object) -> None:
-        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-        try:
-            save_weights(*arguments)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
     if number == "1":
         config = config | {"lr": 1e4}
     if number == "2":
         tune.report = killed_in_epoch_3
-    if number == "3":
-        trial.save_weights = without_room
+    if number == "3":  # no room for weights
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
-        train_cifar(config, images, search_folder, objective, save_period)
+        train_cifar(config, **others)
     finally:
-        tune.report, trial.save_weights = report_to_ray, save_weights
+        tune.report = report_to_ray
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def curve(folder: Path, number: int) -> list[tuple]:
@@ -109,7 +103,7 @@ def test_trials_that_fail_leave_the_others_alone_and_are_tried_again_on_resume(
     assert new == [(None, None), *killed, *starved, (None, None)]
 
 
-def failing(config: dict, images: Path, search_folder: Path, objective: Objective, save_period: float) -> None:
+def failing(config: dict, **others: object) -> None:
     raise RuntimeError("the reason why")
 
 
@@ -141,66 +135,39 @@ def killed(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[F
 
 def search_killed_at_random_moments(address: str, folder: Path) -> Path:
     """Kill a search ten times, resume it each time, and return its folder."""
-    output, generator = folder.parent / "output.txt", random.Random(0)
-    for moment in range(10):
-        before = State(folder)
-        process = start_or_resume(address, folder, output)
-        if moment % 2:  # as it trains
-            wait_for_report(folder, process)
+    output, generator, saved = folder.parent / "output.txt", random.Random(0), {}
+    for moment in range(11):
+        before, command = read_lines(folder / LOG_FILE)[0], ["--resume", str(folder)]
+        command = command if before else conftest.quick(folder, *EXAMPLE)
+        process = conftest.start(address, command, output)
+        if moment == 10:
+            process.join(120)
+        elif moment % 2:  # as it trains
+            goal = len(before) + generator.randint(2, 5)  # one event is that it has started
+            conftest.wait_for(lambda: len(read_lines(folder / LOG_FILE)[0]) >= goal or process.exitcode is not None)  # noqa: B023
             process.join(generator.uniform(0, 0.2))
         else:  # as it starts
             process.join(generator.uniform(0, 1.5))
-        assert process.exitcode is None, output.read_text()
+        assert process.exitcode == (0 if moment == 10 else None), output.read_text()
         process.kill()
         process.join()
-        before.check_that_nothing_was_lost()
-
-    # At last the training state of a trial is damaged, too.
-    saved = None
-    while saved != (saved := epochs_saved(folder)):
-        time.sleep(3)  # a trial's process outlives its search by a moment, and may save once more
-    before = State(folder)
-    name = next(name for name in saved if name in before.unfinished)
-    (folder / name / TRAINING_FILE).write_bytes((folder / name / TRAINING_FILE).read_bytes()[:-100])
-    before.saved[name] = 0
-    process = start_or_resume(address, folder, output)
-    process.join(120)
-    assert process.exitcode == 0, output.read_text()
-    before.check_that_nothing_was_lost()
-    assert output.read_text().count(f"{name}/{TRAINING_FILE} is unreadable; restarting from scratch.\n") == 1
+        # The log has only grown, and no trial has lost what was saved.
+        events, damaged = read_lines(folder / LOG_FILE)
+        assert (events[: len(before)], damaged) == (before, 0)
+        for event in events[len(before) :]:
+            assert event["event"] != "restarted" or event["epoch"] >= saved.get(event["trial"], 0)
+        if not events:
+            shutil.rmtree(folder, ignore_errors=True)  # it cannot be resumed yet
+        time.sleep(3 if moment == 9 else 0)  # a trial's process outlives its search by a moment, and may save once more
+        saved = epochs_saved(folder)
+        if moment == 9:  # at last training states are damaged, too
+            states = [folder / name / TRAINING_FILE for name in saved]
+            for state in states:
+                state.write_bytes(state.read_bytes()[:-100])
+            saved = {}
+    assert output.read_text().count(f"{TRAINING_FILE} is unreadable; restarting from scratch.\n") == len(states)
     assert "Traceback" not in output.read_text()
     return folder
-
-
-def start_or_resume(address: str, folder: Path, output: Path) -> object:
-    begun = (folder / "search.json").exists()
-    return conftest.start(address, ["--resume", str(folder)] if begun else conftest.quick(folder, *EXAMPLE), output)
-
-
-def wait_for_report(folder: Path, process: object) -> None:
-    before = epochs_reported(folder)
-    conftest.wait_for(lambda: epochs_reported(folder) != before or process.exitcode is not None)
-
-
-class State:
-    """What the folder of a search holds at a time."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.saved = folder, epochs_saved(folder)
-        self.events, damaged = read_lines(folder / LOG_FILE)
-        assert damaged == 0
-        self.drawn = {event["trial"] for event in self.events if event["event"] == "drawn"}
-        self.unfinished = {trial.name for trial in opened(folder).unfinished()} if self.drawn else set()
-
-    def check_that_nothing_was_lost(self) -> None:
-        """Check that the log has only grown, that no trial started over needlessly, and how much lies on the disk."""
-        events, ended = State(self.folder).events, self.drawn - self.unfinished
-        assert events[: len(self.events)] == self.events
-        for event in events[len(self.events) :]:
-            assert event.get("trial") not in ended
-            assert event["event"] != "restarted" or event["epoch"] >= self.saved.get(event["trial"], 0)
-        for path in self.folder.glob("train_cifar_*"):
-            assert len(list(path.glob("weights_*.pt"))) <= 3  # the best, the best one saved, and one before
 
 
 @pytest.mark.waits_for_searches
@@ -309,7 +276,7 @@ def test_any_damage_ends_in_a_sentence_and_in_no_figure_that_was_not_reported(
     assert main(["--resume", str(undamaged)]) == 0
     expected, codes = without_weights(undamaged), []
     for file in sorted(path.relative_to(whole) for path in whole.rglob("*") if path.is_file()):
-        for damage, change in list(DAMAGES.items()) * (3 if file.suffix in (".json", ".jsonl") else 1):
+        for damage, change in list(DAMAGES.items()) * (3 if file.name == LOG_FILE else 1):
             folder, what = tmp_path / "it", f"{file} {damage}"
             shutil.rmtree(folder, ignore_errors=True)
             shutil.copytree(whole, folder)
