@@ -120,8 +120,8 @@ def load_cifar100(data_dir: str | Path) -> Dataset:
         train, test = CIFAR100(data_dir, download=True), CIFAR100(data_dir, train=False)
     except (OSError, RuntimeError) as error:  # no network, or a failed checksum
         raise InputError(
-            f"CIFAR-100 can neither be read in {Path(data_dir).resolve()} nor downloaded ({error}); put {CIFAR100.url} "
-            "there, or use --dataset synthetic"
+            f"CIFAR-100 can neither be read from {Path(data_dir).resolve()} nor downloaded ({error}); "
+            f"put {CIFAR100.url} there, or use --dataset synthetic"
         ) from error
     finally:
         socket.setdefaulttimeout(timeout)
@@ -174,10 +174,15 @@ def _list_pictures(folder: Path) -> dict[str, list[str]]:
 
 
 def _list_files(folder: str) -> list[str]:
-    """Return the paths of files in a folder and its subfolders; a link to a folder, maybe a loop, counts as a file."""
-    entries = _list_entries(folder)
-    subfolders = [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
-    files = [entry.path for entry in entries if not entry.is_dir(follow_symlinks=False)]
+    """Return the paths of the files in a folder and its subfolders; links to folders are refused, as they may loop."""
+    files, subfolders = [], []
+    for entry in _list_entries(folder):
+        if entry.is_dir(follow_symlinks=False):
+            subfolders.append(entry.path)
+        elif entry.is_file():
+            files.append(entry.path)
+        else:
+            raise InputError(f"{entry.path} is not a regular file; remove or replace it")
     return files + [path for subfolder in subfolders for path in _list_files(subfolder)]
 
 
@@ -192,17 +197,14 @@ def _read_pictures(paths: list[str], folder: Path) -> Tensor:
     """Read pictures as uint8 (N, 32, 32, 3), and print how many were resized."""
     Image.preinit()  # the common formats, to be tried first
     Image.init()  # the others; several threads must not load them at once
-    pictures, progress = [], sys.stdout.isatty()
+    pictures = []
     parts = [paths[i : i + PICTURES_AT_ONCE] for i in range(0, len(paths), PICTURES_AT_ONCE)]
-    readers = ThreadPoolExecutor(usable_cpus())  # Pillow decodes without holding Python's global lock
-    try:
+    with ThreadPoolExecutor(usable_cpus()) as readers:  # Pillow decodes without holding Python's global lock
         for part in readers.map(lambda part: [_read_picture(path) for path in part], parts):
             pictures += part
-            if progress:
+            if sys.stdout.isatty():
                 end = "\n" if len(pictures) == len(paths) else ""
                 print(f"\r{folder}: {len(pictures):,} of {len(paths):,} images read.", end=end, flush=True)
-    finally:
-        readers.shutdown(cancel_futures=True)  # after Ctrl-C or a bad picture, skip the others
     if resized := sum(was_resized for _, was_resized in pictures):
         print(f"{folder}: {resized:,} of {len(paths):,} images resized to 32×32.", file=sys.stderr)
     return torch.from_numpy(np.stack([picture for picture, _ in pictures]))
@@ -223,13 +225,13 @@ def read_picture(path: str | Path) -> Tensor:
     16-bit grey levels are scaled to 8 bits, transparency becomes white, and EXIF orientation is applied. Raises
     InputError if it is not an image, has over 50 million pixels, or floats or 32-bit integers of unknown range.
     """
+    if not Path(path).is_file():  # opening a pipe would block
+        raise InputError(f"{path} is not a regular file; check the path")
     return torch.from_numpy(_read_picture(str(path))[0])
 
 
 def _read_picture(path: str) -> tuple[np.ndarray, bool]:
     """Read a picture as read_picture does; returns it and whether it was resized."""
-    if not Path(path).is_file():  # opening a pipe would block
-        raise InputError(f"{path} is not a regular file; check the path, or remove it")
     try:
         with Image.open(path) as opened:
             if math.prod(opened.size) > MAX_PIXELS:
@@ -241,8 +243,9 @@ def _read_picture(path: str) -> tuple[np.ndarray, bool]:
         raise InputError(f"{path} has more than {MAX_PIXELS:,} pixels; make it smaller") from error
     except Exception as error:  # Pillow's readers raise whatever they stumble over
         raise InputError(f"{path} cannot be read as an image; remove or replace it") from error
-    size = (IMAGE_SIZE, IMAGE_SIZE)
-    return np.array(picture.resize(size, Image.Resampling.BILINEAR)), picture.size != size
+    if picture.size == (IMAGE_SIZE, IMAGE_SIZE):
+        return np.array(picture), False
+    return np.array(picture.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR)), True
 
 
 def _to_rgb(picture: Any) -> Image.Image:
@@ -265,7 +268,7 @@ def _to_rgb(picture: Any) -> Image.Image:
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def make_synthetic(num_train: int = 50_000, num_test: int = 10_000, num_classes: int = 100, seed: int = 0) -> Dataset:
@@ -273,7 +276,6 @@ def make_synthetic(num_train: int = 50_000, num_test: int = 10_000, num_classes:
 
     Every pattern belongs to many classes, has a mean of zero and stands anywhere, either way round, so that no pixel
     and no colour tells the class: a linear model stays near chance, and a network must learn all patterns.
-
     There must be at least 2 classes, with 5 training images each before the split, and 1 test image.
     """
     generator = torch.Generator().manual_seed(seed)

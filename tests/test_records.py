@@ -1,189 +1,102 @@
-import contextlib
-import errno
-import fcntl
-import json
-import os
-import stat
+import itertools
+import random
 from pathlib import Path
 
 import pytest
 
 from data import InputError
-from search.records import (
-    append_line,
-    best_first,
-    holding,
-    prune,
-    read_log,
-    read_params,
-    read_search,
-    sealed,
-    summarise,
-    unsealed,
-    write_params,
-    write_whole,
-)
-from search.trial import replacing
-from tests.conftest import log_line
+from search.files import dumps
+from search.records import FORMAT, Search, locked, open_search
+from search.settings import Settings
+from tests.helpers import END, NAN, add, disk_full_after, report, search_in, tell
 
 
-def test_five_best_models_are_kept(search: tuple[Path, list[dict]]) -> None:
-    folder, results = search
-    results[2]["status"] = "ERROR"  # not done: it may be resumed, and keeps all it has
-    assert [row["trial_id"] for row in best_first(results)] == ["5", "3", "1", "6", "0", "4", "2"]
-    prune(results, folder, 5)
-    left = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.pt"))
-    kept = [f"trial_{i}/checkpoint_000004/weights.pt" for i in (0, 1, 3, 5, 6)]
-    unfinished = [f"trial_2/{name}" for epoch in (4, 6)
-                  for name in (f"checkpoint_00000{epoch}/weights.pt", f"training_00000{epoch}.pt")]  # fmt: skip
-    assert left == sorted(kept + unfinished)
-    assert [row["checkpoint"] is not None for row in results] == [True, True, True, True, False, True, True]
+def record_at_random(search: Search, generator: random.Random) -> list[tuple[str | None, int]]:
+    """Record what might happen to three trials; return the trial of each event, and the epoch that it reports or 0."""
+    names = [add(search) for _ in range(3)]
+    search.record("started", resources="2 CPUs")
+    events = [*((name, 0) for name in names), (None, 0)]
+    for name in generator.choices(names, k=50):
+        reports, kind = search.trials[name].reports, generator.choice(["reported"] * 7 + ["restarted", "failed"])
+        events.append((name, len(reports) + 1 if kind == "reported" else 0))
+        if kind == "reported":
+            loss = generator.choice([generator.random()] * 9 + [NAN])
+            tell(search, name, report(len(reports) + 1, generator.random(), loss), generator.choice([None, None, END]))
+        else:
+            search.record(kind, trial=name, epoch=generator.randint(0, len(reports)), error="OSError: why")
+        assert [each.epoch for each in reports] == list(range(1, len(reports) + 1))
+    return events
 
 
-def test_files_are_written_whole_and_flushed_before_they_take_their_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("seed", range(5))
+def test_replayed_log_gives_the_same_search_and_damage_loses_only_what_follows_in_a_trial(
+    seed: int, tmp_path: Path
 ) -> None:
-    flushed, fsync = [], os.fsync
-    monkeypatch.setattr(os, "fsync", lambda fd: (flushed.append(os.fstat(fd).st_ino), fsync(fd)))
-    path = tmp_path / "file.txt"
-    write_whole(path, "one")
-    write_whole(path, "two")
-    assert path.read_text() == "two"
-    assert flushed[-2:] == [path.stat().st_ino, tmp_path.stat().st_ino]
-    with replacing(tmp_path / "folder") as temporary:
-        temporary.mkdir()
-        (temporary / "a").write_text("a")
-        inode = (temporary / "a").stat().st_ino
-        assert not (tmp_path / "folder").exists()
-    assert inode in flushed
-    with contextlib.suppress(OSError), replacing(tmp_path / "folder") as temporary:
-        temporary.mkdir()
-        (temporary / "b").write_text("b")
-        raise OSError("no room")
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "file.txt", "folder"]
+    search, log = search_in(tmp_path), tmp_path / "log.jsonl"
+    events = record_at_random(search, random.Random(seed))
+    assert repr(open_search(tmp_path, {})) == repr(search)
+    lines = log.read_text().splitlines(keepends=True)
+    for i, (name, epoch) in enumerate(events):
+        log.write_text("".join([*lines[:i], lines[i].replace('"time"', '"tine"'), *lines[i + 1 :]]))
+        reopened = open_search(tmp_path, {})
+        assert reopened.damaged == 1
+        for trial in search.trials.values():
+            if trial.name != name:
+                assert repr(reopened.trials[trial.name]) == repr(trial)
+            elif epoch:
+                found = reopened.trials[name].reports
+                assert repr(found[: epoch - 1]) == repr(trial.reports[: epoch - 1])
+                assert [each.epoch for each in found] == list(range(1, len(found) + 1))
 
 
-def test_what_is_sealed_is_read_back_or_refused() -> None:
-    content = {"lr": 1e-5, "loss": float("nan"), "name": "ä", "list": [1, 2.0, None, True]}
-    text = sealed(content)
-    assert str(unsealed(text)) == str(content)
-    for i in range(8 * len(text.encode())):
-        flipped = bytearray(text.encode())
-        flipped[i // 8] ^= 1 << i % 8
-        try:
-            assert str(unsealed(bytes(flipped))) == str(content)  # only white space or the escape's case was hit
-        except ValueError:
-            continue
-    for other in ("", "[]", "3", "null", "{}", '{"crc32": 3}', "[" * 100_000):
-        with pytest.raises(ValueError, match=r"."):
-            unsealed(other)
+def test_restarted_drops_later_epochs_and_the_end_until_they_are_reported_again(tmp_path: Path) -> None:
+    search = search_in(tmp_path)
+    trial = search.trials[add(search, 0.1, 0.2, 0.9, 0.3)]
+    first = trial.reports[:2]
+    search.record("restarted", trial=trial.name, epoch=2)
+    assert (trial.reports, trial.end, trial.best, trial.status) == (first, None, first[1], "UNFINISHED")
+    search.record("failed", trial=trial.name, error="why")
+    assert (trial.status, search.interrupted(), search.unfinished()) == ("ERROR", False, [trial])
+    with disk_full_after(100), pytest.raises(OSError, match=r"cannot write .*log.jsonl .*make room there"):
+        tell(search, trial.name, report(3, 0.4), END)
+    tell(search, trial.name, report(2, 0.5))  # an epoch exists once
+    assert trial.reports == [first[0], report(2, 0.5)]
+    assert repr(open_search(tmp_path, {})) == repr(search)  # what found no room was written with the next event
 
 
-def test_log_is_read_as_far_as_it_is_one(tmp_path: Path) -> None:
-    good = [
-        log_line(1),
-        log_line(2, loss=float("nan")),
-        log_line(2, accuracy=0.4),
-        log_line(3),
-        {"error": "why", "time": 1.0},
-    ]
-    bad = [
-        {"epoch": 4}, log_line(5), log_line(0), log_line(4.0), log_line(True), log_line("4"), log_line(4, accuracy=1.5),
-        log_line(4, loss=float("inf")), log_line(4, loss=None), log_line(4, seconds=-1), log_line(4, lr="0.1"),
-        {}, {"error": 3},
-    ]  # fmt: skip
-    (tmp_path / "result.json").touch()
-    for line in good:
-        append_line(tmp_path, sealed(line) + "\n")
-    for line in bad:
-        append_line(tmp_path, sealed(line) + "\n")
-    append_line(tmp_path, json.dumps(log_line(4)) + "\n")  # without its checksum
-    append_line(tmp_path, sealed(log_line(4))[:-20])  # not whole: of a process that was killed
-    lines, others = read_log(tmp_path)
-    assert (str(lines), others) == (str(good), len(bad) + 1)
-    append_line(tmp_path, sealed(log_line(4)) + "\n")
-    lines, others = read_log(tmp_path)
-    assert (str(lines), others) == (str([*good, log_line(4)]), len(bad) + 1)
-    assert read_log(tmp_path / "nothing") == ([], 0)
+@pytest.mark.parametrize(("metric", "mode"), [("accuracy", "max"), ("loss", "min"), ("train_loss", "min")])
+def test_best_epochs_and_trials_are_those_of_the_objective(metric: str, mode: str, tmp_path: Path) -> None:
+    generator, search, levels = random.Random(0), search_in(tmp_path, (metric, mode)), [0.1, 0.2, 0.3]
+    for i in range(12):
+        name = add(search, repeats="train_cifar_00000" if i == 5 else None)
+        for epoch in range(1, generator.randint(2, 5)):
+            each = report(epoch, generator.choice(levels), generator.choice([*levels, NAN, NAN]))
+            tell(search, name, each, END if i % 2 else None)
+    sign, trials = 1 if mode == "max" else -1, search.trials.values()
+    for trial in trials:
+        finite = [each for each in trial.reports if each.loss > 0]
+        values = [sign * getattr(each, metric) for each in finite]
+        assert trial.diverged == (finite[-1:] != trial.reports[-1:])
+        assert trial.best == (None if trial.diverged else finite[values.index(max(values))])
+    ranked = search.ranking()
+    assert sorted(trial.name for trial in ranked) == [t.name for t in trials if t.best and not t.repeats]
+    for better, worse in itertools.pairwise(trial.best for trial in ranked):
+        one, other = (sign * getattr(each, metric) for each in (better, worse))
+        assert one > other or (one == other and better.loss <= worse.loss)
+    assert search.ranking(ended=True) == [trial for trial in ranked if trial.end]
+    assert {trial.status for trial in trials} == {"TERMINATED", "DIVERGED", "UNFINISHED"}
 
 
-def test_best_epoch_is_the_one_whose_weights_lie_there(tmp_path: Path) -> None:
-    def save(epoch: int, accuracy: float) -> None:
-        path = tmp_path / "trial" / f"checkpoint_{epoch:06}"
-        path.mkdir(parents=True, exist_ok=True)
-        (path / "weights.pt").touch()
-        (path / "metrics.json").write_text(json.dumps(log_line(epoch, accuracy=accuracy)))
-
-    def best(*lines: tuple[int, float]) -> tuple:
-        log = [log_line(epoch, accuracy=accuracy) for epoch, accuracy in lines]
-        row = summarise("trial", {}, log, 0, tmp_path)
-        return row["best_epoch"], row["best_accuracy"], row["checkpoint"]
-
-    assert best((1, 0.1), (2, 0.3), (3, 0.3)) == (2, 0.3, None)
-    save(1, 0.1)
-    save(2, 0.3)
-    assert best((1, 0.1), (2, 0.3), (3, 0.2)) == (2, 0.3, "trial/checkpoint_000002")
-    assert best((1, 0.1)) == (1, 0.1, "trial/checkpoint_000001")  # the second was saved, but not reported
-    # Trained again from the first: other weights lie there by now than those that were reported at first.
-    assert best((1, 0.1), (2, 0.4)) == (1, 0.1, "trial/checkpoint_000001")
-    assert best((1, 0.1), (2, 0.4), (2, 0.3)) == (2, 0.3, "trial/checkpoint_000002")
-    (tmp_path / "trial" / "checkpoint_000002" / "metrics.json").write_text("[")
-    assert best((1, 0.1), (2, 0.3)) == (1, 0.1, "trial/checkpoint_000001")
-    (tmp_path / "trial" / "checkpoint_000001" / "metrics.json").unlink()
-    row = summarise("trial", {}, [log_line(1), log_line(2, accuracy=0.6, done=True)], 0, tmp_path)
-    assert (row["best_epoch"], row["checkpoint"]) == (2, "trial/checkpoint_000002")
-
-
-def test_params_of_a_trial_that_has_begun_must_be_there(tmp_path: Path) -> None:
-    config = {"lr": 0.1}
-    assert read_params(tmp_path / "trial") is None
-    write_params(tmp_path / "trial", config)
-    write_params(tmp_path / "trial", {"lr": 0.2})  # it is what the trial was drawn with
-    assert unsealed((tmp_path / "trial" / "params.json").read_text()) == config
-    (tmp_path / "trial" / "params.json").unlink()
-    assert read_params(tmp_path / "trial") is None
-    append_line(tmp_path / "trial", sealed(log_line(1)) + "\n")
-    with pytest.raises(InputError, match=r"params.json is damaged .*: remove .*trial, whose trial is then drawn"):
-        read_params(tmp_path / "trial")
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("{}", "is of another version of this script"),
-        ('{"settings": {}, "trials": {"train_cifar_00000": {}}}', "is of another version"),
-        (sealed({"format": 5}), "is of another version"),
-        (sealed({"format": 4}), "is damaged"),
-        ('{"format": 4, "settings": {}}', "its checksum does not match"),
-        ("[]", "is damaged"),
-        ('{"format": 4', "is damaged"),
-    ],
-)
-def test_search_of_another_version_is_refused(text: str, words: str, tmp_path: Path) -> None:
-    (tmp_path / "search.json").write_text(text)
-    with pytest.raises(InputError, match=words):
-        read_search(tmp_path)
-
-
-@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.ENOLCK, errno.EIO])
-def test_file_systems_that_neither_flush_folders_nor_lock_are_put_up_with(
-    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fsync = os.fsync
-
-    def fsync_of_files(descriptor: int) -> None:
-        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
-            raise OSError(code, os.strerror(code))
-        fsync(descriptor)
-
-    def no_lock(descriptor: int, kind: int) -> None:
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(os, "fsync", fsync_of_files)
-    monkeypatch.setattr(fcntl, "flock", no_lock)
-    broken = pytest.raises(OSError, match="Input/output") if code == errno.EIO else contextlib.nullcontext()
-    with broken:
-        write_whole(tmp_path / "file", "text")
-    assert (tmp_path / "file").read_text() == "text"
-    with broken, holding(tmp_path):
+def test_only_a_free_folder_with_an_intact_search_is_resumed_and_settings_only_grow(tmp_path: Path) -> None:
+    search_in(tmp_path, num_samples=3)
+    assert open_search(tmp_path, {"num_samples": 4, "repeats": 2}).settings == Settings(num_samples=4, repeats=2)
+    with pytest.raises(InputError, match="--num-samples can only grow: the search already has 3"):
+        open_search(tmp_path, {"num_samples": 2})
+    with locked(tmp_path), pytest.raises(InputError, match="another process is running this search"), locked(tmp_path):
         pass
+    damaged = (tmp_path / "search.json").read_text().replace("3", "4")
+    old = dumps({"format": FORMAT - 1, "settings": {}})
+    for text, words in ((old, "json is from another version"), (damaged, "json is damaged")):
+        (tmp_path / "search.json").write_text(text)
+        with pytest.raises(InputError, match=words):
+            open_search(tmp_path, {})

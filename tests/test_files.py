@@ -1,0 +1,120 @@
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from search.files import append_lines, atomic_write, dumps, load_tensors, loads, lock, read_lines, write_json
+from tests.helpers import DAMAGES, NAN, disk_full_after
+
+LINES = [{"epoch": 1, "loss": NAN}, {"name": "ä", "lr": 1e-5}, {"list": [1, 2.0, None, True, {}]}]
+
+
+def write(target: Path, text: str) -> None:
+    """Write a folder if its name says so, else a file."""
+    with atomic_write(target) as temporary:
+        if target.name == "folder":
+            temporary.mkdir()
+        (temporary / "file" if target.name == "folder" else temporary).write_text(text)
+
+
+@pytest.mark.parametrize("name", ["file", "folder"])
+def test_whatever_fails_a_file_is_old_or_new_and_a_folder_may_also_be_gone(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, steps = tmp_path / name, []
+
+    def failing(step: Callable) -> Callable:
+        def call(*args: object) -> object:
+            steps.append(step.__name__)
+            if len(steps) == failing_step:
+                raise OSError(errno.EIO, "Input/output error")
+            return step(*args)
+
+        return call
+
+    for failing_step in range(10, -1, -1):
+        shutil.rmtree(target, ignore_errors=True)
+        write(target, "old")
+        steps.clear()
+        with monkeypatch.context() as patched:
+            for owner, step in ((os, "fsync"), (Path, "replace"), (Path, "write_text")):
+                patched.setattr(owner, step, failing(getattr(owner, step)))
+            with contextlib.suppress(OSError) if failing_step else contextlib.nullcontext():
+                write(target, "new")
+        file = target / "file" if name == "folder" else target
+        assert file.read_text() in ("old", "new") if file.exists() else name == "folder"
+        assert list(tmp_path.iterdir()) == ([target] if file.exists() else [])
+    assert file.read_text() == "new"
+    assert steps == ["write_text", *["fsync"] * (2 if name == "folder" else 1), "replace", "fsync"]
+
+
+def test_json_and_tensors_are_read_back_or_refused(tmp_path: Path) -> None:
+    for content in LINES:
+        text = dumps(content).encode()
+        assert str(loads(text)) == str(content)
+        for i in range(8 * len(text)):
+            flipped = bytearray(text)
+            flipped[i // 8] ^= 1 << i % 8
+            with contextlib.suppress(ValueError):
+                assert str(loads(bytes(flipped))) == str(content)  # only white space or an escape's case changed
+    for other in ("", "[]", "null", "{}", '{"crc32": 3}', "[" * 100_000):
+        with pytest.raises(ValueError, match=r"."):
+            loads(other)
+    path, content = tmp_path / "weights.pt", {"weight": torch.randn(50), "bias": torch.randn(3)}
+    for damage in (Path.unlink, *DAMAGES, lambda path: torch.save({"code": os.mkdir}, path)):
+        torch.save(content, path)
+        torch.testing.assert_close(load_tensors(path), content, rtol=0, atol=0)
+        damage(path)
+        assert load_tensors(path) is None
+
+
+def test_log_cut_anywhere_is_read_up_to_there_and_continued(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    append_lines(path, LINES)
+    whole = path.read_bytes()
+    for size in range(len(whole) + 1):
+        path.write_bytes(whole[:size])
+        complete = LINES[: whole[:size].count(b"\n")]
+        assert str(read_lines(path)) == str((complete, 0))
+        append_lines(path, [{"next": 1}, {"next": 2}])
+        assert str(read_lines(path)) == str(([*complete, {"next": 1}, {"next": 2}], 0))
+    path.write_bytes(whole.replace(b"1e-05", b"2e-05") + b"noise\n\xff\n")
+    assert str(read_lines(path)) == str(([LINES[0], LINES[2]], 3))
+
+
+def test_full_disk_costs_neither_the_log_nor_a_file(tmp_path: Path) -> None:
+    log, file = tmp_path / "log.jsonl", tmp_path / "file.json"
+    append_lines(log, LINES[:1])
+    write_json(file, LINES[1])
+    with disk_full_after(log.stat().st_size + 20):
+        with pytest.raises(OSError, match="No space left"):
+            append_lines(log, LINES[1:])
+        with pytest.raises(OSError, match=f"cannot write {file} .*make room there"):
+            write_json(file, {"long": "x" * 200})
+    assert str((read_lines(log), loads(file.read_bytes()))) == str(((LINES[:1], 0), LINES[1]))
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.ENOLCK, errno.EIO])
+def test_disks_that_neither_flush_folders_nor_lock_suffice_but_broken_ones_do_not(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(descriptor: int, kind: int = 0) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, os.strerror(code))
+
+    with lock(tmp_path) as first, lock(tmp_path) as second:
+        assert (first, second) == (True, False)
+    monkeypatch.setattr(os, "fsync", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    expected = pytest.raises(OSError, match="Input/output") if code == errno.EIO else contextlib.nullcontext()
+    with expected:
+        write(tmp_path / "file", "text")
+    with expected, lock(tmp_path) as locked:
+        assert locked

@@ -1,0 +1,119 @@
+import functools
+import math
+import random
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from ray.tune.schedulers import FIFOScheduler, MedianStoppingRule, TrialScheduler
+
+from hparam_search import new_scheduler
+from search.hooks import KnownTrial, ResumableScheduler, early_stop, error_sentence, prune
+from search.records import open_search
+from search.settings import Settings
+from search.trial import TRAINING_FILE, weights_path
+from tests.helpers import CONFIG, NAN, add, report, search_in, tell
+
+SCHEDULERS = {
+    "asha": lambda: new_scheduler(Settings(grace_period=2, reduction_factor=2.0), 12),
+    "median": lambda: MedianStoppingRule("epoch", "loss", "min", grace_period=2, min_time_slice=math.inf),
+    "none": FIFOScheduler,
+}
+MEMORY_ERRORS = [
+    "MemoryError", "ray.exceptions.OutOfMemoryError: Task was killed", "RuntimeError: CUDA error: out of memory\nCUDA",
+    "RuntimeError: DefaultCPUAllocator: can't allocate memory: you", "RuntimeError: CUBLAS_STATUS_ALLOC_FAILED when",
+    "RuntimeError: FIND was unable to find an engine to execute this computation",
+]  # fmt: skip
+
+
+def test_trial_ends_at_the_first_epoch_with_a_reason_to() -> None:
+    falling = [5.0 - 0.2 * i for i in range(20)]
+    for losses, max_seconds, end in (
+        (falling, 1000, "all epochs done"),
+        (falling[:5], 50, "reached the time limit (50 s)"),
+        ([5.0, 4.95, 4.91, 4.91], 1000, "no progress for 3 epochs"),  # 0.09 is too little
+        ([5.0, 6.0, 6.0, 4.0, 4.5, 4.5, NAN], 1000, "loss became NaN or infinite"),
+    ):
+        reports = [report(i, loss=loss, seconds=10 * i) for i, loss in enumerate(losses, 1)]
+        ends = [early_stop(20, 3, 0.1, max_seconds, reports[:i]) for i in range(1, len(losses) + 1)]
+        assert ends == [None] * (len(losses) - 1) + [end]
+
+
+@pytest.mark.parametrize("interruptions", [0.0, 0.1])
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_scheduler_decides_like_a_fresh_one_told_each_epoch_once(
+    kind: str, interruptions: float, tmp_path: Path
+) -> None:
+    """Nine trials run, three at a time; some restart, with other losses; one repeats another."""
+    early, controller = functools.partial(early_stop, 12, 3, 0.0, math.inf), SimpleNamespace(get_live_trials=list)
+    stopped = 0
+    for seed in range(265, 295):
+        generator, search = random.Random(seed), search_in(tmp_path / str(seed))
+        waiting = [add(search) for _ in range(8)]
+        waiting.insert(4, add(search, repeats=waiting[0]))
+        levels = {name: generator.uniform(1, 2) for name in waiting}
+        reference, told, running = SCHEDULERS[kind](), {}, []
+        tested = ResumableScheduler(SCHEDULERS[kind](), search, early)
+        known = {name: KnownTrial(name) for name in waiting if not search.trials[name].repeats}
+        while waiting or running:
+            while waiting and len(running) < 3:
+                running.append(waiting.pop(0))
+                tested.on_trial_add(controller, running[-1])
+                if running[-1] in known:
+                    reference.on_trial_add(controller, known[running[-1]])
+            name = generator.choice(running)
+            if generator.random() < interruptions:  # of the search
+                search = open_search(search.folder, {})
+                tested = ResumableScheduler(SCHEDULERS[kind](), search, early)
+                for other in running:
+                    tested.on_trial_add(controller, other)
+            if generator.random() < interruptions:  # of the trial
+                search.record("restarted", trial=name, epoch=generator.randint(0, len(search.trials[name].reports)))
+            epoch = len(search.trials[name].reports) + 1
+            each = report(epoch, loss=levels[name] + 2 / epoch + generator.gauss(0, 0.3))
+            reason, expected = early([*search.trials[name].reports, each]), TrialScheduler.CONTINUE
+            if not reason and name in known and epoch > told.get(name, 0):
+                expected = reference.on_trial_result(controller, known[name], vars(each))
+                stopped += expected == TrialScheduler.STOP
+            told[name] = max(epoch, told.get(name, 0))
+            expected = TrialScheduler.STOP if reason else expected
+            assert tested.on_trial_result(controller, name, vars(each)) == expected
+            assert tested.reasons.get(name) == reason
+            if expected == TrialScheduler.STOP:
+                tested.on_trial_complete(controller, name, vars(each))
+                if name in known:
+                    reference.on_trial_complete(controller, known[name], vars(each))
+                running.remove(name)
+            tell(
+                search, name, each, (reason or "stopped by the scheduler") if expected == TrialScheduler.STOP else None
+            )
+    assert (stopped > 20) == (kind != "none")
+
+
+def test_five_best_of_the_ended_trials_keep_their_weights(tmp_path: Path) -> None:
+    search, files = search_in(tmp_path), [weights_path(Path(), epoch).name for epoch in (1, 2, 3)]
+    for accuracy in (0.3, 0.5, 0.9, 0.45, 0.2, 0.6, 0.4, -1):
+        name = add(search, accuracy / 2, accuracy, accuracy / 3, end=None if accuracy == 0.9 else "ended")
+        (tmp_path / name).mkdir()
+        for file in (TRAINING_FILE, *files):
+            (tmp_path / name / file).touch()
+    prune(search, search.ended(), 5)
+    for i, name in enumerate(search.trials):
+        kept = [TRAINING_FILE, *files] if i == 2 else files[1:2] if i in (0, 1, 3, 5, 6) else []
+        assert sorted(path.name for path in (tmp_path / name).iterdir()) == kept
+
+
+def test_traceback_comes_down_to_a_sentence() -> None:
+    head = "Failure # {} (occurred at 2026-11-23_12-00-00)\n"  # as Ray writes it, one attempt after another
+    trace = "ray::ImplicitFunc.train() (pid=1)\n  File ...\n"
+    for text, sentence in (
+        *(
+            (text, "out of memory with batch_size 32, h_1 4, h_2 8; reduce these, or run fewer")
+            for text in MEMORY_ERRORS
+        ),
+        ("ValueError: the reason why\n", "ValueError: the reason why"),
+        ("failed to import on the worker\nImportError: No x\nmore", "cannot import its code (ImportError: No x)"),
+    ):
+        log = head.format(1) + trace + "KeyError: another\n\n" + head.format(2) + trace + text
+        assert error_sentence(log, CONFIG).startswith(sentence)
+    assert error_sentence(head + "The actor died.\n\tclass_name: X\n\tpid: 3", CONFIG) == "The actor died."

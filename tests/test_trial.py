@@ -1,0 +1,113 @@
+import contextlib
+import math
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from data import make_synthetic
+from search.files import load_tensors
+from search.records import Objective
+from search.trial import TRAINING_FILE, run_trial, weights_path
+from tests.helpers import CONFIG, CPU, DAMAGES, IMAGES, add, disk_full_after, search_in, tell
+from train import Report, evaluate, evaluation_batches, new_model
+
+ACCURACY = Objective("accuracy", "max")
+RECIPES = [{}, {"schedule": "one_cycle", "ema_decay": 0.0}, {"label_smoothing": 0.2, "nesterov": False}]
+
+
+def run(config: dict, folder: Path, until: int = -1) -> list[dict]:
+    """Run a trial, which is stopped as it reports an epoch, and return its reports."""
+    told = []
+
+    def report(metrics: dict) -> None:
+        told.append(metrics)
+        if until in (metrics.get("epoch"), metrics.get("restored")):
+            raise SystemExit
+
+    with contextlib.suppress(SystemExit):
+        run_trial(config, IMAGES, folder, ACCURACY, 0, report, CPU)
+    return told
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_stopped_trial_continues_bit_for_bit(recipe: dict, tmp_path: Path) -> None:
+    config = CONFIG | recipe
+    whole, first = run(config, tmp_path / "whole"), run(config, tmp_path / "stopped", until=2)
+    torch.rand(3)  # whatever happens to the global generator
+    rest = run(config, tmp_path / "stopped")
+    assert [metrics.get("epoch") for metrics in rest] == [None, 1, 2, 3, 4]
+    assert [*first, {"restored": 2}] == [{"restored": 0}, *rest[1:3], rest[0]]
+    clock = dict.fromkeys(("seconds", "images_per_second"))
+    assert [metrics | clock for metrics in rest[1:]] == [metrics | clock for metrics in whole[1:]]
+    best, states = ACCURACY.best(Report(**metrics) for metrics in whole[1:]), []
+    for folder in (tmp_path / "whole", tmp_path / "stopped"):
+        names = [TRAINING_FILE, weights_path(folder, best.epoch).name]
+        assert sorted(path.name for path in folder.iterdir()) == names
+        states.append([load_tensors(folder / name) for name in names])
+        del states[-1][0]["history"], states[-1][0]["config"]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+    model, data = new_model(config, 5), IMAGES
+    model.load_state_dict(states[0][1])
+    figures = evaluate(model, evaluation_batches(data.val_images, data.val_labels, data.mean, data.std, CPU))
+    assert figures == pytest.approx((best.loss, best.accuracy), rel=1e-2, abs=0.02)
+
+
+def test_damaged_state_restarts_from_scratch_and_says_so(tmp_path: Path) -> None:
+    whole, path = run(CONFIG, tmp_path, until=2), tmp_path / TRAINING_FILE
+    state = torch.load(path)
+    for damage in (*DAMAGES, lambda path: torch.save(state | {"config": CONFIG | {"lr": 1.0}}, path)):
+        torch.save(state, path)
+        assert run(CONFIG, tmp_path, until=2) == [{"restored": 2}]
+        damage(path)
+        note = f"{path} is unreadable; restarting from scratch"
+        assert run(CONFIG, tmp_path, until=0) == [{"restored": 0, "note": note}]
+    again = run(CONFIG, tmp_path, until=2)
+    assert [metrics.get("loss") for metrics in again] == [metrics.get("loss") for metrics in whole]
+
+
+def test_state_that_finds_no_room_leaves_the_earlier_one(tmp_path: Path) -> None:
+    run(CONFIG, tmp_path, until=2)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with disk_full_after(1000), pytest.raises(OSError, match=f"cannot write {tmp_path}/.*make room there"):
+        run(CONFIG, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert [metrics.get("epoch") for metrics in run(CONFIG, tmp_path)] == [None, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_weights_of_the_best_known_epoch_are_on_disk_at_every_moment(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trial is killed again and again, before or after its report is known; what it retrains has other figures."""
+    generator, images, evaluated, starts = random.Random(seed), make_synthetic(20, 1, 2), {}, 0
+    config, search = CONFIG | {"epochs": 10, "batch_size": 8}, search_in(tmp_path)
+    known = search.trials[add(search, **config)]
+
+    def evaluate_at_random(model: torch.nn.Module, batches: object) -> tuple[float, float]:
+        accuracy = generator.random()
+        evaluated[accuracy] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        return generator.choice([1.0, 1.0, 1.0, math.nan]), accuracy
+
+    def check() -> None:
+        if known.best:
+            saved = load_tensors(weights_path(tmp_path / known.name, known.best.epoch))
+            torch.testing.assert_close(saved, evaluated[known.best.accuracy], rtol=0, atol=0)
+        if generator.random() < 0.1:
+            raise SystemExit
+
+    def report(metrics: dict) -> None:  # what the recorder does
+        check()
+        if metrics.get("restored", math.inf) < len(known.reports):
+            search.record("restarted", trial=known.name, epoch=metrics["restored"])
+        elif metrics.get("epoch", 0) > len(known.reports):
+            tell(search, known.name, Report(**metrics))
+        check()
+
+    monkeypatch.setattr("train.evaluate", evaluate_at_random)
+    while len(known.reports) < config["epochs"]:
+        starts += 1
+        with contextlib.suppress(SystemExit):
+            run_trial(config, images, tmp_path / known.name, ACCURACY, generator.choice([0, 0, 1e9]), report, CPU)
+    assert starts > 1

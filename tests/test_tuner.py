@@ -1,0 +1,33 @@
+import pytest
+import ray
+
+from data import InputError
+from search.settings import Settings
+from search.tuner import local_options, share_resources
+
+
+def test_resources_are_shared_equally_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cpus, gpus, num_trials, flags, shared in (
+        (2, 0, 12, {}, (1, 0, 2, "2/2 CPUs, 0/0 GPUs")),
+        (16, 0, 4, {}, (4, 0, 4, "16/16 CPUs, 0/0 GPUs")),
+        (16, 0, 4, {"cpus_per_trial": 8}, (8, 0, 2, "16/16 CPUs, 0/0 GPUs")),
+        (16, 1, 12, {}, (16, 1, 1, "16/16 CPUs, 1/1 GPUs")),
+        (16, 2, 12, {"gpus_per_trial": 0.5}, (4, 0.5, 4, "16/16 CPUs, 2/2 GPUs")),
+        (4, 8, 12, {}, (1, 1, 4, "4/4 CPUs, 4/8 GPUs")),
+        (16, 1, 2, {"gpus_per_trial": 0}, (8, 0, 2, "16/16 CPUs, 0/1 GPUs")),
+    ):
+        monkeypatch.setattr(ray, "cluster_resources", lambda total={"CPU": cpus, "GPU": gpus}: total)
+        assert share_resources(Settings(**flags), num_trials) == ({"cpu": shared[0], "gpu": shared[1]}, *shared[2:])
+    with pytest.raises(InputError, match="--gpus-per-trial 2 exceeds the 1 available; use fewer"):
+        share_resources(Settings(gpus_per_trial=2), 2)
+
+
+def test_own_ray_gets_the_gpus_of_torch_and_a_short_path_for_its_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    for folder, chosen in (("/var/tmp", "/var/tmp/ray"), ("/tmp/" + "long" * 20, "/tmp/ray"), ("/nowhere", "/tmp/ray")):
+        monkeypatch.setattr("tempfile.gettempdir", lambda folder=folder: folder)
+        assert local_options().items() >= {"num_gpus": 3, "_temp_dir": chosen}.items()
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(InputError, match="sockets into /nowhere; set TMPDIR to a writable folder"):
+        local_options()
