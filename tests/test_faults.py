@@ -103,14 +103,13 @@ def test_trials_that_fail_leave_the_others_alone_and_are_tried_again_on_resume(
     assert new == [(None, None), *killed, *starved, (None, None)]
 
 
-def failing(config: dict, **others: object) -> None:
-    raise RuntimeError("the reason why")
-
-
 @pytest.mark.usefixtures("small_search")
 def test_search_whose_trials_all_fail_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
+    def failing(config: dict, **others: object) -> None:
+        raise RuntimeError("the reason why")
+
     monkeypatch.setattr(hparam_search, "train_cifar", failing)
     monkeypatch.setattr(hparam_search, "MAX_FAILURES_PER_TRIAL", 0)
     monkeypatch.setattr(hparam_search, "QUICK_SPACE", hparam_search.QUICK_SPACE | {"h_2": 16})
@@ -137,8 +136,8 @@ def search_killed_at_random_moments(address: str, folder: Path) -> Path:
     """Kill a search ten times, resume it each time, and return its folder."""
     output, generator, saved = folder.parent / "output.txt", random.Random(0), {}
     for moment in range(11):
-        before, command = read_lines(folder / LOG_FILE)[0], ["--resume", str(folder)]
-        command = command if before else conftest.quick(folder, *EXAMPLE)
+        before, begun = read_lines(folder / LOG_FILE)[0], (folder / "search.json").exists()
+        command = ["--resume", str(folder)] if begun else conftest.quick(folder, *EXAMPLE)
         process = conftest.start(address, command, output)
         if moment == 10:
             process.join(120)
@@ -156,8 +155,8 @@ def search_killed_at_random_moments(address: str, folder: Path) -> Path:
         assert (events[: len(before)], damaged) == (before, 0)
         for event in events[len(before) :]:
             assert event["event"] != "restarted" or event["epoch"] >= saved.get(event["trial"], 0)
-        if not events:
-            shutil.rmtree(folder, ignore_errors=True)  # it cannot be resumed yet
+        if not (folder / "search.json").exists():
+            shutil.rmtree(folder, ignore_errors=True)
         time.sleep(3 if moment == 9 else 0)  # a trial's process outlives its search by a moment, and may save once more
         saved = epochs_saved(folder)
         if moment == 9:  # at last training states are damaged, too
@@ -197,7 +196,7 @@ def kill_at(moment: int) -> None:
 
 
 def test_search_killed_at_any_moment_of_its_end_ends_on_resume(
-    finished: Finished, own_address: str, tmp_path: Path
+    finished: Finished, ray_started: str, tmp_path: Path
 ) -> None:
     folder, output = shutil.copytree(finished.folder, tmp_path / "it"), tmp_path / "output.txt"
     shutil.rmtree(folder / "best_model")
@@ -207,7 +206,7 @@ def test_search_killed_at_any_moment_of_its_end_ends_on_resume(
         shutil.copyfile(path, weights_path(path.parent, 99))
     files = [Path("best_model", name) for name in ("config.json", "metrics.json", "weights.pt")]
     for moment in itertools.count():
-        process = conftest.start(own_address, ["--resume", str(folder)], output, kill_at, moment)
+        process = conftest.start(ray_started, ["--resume", str(folder)], output, kill_at, moment)
         process.join(60)
         if (folder / "results.csv").exists():
             assert figures(folder) == figures(finished.folder)
@@ -228,22 +227,17 @@ def test_search_killed_at_any_moment_of_its_end_ends_on_resume(
 
 
 def flip(content: bytes, generator: random.Random) -> bytes:
-    damaged = bytearray(content)
-    for _ in range(generator.choice([1, 1, 8])):
-        damaged[generator.randrange(len(damaged))] ^= 1 << generator.randrange(8)
-    return bytes(damaged)
+    i = generator.randrange(len(content))
+    return content[:i] + bytes([content[i] ^ 1 << generator.randrange(8)]) + content[i + 1 :]
 
 
 # What may happen to a file's bytes.
+ODD = [b"", b"[]", b"{}", b"null", b'{"epoch": "x"}\n', b"[" * 10_000, b"\xff\xfe", b"NaN"]
 DAMAGES: dict[str, Callable[[bytes, random.Random], bytes | None]] = {
     "flipped": flip,
     "cut": lambda content, generator: content[: generator.randrange(len(content))],
-    "with a line lost": lambda content, generator: b"".join(
-        line for line in content.splitlines(keepends=True) if generator.random() < 0.9
-    ),
-    "of another kind": lambda content, generator: generator.choice(
-        [b"", b"[]", b"{}", b"null", b'{"epoch": "x"}\n', b"[" * 10_000, b"\xff\xfe", b"NaN"]
-    ),
+    "without a line": lambda content, generator: content.replace(generator.choice(content.splitlines(True)), b""),
+    "of another kind": lambda content, generator: generator.choice(ODD),
     "gone": lambda content, generator: None,
 }
 
@@ -297,4 +291,4 @@ def test_any_damage_ends_in_a_sentence_and_in_no_figure_that_was_not_reported(
             for row in read_csv(folder):
                 for column in ("loss", "best_loss", "accuracy", "best_accuracy", "seconds", "lr", "p_drop", "seed"):
                     assert row[column] in {"", *reported[row["trial_id"]][column.removeprefix("best_")]}, (what, column)
-    assert all(codes.count(code) > 5 for code in (0, 1, 2)), codes
+    assert set(codes) == {0, 1, 2}

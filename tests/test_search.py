@@ -229,7 +229,7 @@ def test_search_grown_step_by_step_ends_as_if_asked_for_everything_at_first(
 
 
 @pytest.fixture(scope="module")
-def for_the_lowest_loss(ray_started: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def for_the_lowest_loss(ray_started: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a search for the lowest loss, by TPE if possible, that was interrupted and grown."""
     folder, sampler = tmp_path_factory.mktemp("loss") / "it", "tpe" if find_spec("optuna") else "random"
     flags = ["--sampler", sampler, "--scheduler", "none", "--time-budget", "1h", "--max-epochs", 4]
