@@ -94,15 +94,14 @@ def test_search_that_runs_is_left_alone_until_it_is_interrupted(
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"])
-def test_first_signal_interrupts_unless_it_is_ignored(name: str) -> None:
-    number, done = signal.Signals[name], []
+def test_first_signal_interrupts_unless_it_was_ignored(name: str) -> None:
+    number = signal.Signals[name]
 
     def work() -> int:
         try:
             signal.raise_signal(number)
         finally:
             signal.raise_signal(number)  # a second one disturbs nothing
-            done.append(True)
         return 0
 
     before = signal.signal(number, signal.SIG_DFL)
@@ -113,4 +112,3 @@ def test_first_signal_interrupts_unless_it_is_ignored(name: str) -> None:
         assert signal.getsignal(number) == signal.SIG_IGN
     finally:
         signal.signal(number, before)
-    assert done == [True, True]
