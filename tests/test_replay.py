@@ -1,4 +1,5 @@
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from benchmarks.curves import read_curves, write_curves
 from benchmarks.replay import judge, main, play
 from benchmarks.samplers import best_after, nearest, search
-from search.early_stopping import EarlyStopping
+from search.hooks import early_stop
 
 
 def curve(loss: float, number: int = 0, epochs: int = 4) -> list[dict]:
@@ -47,8 +48,8 @@ def test_asha_on_curves_that_can_be_reckoned_by_hand(losses: list[float], at_onc
 def test_without_a_scheduler_all_run_to_their_end_or_until_they_stop_by_themselves() -> None:
     curves = [curve(loss) for loss in (1.0, 2.0, 3.0)]
     assert play(curves, FIFOScheduler(), None, 2) == [4, 4, 4]
-    stopper = EarlyStopping(patience=2, min_delta=0.1, max_seconds=100, max_epochs=4)
-    assert play(curves, FIFOScheduler(), stopper, 2) == [3, 3, 3]
+    stop = partial(early_stop, 4, 2, 0.1, 100)
+    assert play(curves, FIFOScheduler(), stop, 2) == [3, 3, 3]
 
 
 def test_what_was_spent_and_lost() -> None:
