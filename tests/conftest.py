@@ -13,17 +13,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from PIL import Image
 
 import hparam_search  # before Ray: it sets what Ray reads at its import
-from data import Dataset, make_synthetic
-from search.files import load_tensors
-from search.records import SEARCH_FILE, Search, open_search
+from search.files import load_tensors, read_lines
+from search.records import LOG_FILE, Search, open_search
 
 torch.set_num_threads(1)  # of two, one may wait for the other if the machine is busy
 REPOSITORY = Path(hparam_search.__file__).parent
@@ -40,12 +39,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
-
-
-@pytest.fixture(scope="session")
-def small_dataset() -> Dataset:
-    """300 training, 75 validation and 100 test images of 5 classes."""
-    return make_synthetic(num_train=375, num_test=100, num_classes=5)
 
 
 @pytest.fixture
@@ -66,12 +59,12 @@ def make_folder(tmp_path: Path) -> Callable:
 
 
 @pytest.fixture(scope="session")
-def ray_started() -> Iterator[None]:
-    """Start Ray with one CPU: searches train one trial at a time, on one thread, and so the same figures each time."""
+def ray_started() -> Iterator[str]:
+    """Start Ray with one CPU, and return its address: one trial at a time, on one thread, gives the same each time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hparam_search.tuner, "usable_cpus", lambda: 1)
         with hparam_search.tuner.running_ray():
-            yield
+            yield hparam_search.tuner.ray.get_runtime_context().gcs_address
 
 
 # --- small searches and what they leave -------------------------------------------------------------------------------
@@ -80,7 +73,7 @@ EXAMPLE = ["--num-samples", "2", "--max-epochs", "10"]  # the flags of `finished
 
 
 @pytest.fixture
-def small_search(ray_started: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def small_search(ray_started: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make --quick even smaller, with the tests' Ray."""
     make_small(monkeypatch.setattr)
 
@@ -95,35 +88,25 @@ def make_small(setattr: Callable) -> None:
     setattr(hparam_search, "REPEATED_TRIALS", 1)
 
 
-@dataclass
-class Finished:
+class Finished(NamedTuple):
     """A search that has finished."""
 
     folder: Path
     out: str  # what it printed
     err: str
-
-    @property
-    def search(self) -> Search:
-        return opened(self.folder)
-
-    @property
-    def rows(self) -> list[dict[str, str]]:
-        return read_csv(self.folder)
-
-    @property
-    def metrics(self) -> dict:
-        """The content of best_model/metrics.json."""
-        return json.loads((self.folder / "best_model" / "metrics.json").read_text())
+    search: Search
+    rows: list[dict[str, str]]  # of results.csv
+    metrics: dict  # of the best model
 
 
 @pytest.fixture(scope="session")
-def finished(ray_started: None, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+def finished(ray_started: str, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     folder, out, err = tmp_path_factory.mktemp("finished") / "it", io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         make_small(patch.setattr)
         assert run_search(folder, *EXAMPLE) == 0
-    return Finished(folder, out.getvalue(), err.getvalue())
+    metrics = json.loads((folder / "best_model" / "metrics.json").read_text())
+    return Finished(folder, out.getvalue(), err.getvalue(), opened(folder), read_csv(folder), metrics)
 
 
 def run_search(folder: Path, *flags: object) -> int:
@@ -153,11 +136,8 @@ def figures(folder: Path) -> list[dict]:
     return [{key: value for key, value in row.items() if key != "seconds"} for row in read_csv(folder)]
 
 
-def epochs_reported(folder: Path) -> dict[str, int]:
-    """Return, for each trial that has begun, how many epochs it has reported."""
-    if not (folder / SEARCH_FILE).exists():
-        return {}
-    return {trial.name: len(trial.reports) for trial in opened(folder).trials.values() if trial.reports}
+def has_reported(folder: Path) -> bool:
+    return any(event["event"] == "reported" for event in read_lines(folder / LOG_FILE)[0])
 
 
 def epochs_saved(folder: Path) -> dict[str, int]:
@@ -184,12 +164,6 @@ def processes_with(mark: str) -> list[int]:
             if mark.encode() in path.read_bytes():
                 found.append(int(path.parent.name))
     return found
-
-
-@pytest.fixture(scope="session")
-def own_address(ray_started: None) -> str:
-    """Return the address of the tests' Ray."""
-    return hparam_search.tuner.ray.get_runtime_context().gcs_address
 
 
 def start(
@@ -225,7 +199,7 @@ def in_a_process(
 
 
 @pytest.fixture(scope="session")
-def cluster(ray_started: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def cluster(ray_started: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Start a cluster of one node with one CPU, for searches beside the other tests, and return its address."""
     port, mark = random.SystemRandom().randrange(20_000, 30_000), f"head_of_{tmp_path_factory.getbasetemp()}"
     options = ["--head", "--port", str(port), "--include-dashboard", "false", "--node-ip-address", "127.0.0.1"]
@@ -240,12 +214,9 @@ def node(mark: str, *arguments: str, within: Sequence[str] = ()) -> Iterator[Non
     """Run a node of a cluster, of one CPU, until the block ends; its processes have the mark in their environment."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": os.environ["RAY_AUTH_TOKEN"]}
-    subprocess.Popen(
-        [*within, sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus", "1", *arguments],
-        env=environment | token | {"MARK": mark},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    command = [*within, sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus", "1", *arguments]
+    environment |= token | {"MARK": mark}
+    subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         yield
     finally:

@@ -8,19 +8,31 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 
+from benchmarks.recipes import BASELINE_RECIPE
 from data import Batches, Dataset, make_synthetic
-from hparam_search import BASELINE_RECIPE, main, param_space
-from search.records import read_log
-from search.trial import checkpoint_path, restore_training, save_training, save_weights
-from search.trial_log import error_sentence
+from hparam_search import main, param_space
+from search.files import read_lines
+from search.hooks import error_sentence
+from search.trial import restore_training, save_training, save_weights, weights_path
 from tests.conftest import REPOSITORY, figures, read_csv
-from train import EAGER_STEPS, Training, TrainStep, evaluate, evaluation_batches, new_model, new_training, train_epochs
+from train import (
+    EAGER_STEPS,
+    Report,
+    Training,
+    TrainStep,
+    evaluate,
+    evaluation_batches,
+    new_model,
+    new_training,
+    train_epochs,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -34,6 +46,12 @@ RECIPES = {
     "no momentum": CONFIG | {"momentum": 0.0, "nesterov": False},
     "fewer images than a batch": CONFIG | {"batch_size": 1000, "epochs": 8},
 }
+
+
+@pytest.fixture(scope="session")
+def small_dataset() -> Dataset:
+    """300 training, 75 validation and 100 test images of 5 classes."""
+    return make_synthetic(num_train=375, num_test=100, num_classes=5)
 
 
 @pytest.fixture
@@ -66,7 +84,7 @@ def weights(training: Training) -> torch.Tensor:
 class Result(NamedTuple):
     """What came of a training."""
 
-    metrics: list[dict]
+    reports: list[Report]
     before: torch.Tensor  # weights
     after: torch.Tensor
     notes: list[str]
@@ -81,13 +99,13 @@ def run(config: dict, dataset: Dataset) -> Result:
 
 def assert_alike(one: Result, other: Result) -> None:
     """Compare two trainings. The limits are twice the rounding error, and below the effect of a bug."""
-    assert_losses_alike(one.metrics, other.metrics)
+    assert_losses_alike(one.reports, other.reports)
     assert (one.after - other.after).norm() < 0.12 * (other.after - other.before).norm()
 
 
-def assert_losses_alike(metrics: list[dict], others: list[dict]) -> None:
-    for key in ("loss", "train_loss"):
-        assert [each[key] for each in metrics] == pytest.approx([each[key] for each in others], rel=0.004)
+def assert_losses_alike(reports: list[Report], others: list[Report]) -> None:
+    for one, other in zip(reports, others, strict=True):
+        assert (one.loss, one.train_loss) == pytest.approx((other.loss, other.train_loss), rel=0.004)
 
 
 def two_batches(dataset: Dataset) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -175,7 +193,8 @@ def print_failed_captures() -> None:
     first = run(CONFIG, dataset)
     TrainStep.descend = descend  # which could be captured
     second = run(CONFIG, dataset)
-    print(json.dumps([[each.metrics, each.notes] for each in (first, second)] + [len(replays)]), flush=True)
+    trainings = [[[asdict(report) for report in each.reports], each.notes] for each in (first, second)]
+    print(json.dumps([*trainings, len(replays)]), flush=True)
     os._exit(0)  # the failed capture may break cleanup
 
 
@@ -185,10 +204,10 @@ def test_failed_capture_is_told_and_the_process_trains_eagerly(small_dataset: Da
     *trainings, replays = json.loads(subprocess.check_output(command, text=True, cwd=REPOSITORY).splitlines()[-1])
     assert replays == 0
     expected = run(CONFIG, small_dataset)
-    for metrics, notes in trainings:
+    for reports, notes in trainings:
         assert len(notes) == 1
-        assert notes[0].startswith("trains slowly: CUDA graph capture failed (")
-        assert_losses_alike(metrics, expected.metrics)
+        assert notes[0].startswith("CUDA graph capture failed (")
+        assert_losses_alike([Report(**each) for each in reports], expected.reports)
 
 
 def test_no_wait_for_the_gpu_within_an_epoch(small_dataset: Dataset) -> None:
@@ -215,22 +234,22 @@ def test_restored_in_mid_run_and_loads_on_a_cpu(small_dataset: Dataset, tmp_path
     training = new_training(CONFIG, 5, GPU)
     epochs = train_epochs(training, CONFIG, data, GPU)
     first = next(epochs)
-    save_weights(training, tmp_path)
+    path = weights_path(tmp_path, 1)
+    save_weights(training, path)
     save_training(training, CONFIG, tmp_path)
     restored = restore_training(CONFIG, 5, GPU, tmp_path)
     assert restored.notes == []
-    metrics = [first, *train_epochs(restored, CONFIG, data, GPU)]
-    assert [each["epoch"] for each in metrics] == [1, 2, 3]
-    assert_alike(expected._replace(metrics=metrics, after=weights(restored)), expected)
+    reports = [first, *train_epochs(restored, CONFIG, data, GPU)]
+    assert [report.epoch for report in reports] == [1, 2, 3]
+    assert_alike(expected._replace(reports=reports, after=weights(restored)), expected)
 
-    path = checkpoint_path(tmp_path, 1) / "weights.pt"
     load = f"import torch; print(torch.load({str(path)!r}, weights_only=True)['classifier.bias'].device)"
     blind = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     assert subprocess.check_output([sys.executable, "-c", load], text=True, env=blind).strip() == "cpu"
     model = new_model(CONFIG, 5)
     model.load_state_dict(torch.load(path, weights_only=True))
     loss, _ = evaluate(model, evaluation_batches(data.val_images, data.val_labels, data.mean, data.std, CPU))
-    assert loss == pytest.approx(first["loss"], rel=0.05)
+    assert loss == pytest.approx(first.loss, rel=0.05)
 
 
 def test_gpu_without_bfloat16(small_dataset: Dataset, replays: list, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,7 +259,7 @@ def test_gpu_without_bfloat16(small_dataset: Dataset, replays: list, monkeypatch
     result = run(CONFIG, small_dataset)
     assert replays
     assert result.notes == []
-    assert result.metrics[0]["train_loss"] == pytest.approx(expected.metrics[0]["train_loss"], rel=0.05)
+    assert result.reports[0].train_loss == pytest.approx(expected.reports[0].train_loss, rel=0.05)
     assert torch.isfinite(result.after).all()
 
 
@@ -268,20 +287,22 @@ def test_out_of_memory_is_a_sentence_and_the_next_trial_trains(small_dataset: Da
     with pytest.raises(torch.OutOfMemoryError) as error:
         run(large, many)
     text = "Failure # 1 (occurred at)\n" + "".join(traceback.format_exception(error.value))
-    assert error_sentence(text, large).startswith("out of memory with batch_size 3000, h_1 256, h_2 2048: make these")
+    assert error_sentence(text, large).startswith("out of memory with batch_size 3000, h_1 256, h_2 2048; reduce these")
     del error
     result = run(CONFIG, small_dataset)
-    assert len(result.metrics) == 3
+    assert len(result.reports) == 3
     assert result.notes == []
 
 
-def test_two_trials_share_the_gpu_through_a_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hparam_search.PATIENCE", 60)
+def test_two_trials_share_the_gpu_through_a_search(tmp_path: Path) -> None:
     flags = ["--quick", "--gpus-per-trial", "0.5", "--scheduler", "none", "--max-epochs", "60"]
-    assert main([*flags, "--output-dir", str(tmp_path), "--name", "it"]) == 0
+    script = "import sys, hparam_search as it; it.PATIENCE = 60; sys.exit(it.main(sys.argv[1:]))"  # starts its own Ray
+    command = [sys.executable, "-c", script, *flags, "--output-dir", str(tmp_path), "--name", "it"]
+    subprocess.run(command, cwd=REPOSITORY, check=True)
     assert {row["status"] for row in read_csv(tmp_path / "it")} == {"TERMINATED"}
-    logs = [read_log(path.parent)[0] for path in (tmp_path / "it").glob("*/result.json")]
-    spans = sorted((log[0]["time"] - log[0]["seconds"], log[-1]["time"]) for log in logs)
+    log, _ = read_lines(tmp_path / "it" / "log.jsonl")
+    first, last = ({e["trial"]: e for e in lines if e["event"] == "reported"} for lines in (log[::-1], log))
+    spans = sorted((first[name]["time"] - first[name]["seconds"], last[name]["time"]) for name in first)
     assert any(start < end for (_, end), (start, _) in itertools.pairwise(spans))  # two at once
     assert torch.load(tmp_path / "it" / "best_model" / "weights.pt", weights_only=True)["classifier.bias"].is_cpu
 

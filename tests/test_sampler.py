@@ -36,13 +36,13 @@ def test_tpe_depends_on_its_arguments_alone_and_finds_what_is_good(monkeypatch: 
         assert config == suggest_config(SPACE, 3, number, outcomes, 10)
         check_space(config)
         outcomes.append((config, 0.8 - abs(math.log10(config["lr"] / 0.01)) / 5 - (config["h_1"] == 64) / 10))
-    scores = [score for _, score in outcomes]
-    assert statistics.mean(scores[20:]) > statistics.mean(scores[:10]) + 0.1
+    first, last = (statistics.mean(score for _, score in part) for part in (outcomes[:10], outcomes[20:]))
+    assert last > first + 0.1
     outside = [({**config, "h_1": 4, "lr": 1.0}, 0.9)]  # one of the first trials
     last = suggest_config(SPACE, 3, 40, outcomes, 10)
     assert suggest_config(SPACE, 3, 40, outcomes + outside, 10) == last != suggest_config(SPACE, 4, 40, outcomes, 10)
     with pytest.raises(InputError, match=r"Optuna cannot draw param_space\['lr'\]; use another range"):
         draw_configs(SPACE | {"lr": tune.sample_from(lambda _: 0.1)}, 1, 0, tpe=True)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match="--sampler tpe needs the optuna package; run: pip install optuna"):
+    with pytest.raises(InputError, match="--sampler tpe needs the optuna package; run pip install optuna"):
         draw_configs(SPACE, 1, 0, tpe=True)

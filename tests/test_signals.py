@@ -12,7 +12,8 @@ import pytest
 
 import hparam_search
 from hparam_search import main
-from tests.conftest import epochs_reported, processes_with, quick, read_csv, run_search, start, wait_for
+from search.console import run_program
+from tests.conftest import has_reported, processes_with, quick, read_csv, run_search, start, wait_for
 
 LONG = ["--num-samples", "1", "--scheduler", "none", "--max-epochs", "500"]
 
@@ -20,16 +21,12 @@ LONG = ["--num-samples", "1", "--scheduler", "none", "--max-epochs", "500"]
 def listening(pids: list[int]) -> set[str]:
     """Return the addresses on which processes listen for TCP connections."""
     sockets = set()
-    for pid in pids:
+    for path in (path for pid in pids for path in Path(f"/proc/{pid}/fd").glob("*")):
         with contextlib.suppress(OSError):
-            sockets |= {str(path.readlink()) for path in Path(f"/proc/{pid}/fd").iterdir() if path.is_symlink()}
-    addresses = set()
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-            local, state, inode = (line.split()[i] for i in (1, 3, 9))
-            if state == "0A" and f"socket:[{inode}]" in sockets:
-                addresses.add(socket.inet_ntoa(bytes.fromhex(local.split(":")[0][-8:])[::-1]))
-    return addresses
+            sockets.add(str(path.readlink()))
+    lines = [line.split() for table in ("tcp", "tcp6") for line in Path(f"/proc/net/{table}").read_text().splitlines()]
+    listening = [line[1].split(":")[0][-8:] for line in lines if line[3] == "0A" and f"socket:[{line[9]}]" in sockets]
+    return {socket.inet_ntoa(bytes.fromhex(address)[::-1]) for address in listening}
 
 
 def check_interrupted(folder: Path, printed: str) -> None:
@@ -48,7 +45,7 @@ def become_a_job(mark: str) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
-def test_search_whose_processes_are_all_told_to_stop_says_how_to_resume(ray_started: None, tmp_path: Path) -> None:
+def test_search_whose_processes_are_all_told_to_stop_says_how_to_resume(ray_started: str, tmp_path: Path) -> None:
     codes = {"all_at_once": 143, "ray_first": 138}
     processes = {
         name: start(None, quick(tmp_path / name, *LONG), tmp_path / f"{name}.txt", become_a_job, f"{tmp_path}/{name}")
@@ -56,7 +53,7 @@ def test_search_whose_processes_are_all_told_to_stop_says_how_to_resume(ray_star
     }
     try:
         for name, process in processes.items():
-            wait_for(lambda: epochs_reported(tmp_path / name) or process.exitcode is not None)  # noqa: B023
+            wait_for(lambda: has_reported(tmp_path / name) or process.exitcode is not None)  # noqa: B023
             assert process.exitcode is None, (tmp_path / f"{name}.txt").read_text()
             others = processes_with(f"MARK={tmp_path}/{name}")
             if name == "all_at_once":
@@ -79,31 +76,39 @@ def test_search_whose_processes_are_all_told_to_stop_says_how_to_resume(ray_star
             process.kill()
 
 
-def ignore_hangups() -> None:
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-
-
-def test_search_is_interrupted_by_a_signal_unless_that_is_ignored(
-    own_address: str, tmp_path: Path, capsys: pytest.CaptureFixture
+def test_search_that_runs_is_left_alone_until_it_is_interrupted(
+    ray_started: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    for name, number, code in (
-        ("interrupted", signal.SIGINT, 130),
-        ("goes on under nohup", signal.SIGHUP, 0),
-    ):
-        folder, output = tmp_path / name, tmp_path / f"{name}.txt"
-        flags, prepare = (LONG, None) if code else ([*LONG, "--max-epochs", "4"], ignore_hangups)
-        process = start(own_address, quick(folder, *flags), output, prepare)
-        wait_for(lambda: epochs_reported(folder) or process.exitcode is not None)  # noqa: B023
-        if name == "interrupted":  # a search that runs is left alone
-            assert main(["--resume", str(folder)]) == 2
-            assert "another process is running this search" in capsys.readouterr().err
-            assert run_search(folder) == 2
-            assert f"{folder} already exists" in capsys.readouterr().err
-        assert process.exitcode is None, output.read_text()
-        os.kill(process.pid, number)
-        process.join(60)
-        assert process.exitcode == code, output.read_text()
-        if code:
-            check_interrupted(folder, output.read_text())
-        else:
-            assert {row["status"] for row in read_csv(folder)} == {"TERMINATED"}
+    folder, output = tmp_path / "it is", tmp_path / "output.txt"
+    process = start(ray_started, quick(folder, *LONG), output)
+    wait_for(lambda: has_reported(folder) or process.exitcode is not None)
+    assert main(["--resume", str(folder)]) == 2
+    assert "another process is running this search" in capsys.readouterr().err
+    assert run_search(folder) == 2
+    assert f"{folder} already exists" in capsys.readouterr().err
+    assert process.exitcode is None, output.read_text()
+    os.kill(process.pid, signal.SIGINT)
+    process.join(30)
+    assert process.exitcode == 130, output.read_text()
+    check_interrupted(folder, output.read_text())
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"])
+def test_first_signal_interrupts_unless_it_was_ignored(name: str) -> None:
+    number = signal.Signals[name]
+
+    def work() -> int:
+        try:
+            signal.raise_signal(number)
+        finally:
+            signal.raise_signal(number)  # a second one disturbs nothing
+        return 0
+
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        assert run_program("it", work) == 128 + number
+        signal.signal(number, signal.SIG_IGN)  # as under nohup
+        assert run_program("it", work) == 0
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)

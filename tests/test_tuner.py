@@ -15,7 +15,7 @@ def test_resources_are_shared_equally_or_refused(monkeypatch: pytest.MonkeyPatch
     ):  # fmt: skip
         monkeypatch.setattr(ray, "cluster_resources", lambda total={"CPU": cpus, "GPU": gpus}: total)
         assert share_resources(Settings(**flags), num_trials) == ({"cpu": shared[0], "gpu": shared[1]}, *shared[2:])
-    with pytest.raises(InputError, match="--gpus-per-trial 3 exceeds the 2 available; use fewer"):
+    with pytest.raises(InputError, match="--gpus-per-trial 3 exceeds the 2 available; use at most that"):
         share_resources(Settings(gpus_per_trial=3), 2)
 
 
