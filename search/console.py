@@ -114,16 +114,16 @@ class SafeStream:
             stream.reconfigure(errors="replace")
 
     def write(self, text: str) -> int:
-        with contextlib.suppress(OSError, ValueError):  # closed, or on a full disk
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # None, closed, or on a full disk
             self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(AttributeError, OSError, ValueError):
             self.stream.flush()
 
     def isatty(self) -> bool:
-        return not self.stream.closed and self.stream.isatty()
+        return bool(self.stream) and not self.stream.closed and self.stream.isatty()
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.stream, name)
@@ -138,7 +138,7 @@ def safe_output() -> Iterator[None]:
         yield
     finally:
         sys.stdout, sys.stderr = streams
-        for stream in streams:
+        for stream in filter(None, streams):  # None: closed before Python started
             try:
                 stream.flush()
             except (OSError, ValueError):

@@ -22,7 +22,7 @@ from search.trial import TRAINING_FILE, prune_weights
 from search.tuner import own_node_lives
 from train import CONFIG_KEYS, Report
 
-ERROR_FILE = "error.txt"
+ERROR_FILE, STOPPED = "error.txt", "stopped by the scheduler"
 NODE_PERIOD = 5  # seconds between checks that Ray is alive
 OUT_OF_MEMORY = (
     "MemoryError",  # Python's; also matches OutOfMemoryError (Ray, torch)
@@ -133,7 +133,8 @@ class ResumableScheduler(TrialScheduler):
             trial = search.trials.get(event.get("trial"))
             if event["event"] == "reported" and trial and not trial.repeats:
                 self.add(no_controller, trial.name)
-                self.judge(no_controller, trial.name, event)
+                if event["end"] in (None, STOPPED):  # what Tune tells it of, besides the ends
+                    self.judge(no_controller, trial.name, event)
                 if trial.end and event["end"]:
                     self.scheduler.on_trial_complete(no_controller, self.known[trial.name], event)
 
@@ -226,7 +227,7 @@ class Recorder(tune.Callback):
                 self.record("restarted", trial=known.name, epoch=result["restored"])
                 self.board.close(known.name)
             return
-        end = self.reasons.get(known.name, "stopped by the scheduler") if result["done"] else None
+        end = self.reasons.get(known.name, STOPPED) if result["done"] else None
         if result["epoch"] <= len(known.reports) and not end:
             return  # reported again after a restart
         self.record("reported", trial=known.name, **{key: result[key] for key in METRICS}, end=end)

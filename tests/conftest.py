@@ -67,8 +67,6 @@ def ray_started() -> Iterator[str]:
             yield hparam_search.tuner.ray.get_runtime_context().gcs_address
 
 
-# --- small searches and what they leave -------------------------------------------------------------------------------
-
 EXAMPLE = ["--num-samples", "2", "--max-epochs", "10"]  # the flags of `finished`
 
 
@@ -110,7 +108,6 @@ def finished(ray_started: str, tmp_path_factory: pytest.TempPathFactory) -> Fini
 
 
 def run_search(folder: Path, *flags: object) -> int:
-    """Run a quick search in a folder and return its exit code."""
     return hparam_search.main(quick(folder, *flags))
 
 
@@ -121,7 +118,6 @@ def quick(folder: Path, *flags: object) -> list[str]:
 
 
 def opened(folder: Path) -> Search:
-    """Return what the log of a search tells."""
     return open_search(folder, {})
 
 
@@ -131,9 +127,9 @@ def read_csv(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def figures(folder: Path) -> list[dict]:
+def figures(folder: Path, without: str = "seconds") -> list[dict]:
     """Return results.csv without what a clock measured."""
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in read_csv(folder)]
+    return [{key: value for key, value in row.items() if key not in without.split()} for row in read_csv(folder)]
 
 
 def has_reported(folder: Path) -> bool:
@@ -146,12 +142,11 @@ def epochs_saved(folder: Path) -> dict[str, int]:
     return {name: len(state["history"]) for name, state in states.items() if state}  # None: pruned just now
 
 
-# --- searches as processes of their own -------------------------------------------------------------------------------
-
-
-def wait_for(condition: Callable, seconds: float = 120) -> None:
+def wait_for(condition: Callable, process: multiprocessing.Process | None = None, seconds: float = 120) -> None:
+    """Wait until a condition holds, while a process runs."""
     deadline = time.monotonic() + seconds
     while not condition():
+        assert process is None or process.exitcode is None, Path(process.name).read_text()
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.05)
 
@@ -177,7 +172,8 @@ def start(
     context.set_forkserver_preload(["tests.conftest"])
     environment = {"RAY_AUTH_TOKEN": os.environ["RAY_AUTH_TOKEN"], "RAY_AUTH_MODE": "token"}
     environment |= {"RAY_ADDRESS": address} if address else {}
-    process = context.Process(target=in_a_process, args=(environment, arguments, output, prepare, values))
+    arguments = (environment, arguments, output, prepare, values)
+    process = context.Process(target=in_a_process, args=arguments, name=str(output))
     process.start()
     return process
 
@@ -204,7 +200,7 @@ def cluster(ray_started: str, tmp_path_factory: pytest.TempPathFactory) -> Itera
     port, mark = random.SystemRandom().randrange(20_000, 30_000), f"head_of_{tmp_path_factory.getbasetemp()}"
     options = ["--head", "--port", str(port), "--include-dashboard", "false", "--node-ip-address", "127.0.0.1"]
     with node(mark, *options):
-        wait_for(lambda: len(processes_with(f"MARK={mark}")) > 3, 60)
+        wait_for(lambda: len(processes_with(f"MARK={mark}")) > 3)
         time.sleep(2)
         yield f"127.0.0.1:{port}"
 

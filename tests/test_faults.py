@@ -25,8 +25,6 @@ from search.trial import TRAINING_FILE, train_cifar, weights_path
 from tests import conftest
 from tests.conftest import EXAMPLE, Finished, epochs_saved, figures, opened, read_csv, run_search
 
-# --- trials that fail -------------------------------------------------------------------------------------------------
-
 
 def faulty(config: dict, **others: object) -> None:
     """Train as train_cifar does, with a fault of its own in each trial but the first."""
@@ -122,9 +120,6 @@ def test_search_whose_trials_all_fail_says_why(
     assert not (tmp_path / "it" / "best_model").exists()
 
 
-# --- the search killed ------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="session", autouse=True)
 def killed(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Future]:
     """Start a search like `finished`, beside the other tests, which is killed again and again; yield its folder."""
@@ -143,7 +138,7 @@ def search_killed_at_random_moments(address: str, folder: Path) -> Path:
             process.join(120)
         elif moment % 2:  # as it trains
             goal = len(before) + generator.randint(2, 5)  # one event is that it has started
-            conftest.wait_for(lambda: len(read_lines(folder / LOG_FILE)[0]) >= goal or process.exitcode is not None)  # noqa: B023
+            conftest.wait_for(lambda goal=goal: len(read_lines(folder / LOG_FILE)[0]) >= goal, process)
             process.join(generator.uniform(0, 0.2))
         else:  # as it starts
             process.join(generator.uniform(0, 1.5))
@@ -215,9 +210,6 @@ def test_search_killed_at_any_moment_of_its_end_ends_on_resume(
     assert "Best trial: " in output.read_text()
 
 
-# --- damage -----------------------------------------------------------------------------------------------------------
-
-
 def flip(content: bytes, generator: random.Random) -> bytes:
     i = generator.randrange(len(content))
     return content[:i] + bytes([content[i] ^ 1 << generator.randrange(8)]) + content[i + 1 :]
@@ -253,12 +245,9 @@ def test_any_damage_ends_in_a_sentence_and_in_no_figure_that_was_not_reported(
         model = best_model.load_model(weights, each.config, dataset.classes)
         tested.add(f"  test accuracy: {best_model.test(model, dataset)['test_accuracy']:.4f}")
 
-    def without_weights(folder: Path) -> list[dict]:
-        return [row | {"weights": None} for row in figures(folder)]
-
     undamaged = shutil.copytree(whole, tmp_path / "undamaged")
     assert main(["--resume", str(undamaged)]) == 0
-    expected, codes = without_weights(undamaged), []
+    expected, codes = figures(undamaged, "seconds weights"), []
     for file in sorted(path.relative_to(whole) for path in whole.rglob("*") if path.is_file()):
         for damage, change in list(DAMAGES.items()) * (3 if file.name == LOG_FILE else 1):
             folder, what = tmp_path / "it", f"{file} {damage}"
@@ -277,7 +266,7 @@ def test_any_damage_ends_in_a_sentence_and_in_no_figure_that_was_not_reported(
                 assert printed.err.splitlines()[-1].startswith("hparam_search.py: "), what
                 continue
             assert {line for line in printed.out.splitlines() if "test accuracy" in line} <= tested, what
-            assert file.name == LOG_FILE or without_weights(folder) == expected, what
+            assert file.name == LOG_FILE or figures(folder, "seconds weights") == expected, what
             for row in read_csv(folder):
                 columns = ("loss", "accuracy", "best_loss", "best_accuracy", "seconds", "lr", "p_drop", "epochs")
                 assert {row[column] for column in columns} <= reported, what

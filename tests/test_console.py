@@ -1,0 +1,52 @@
+import contextlib
+import io
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from search.console import run_program
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"])
+def test_first_signal_interrupts_unless_it_was_ignored(name: str) -> None:
+    number = signal.Signals[name]
+
+    def work() -> int:
+        try:
+            signal.raise_signal(number)
+        finally:
+            signal.raise_signal(number)  # a second one disturbs nothing
+        return 0
+
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        assert run_program("it", work) == 128 + number
+        signal.signal(number, signal.SIG_IGN)  # as under nohup
+        assert run_program("it", work) == 0
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+
+
+def print_much() -> int:
+    print("─" * 100_000, "32×32", flush=True)
+    print("to stderr", file=sys.stderr)
+    return sys.stdout.isatty()
+
+
+def test_output_that_fails_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    closed_pipe, ascii_bytes, closed = os.fdopen(write_end, "w"), io.BytesIO(), io.StringIO()
+    closed.close()
+    full = open("/dev/full" if Path("/dev/full").exists() else "/dev/null", "w")  # noqa: PTH123, SIM115
+    for stream in (closed_pipe, full, closed, io.TextIOWrapper(ascii_bytes, "ascii"), None):  # None: >&-
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setattr(sys, "stderr", stream)
+        assert run_program("it", print_much) == 0
+        with contextlib.suppress(AttributeError, ValueError):
+            stream.flush()  # as Python does when it exits
+    assert ascii_bytes.getvalue().endswith(b"??? 32?32\nto stderr\n")
