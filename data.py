@@ -27,12 +27,12 @@ IMAGE_SIZE = 32
 VALIDATION_FRACTION = 0.2
 SPLIT_SEED = 0  # not the search's seed, so that searches with different seeds stay comparable
 CROP_PADDING = 4  # pixels
-IMAGES_AT_ONCE = 1024  # augmented and normalised together; 13 MB
-MIN_IMAGES_PER_CLASS = 5  # the fewest of which 20 % is a whole image
-DOWNLOAD_TIMEOUT = 10  # seconds without an answer
-PICTURES_AT_ONCE = 50  # read by a thread before it reports
+IMAGES_AT_ONCE = 1024  # images augmented and normalised together; 13 MB
+MIN_IMAGES_PER_CLASS = 5  # the smallest number of which 20 % is a whole image
+DOWNLOAD_TIMEOUT = 10  # seconds to wait for an answer
+PICTURES_AT_ONCE = 50  # pictures that a thread reads before it reports
 MAX_PIXELS = 50_000_000  # per picture; 150 MB when decoded
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container (cgroup v2)
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # quota of a container (cgroup v2)
 # What desktops, archives and network disks leave in folders, besides hidden files.
 LITTER = {
     "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "@recycle", "#recycle", "#snapshot",
@@ -63,12 +63,12 @@ class Dataset:
 
 
 def save_dataset(dataset: Dataset, path: Path) -> None:
-    """Write a dataset into a file that other processes can map; raises OSError if this fails."""
+    """Write a dataset into a file that other processes can map; raise OSError if this fails."""
     try:
-        # torch saves the whole of a tensor of which this is a slice, so copy the slice.
+        # torch would save the whole tensor that a slice belongs to, so copy the slice.
         torch.save({key: v.clone() if isinstance(v, Tensor) else v for key, v in vars(dataset).items()}, path)
     except (OSError, RuntimeError) as error:  # torch raises either
-        raise OSError(f"{path} cannot be written ({str(error).splitlines()[0]}); make room there") from error
+        raise OSError(f"cannot write {path} ({str(error).splitlines()[0]}); make room there") from error
 
 
 def map_dataset(path: Path) -> Dataset:
@@ -77,7 +77,7 @@ def map_dataset(path: Path) -> Dataset:
 
 
 def fingerprint(dataset: Dataset) -> dict[str, str]:
-    """Return the SHA-256 of each part of a dataset, in hexadecimal, by the name of the part."""
+    """Return the SHA-256 of each part of a dataset, in hexadecimal, keyed by its name."""
     hashes = {}
     for split, name in (("train", "training"), ("val", "validation"), ("test", "test")):
         for kind in ("images", "labels"):
@@ -88,7 +88,7 @@ def fingerprint(dataset: Dataset) -> dict[str, str]:
 def read_images(source: str, data_dir: str | Path, synthetic: dict) -> Dataset:
     """Read the images of a source (cifar100, folder or synthetic), and print how many there are.
 
-    data_dir is where CIFAR-100 is or will be downloaded to, or the folder; synthetic are arguments of make_synthetic.
+    data_dir is where CIFAR-100 is or will be downloaded, or the folder; synthetic holds arguments of make_synthetic.
     Raises InputError if the images cannot be read.
     """
     try:
@@ -126,7 +126,7 @@ def load_cifar100(data_dir: str | Path) -> Dataset:
     finally:
         socket.setdefaulttimeout(timeout)
         if archive.exists() and not check_integrity(archive, CIFAR100.tgz_md5):
-            archive.unlink()  # or the next run would refuse this incomplete download
+            archive.unlink()  # otherwise the next run would refuse this incomplete download
     # torchvision's arrays are transposed views, which can be neither hashed nor gathered fast.
     images, test_images = (torch.from_numpy(part.data).contiguous() for part in (train, test))
     return split_dataset(images, torch.tensor(train.targets), test_images, torch.tensor(test.targets), train.classes)
@@ -145,7 +145,7 @@ def load_folder(data_dir: str | Path) -> Dataset:
     if unknown := sorted(set(test_paths) - set(classes)):
         raise InputError(f"{test} has the class {unknown[0]!r}, which {train} lacks; add or remove it")
     if len(classes) < 2:
-        raise InputError(f"{train} has only the class folder {classes[0]!r}; give each class a folder of its own there")
+        raise InputError(f"{train} has only the class folder {classes[0]!r}; add a folder for each other class")
     for name, paths in train_paths.items():
         if len(paths) < MIN_IMAGES_PER_CLASS:
             needed = f"but a class needs at least {MIN_IMAGES_PER_CLASS}; add some, or remove the class"
@@ -160,7 +160,7 @@ def load_folder(data_dir: str | Path) -> Dataset:
 def _list_pictures(folder: Path) -> dict[str, list[str]]:
     """Return the paths of the files of each class."""
     if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder; give a --data-dir with train/<class>/ and test/<class>/ in it")
+        raise InputError(f"{folder} is not a folder; use a --data-dir with train/<class>/ and test/<class>/")
     found = {}
     for entry in _list_entries(folder):
         if entry.is_dir():
@@ -195,11 +195,11 @@ def _list_entries(folder: str | Path) -> list[os.DirEntry]:
 
 def _read_pictures(paths: list[str], folder: Path) -> Tensor:
     """Read pictures as uint8 (N, 32, 32, 3), and print how many were resized."""
-    Image.preinit()  # the common formats, to be tried first
+    Image.preinit()  # the common formats, tried first
     Image.init()  # the others; several threads must not load them at once
     pictures = []
     parts = [paths[i : i + PICTURES_AT_ONCE] for i in range(0, len(paths), PICTURES_AT_ONCE)]
-    with ThreadPoolExecutor(usable_cpus()) as readers:  # Pillow decodes without holding Python's global lock
+    with ThreadPoolExecutor(usable_cpus()) as readers:  # Pillow releases Python's global lock while decoding
         for part in readers.map(lambda part: [_read_picture(path) for path in part], parts):
             pictures += part
             if sys.stdout.isatty():
@@ -231,7 +231,7 @@ def read_picture(path: str | Path) -> Tensor:
 
 
 def _read_picture(path: str) -> tuple[np.ndarray, bool]:
-    """Read a picture as read_picture does; returns it and whether it was resized."""
+    """Read a picture as read_picture does; return it, and whether it was resized."""
     try:
         with Image.open(path) as opened:
             if math.prod(opened.size) > MAX_PIXELS:
@@ -241,7 +241,7 @@ def _read_picture(path: str) -> tuple[np.ndarray, bool]:
         raise
     except Image.DecompressionBombError as error:
         raise InputError(f"{path} has more than {MAX_PIXELS:,} pixels; make it smaller") from error
-    except Exception as error:  # Pillow's readers raise whatever they stumble over
+    except Exception as error:  # Pillow's readers may raise anything
         raise InputError(f"{path} cannot be read as an image; remove or replace it") from error
     if picture.size == (IMAGE_SIZE, IMAGE_SIZE):
         return np.array(picture), False
@@ -254,10 +254,10 @@ def _to_rgb(picture: Any) -> Image.Image:
     if picture.mode in ("I", "F") and not is_16_bit:
         raise InputError(f"{picture.filename} has 32-bit values of unknown range; convert it to 8 or 16 bits")
     top = 2 ** getattr(picture, "tag_v2", {}).get(258, (16,))[0] - 1  # BitsPerSample, 12 in some TIFFs
-    key = picture.info.get("transparency")  # a grey level, or what Pillow handles by itself
+    key = picture.info.get("transparency")  # a grey level, or something that Pillow handles itself
     if picture.format == "PNG" and isinstance(key, int):  # Pillow scales 1, 2 and 4 bits to 8, but not the key
         picture.info["transparency"] = key * {"1": 255, "L;2": 85, "L;4": 17}.get(picture.tile[0][3], 1)
-    picture.load()  # outside the next line, which would hide damage
+    picture.load()  # not within the next block, which would hide damage
     with contextlib.suppress(Exception):  # ignore damaged EXIF
         ImageOps.exif_transpose(picture, in_place=True)
     if is_16_bit:
@@ -272,29 +272,29 @@ def _to_rgb(picture: Any) -> Image.Image:
 
 
 def make_synthetic(num_train: int = 50_000, num_test: int = 10_000, num_classes: int = 100, seed: int = 0) -> Dataset:
-    """Make images in which a class is a pair of patterns, somewhere in the picture, among noise and a stray pattern.
+    """Generate images whose class is a pair of patterns, hidden among noise and a distracting third pattern.
 
-    Every pattern belongs to many classes, has a mean of zero and stands anywhere, either way round, so that no pixel
-    and no colour tells the class: a linear model stays near chance, and a network must learn all patterns.
+    Each pattern belongs to many classes, has a mean of zero, and is placed and mirrored at random, so no pixel or
+    colour reveals the class: a linear model stays near chance, and a network must learn all patterns.
     There must be at least 2 classes, with 5 training images each before the split, and 1 test image.
     """
     generator = torch.Generator().manual_seed(seed)
     num_patterns = math.ceil((1 + math.sqrt(1 + 8 * num_classes)) / 2)  # the fewest with a pair for every class
-    # The last pattern is in no pair: it strays into images of every class.
+    # The last pattern is in no pair: it appears in images of every class.
     patterns = torch.randn(num_patterns + 1, 3, 4, 4, generator=generator)
     patterns = F.interpolate(patterns, size=(12, 12), mode="bicubic", align_corners=False)
     patterns = (patterns - patterns.mean((2, 3), keepdim=True)) / patterns.std((1, 2, 3), keepdim=True)
     pairs = torch.combinations(torch.arange(num_patterns))[:num_classes]
     labels = torch.arange(num_train + num_test) % num_classes
     chosen = torch.cat([pairs, torch.full((num_classes, 1), num_patterns)], dim=1)[labels]
-    # A part at a time, to spare memory.
+    # In parts, to save memory.
     images = torch.cat([_draw_images(patterns, part, generator) for part in chosen.split(5000)])
     classes = [f"pair_{i}_{j}" for i, j in pairs.tolist()]
     return split_dataset(images[:num_train], labels[:num_train], images[num_train:], labels[num_train:], classes)
 
 
 def _draw_images(patterns: Tensor, chosen: Tensor, generator: torch.Generator) -> Tensor:
-    """Return uint8 images (N, 32, 32, 3) with the patterns (P, 3, S, S) that chosen, int64 (N, K), names."""
+    """Return uint8 images (N, 32, 32, 3), each with K of the patterns (P, 3, S, S); chosen is their indices (N, K)."""
     (n, k), size = chosen.shape, patterns.shape[-1]
 
     def uniform(low: float, high: float) -> Tensor:
@@ -325,7 +325,7 @@ def split_dataset(
 
 
 def stratified_split(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Split each class of labels, int64 (N,), 80/20 at random; returns the sorted indices, int64, of the two parts."""
+    """Split each class of labels, int64 (N,), 80/20 at random; return the sorted indices, int64, of the two parts."""
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SPLIT_SEED))
     by_class = shuffled[labels[shuffled].argsort(stable=True)]
     counts = torch.bincount(labels)
@@ -342,15 +342,15 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
     share /= share.sum(1, keepdim=True)
     mean = share @ values
     variance = share @ values**2 - mean**2
-    std = variance.clamp(min=(1 / 255) ** 2).sqrt()  # a channel of one colour is not divided by zero
+    std = variance.clamp(min=(1 / 255) ** 2).sqrt()  # avoids a division by zero if all pixels are equal
     return tuple(mean.tolist()), tuple(std.tolist())
 
 
 @dataclass(eq=False)
 class Batches:
-    """Normalised batches; shuffling and augmentation depend on the seed, the epoch and the kind of device alone."""
+    """Normalised batches; shuffling and augmentation depend only on the seed, the epoch and the kind of device."""
 
-    images: Tensor  # uint8 (N, 32, 32, 3), on the device that the batches are needed on
+    images: Tensor  # uint8 (N, 32, 32, 3), on the device of the batches
     labels: Tensor  # int64 (N,), on the same device
     batch_size: int
     mean: tuple[float, ...]  # per channel, as fractions of 255
@@ -361,7 +361,7 @@ class Batches:
     drop_last: bool = False  # skip a last, smaller batch, unless it is the only one
 
     def __post_init__(self) -> None:
-        self.count = len(self.images)  # in an epoch
+        self.count = len(self.images)  # images per epoch
         if self.drop_last and self.count > self.batch_size:
             self.count -= self.count % self.batch_size
         self.offset, self.scale = (255 * torch.tensor(v, device=self.images.device) for v in (self.mean, self.std))
@@ -381,9 +381,9 @@ class Batches:
             flip = torch.rand(count, 1, generator=generator, device=device) < 0.5
             pixels = torch.arange(IMAGE_SIZE, device=device)
             index = torch.stack([pixels + shift[0], torch.where(flip, pixels.flip(0), pixels) + shift[1]])
-            # Mirror what lies outside about the border pixels, as reflected padding does.
+            # Mirror positions outside the image about its border pixels, as reflected padding does.
             rows, columns = last - (last - index.abs()).abs()  # (N, 32) each
-        # Many batches at once: on a GPU, what is done for each takes longer to launch than to compute.
+        # Make many batches at once: on a GPU, the work for one takes longer to launch than to compute.
         several = max(1, IMAGES_AT_ONCE // self.batch_size) * self.batch_size
         for start in range(0, self.count, several):
             part = slice(start, min(start + several, self.count))
@@ -397,5 +397,5 @@ class Batches:
 
 
 def epoch_seed(seed: int, epoch: int) -> int:
-    """Return a seed for one epoch, from 0 to 2**63 - 1, that differs from that of every other seed and epoch."""
+    """Return a seed for one epoch, from 0 to 2**63 - 1, different for each seed and epoch."""
     return (seed * 1_000_003 + epoch) % 2**63

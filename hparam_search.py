@@ -6,10 +6,10 @@
     tensorboard --logdir outputs                     # watch it
 
 Edit `param_space` to search something else: Ray Tune's `tune.grid_search`, `tune.choice`, `tune.uniform` and
-`tune.loguniform` search a hyperparameter, a plain value fixes it.
+`tune.loguniform` search a hyperparameter; a plain value fixes it.
 """
 
-from search.settings import PROGRAM, Settings, parse_args  # first: the package sets what Ray reads at its import
+from search.settings import PROGRAM, Settings, parse_args  # first: sets what Ray reads when imported
 
 if __name__ == "__main__":
     parse_args(None, __doc__)  # answers --help and bad flags before the slow imports
@@ -37,7 +37,7 @@ param_space = {
     "p_drop": tune.loguniform(0.1, 0.5),
     "lr": tune.loguniform(1e-5, 1e-1),
     "batch_size": 64,
-    # The recipe; each of these can be searched, too.
+    # The training recipe; these can be searched, too.
     "momentum": 0.9,
     "weight_decay": 5e-4,
     "nesterov": True,
@@ -47,13 +47,13 @@ param_space = {
     "label_smoothing": 0.0,
 }
 
-# Trials to start with, such as {"lr": 0.01, "h_1": 64}, besides those of the grid; omitted values are drawn.
+# Extra trials to run first, such as {"lr": 0.01, "h_1": 64}; omitted values are drawn.
 first_trials: list[dict] = []
 
-# The best epoch of a trial, and the best trial, have the highest validation accuracy.
+# What "best" means, for the epochs of a trial and for trials: the highest validation accuracy.
 METRIC, MODE = "accuracy", "max"
 
-# What --quick changes: widths, epochs and images for two cores and one minute.
+# What --quick overrides, to take one minute on two cores.
 QUICK_SPACE = {
     "epochs": 4,
     "h_1": 16,
@@ -63,17 +63,17 @@ QUICK_SPACE = {
 }
 QUICK_IMAGES = {"num_train": 2000, "num_test": 1000, "num_classes": 10}
 
-GRACE_PERIOD = 2  # epochs before a trial can be stopped by the scheduler
-REDUCTION_FACTOR = 3.0  # keep 1 in so many trials at each rung
-PATIENCE = 4  # stop a trial after so many epochs without progress
+GRACE_PERIOD = 2  # epochs before the scheduler can stop a trial
+REDUCTION_FACTOR = 3.0  # at each rung, keep 1 in this many trials
+PATIENCE = 4  # stop a trial after this many epochs without progress
 MIN_DELTA = 0.001  # minimum decrease of the loss (nats) that counts as progress
 MAX_SECONDS_PER_TRIAL = 3600
 MAX_FAILURES_PER_TRIAL = 2
-SAVE_PERIOD = 30  # save the training state every so many seconds of training
-MODELS_KEPT = 5  # keep the weights of the best trials
-STARTUP_TRIALS = 4  # draw the first trials of --sampler tpe at random
-REPEATED_TRIALS = 3  # train the best configs again if --repeats is given
-PROGRESS_PERIOD = 30  # seconds between two progress blocks in a log file
+SAVE_PERIOD = 30  # save the training state after this many seconds of training
+MODELS_KEPT = 5  # keep the weights of this many of the best trials
+STARTUP_TRIALS = 4  # --sampler tpe draws this many trials at random first
+REPEATED_TRIALS = 3  # --repeats trains this many of the best configs again
+PROGRESS_PERIOD = 30  # seconds between progress blocks in a log file
 
 
 def new_scheduler(settings: Settings, max_epochs: int) -> TrialScheduler:
@@ -91,11 +91,7 @@ def new_scheduler(settings: Settings, max_epochs: int) -> TrialScheduler:
 
 
 def search_space(settings: Settings) -> dict:
-    """Return param_space with the changes of --seed, --quick and --max-epochs.
-
-    Raises:
-        InputError: no trial could train with it.
-    """
+    """Return param_space as changed by --seed, --quick and --max-epochs; raise InputError if it is invalid."""
     entries = {"seed": settings.seed} | space.to_plain(param_space) | (QUICK_SPACE if settings.quick else {})
     entries |= {"epochs": settings.max_epochs} if settings.max_epochs else {}
     space.check_space(entries)
@@ -103,7 +99,7 @@ def search_space(settings: Settings) -> dict:
 
 
 def draw(settings: Settings) -> tuple[list[dict], dict]:
-    """Return the configs of all trials, in the order in which they start, and a summary of what they are drawn from."""
+    """Return the configs of all trials, in the order in which they start, and a summary of the search space."""
     entries, first = search_space(settings), [] if settings.quick else space.to_plain(first_trials)
     tpe = settings.sampler == "tpe"
     configs = sampler.draw_configs(entries, settings.num_samples, settings.seed, first, tpe)
@@ -111,14 +107,14 @@ def draw(settings: Settings) -> tuple[list[dict], dict]:
 
 
 def with_defaults(settings: Settings) -> Settings:
-    """Return the settings of a new search with the scheduler's figures, and the path of its images."""
+    """Return the settings of a new search, with scheduler defaults filled in and data_dir made absolute."""
     settings = replace(settings, data_dir=str(Path(settings.data_dir).absolute()))
     if settings.scheduler == "none":
         return settings
     max_epochs = search_space(settings)["epochs"]
     grace_period = settings.grace_period or min(GRACE_PERIOD, max_epochs)
     if grace_period > max_epochs:
-        raise InputError(f"--grace-period {grace_period} exceeds the {max_epochs} epochs of a trial; use fewer")
+        raise InputError(f"--grace-period {grace_period} exceeds the {max_epochs} epochs of a trial; use at most that")
     factor = settings.reduction_factor or REDUCTION_FACTOR
     return replace(settings, grace_period=grace_period, reduction_factor=factor)
 
@@ -130,13 +126,13 @@ def image_source(settings: Settings) -> dict:
 
 
 def new_search(settings: Settings) -> int:
-    """Run a new search from its first trial to its end, and return the exit code."""
+    """Run a new search, and return the exit code."""
     settings = with_defaults(settings)
     configs, drawn_from = draw(settings)
     records.check_new_folder(settings)
     dataset = read_images(**image_source(settings))
     with tuner.running_ray():
-        tuner.share_resources(settings, len(configs))  # refuses what this machine lacks
+        tuner.share_resources(settings, len(configs))  # refuses flags that exceed this machine
         search = records.create_search(settings, drawn_from, dataset, records.Objective(METRIC, MODE))
         with records.locked(search.folder):
             search.draw(configs)
@@ -144,7 +140,7 @@ def new_search(settings: Settings) -> int:
 
 
 def resume_search(folder: Path, changes: dict) -> int:
-    """Continue the search in a folder where it stopped, with changed settings, and return the exit code."""
+    """Continue the search in a folder, with changed settings, and return the exit code."""
     with records.locked(folder):
         search = records.open_search(folder, changes)
         if search.trials and not search.unfinished():
@@ -163,7 +159,7 @@ def resume_search(folder: Path, changes: dict) -> int:
 
 
 def load_images(search: Search) -> Dataset:
-    """Return the images of a search, and refuse them if they have changed."""
+    """Read the images of a search, and refuse them if they have changed."""
     dataset = read_images(**image_source(search.settings))
     records.check_same_images(search, dataset)
     return dataset
@@ -189,7 +185,7 @@ def fit(search: Search, dataset: Dataset) -> None:
     if not trials:
         return
     resources, at_once, search_resources = tuner.share_resources(settings, len(trials))
-    max_epochs = trials[0].config["epochs"]  # the same for all
+    max_epochs = trials[0].config["epochs"]  # the same for all trials
     suggest = partial(sampler.suggest_config, search_space(settings), settings.seed, startup=STARTUP_TRIALS)
     waiting = hooks.TrialQueue(search, suggest)
     early_stop = partial(hooks.early_stop, max_epochs, PATIENCE, MIN_DELTA, MAX_SECONDS_PER_TRIAL)
@@ -205,9 +201,9 @@ def fit(search: Search, dataset: Dataset) -> None:
                 num_samples=len(trials),
                 search_alg=waiting,
                 scheduler=scheduler,
-                # TPE draws a trial when it starts, to learn from all that have ended.
+                # TPE draws each trial when it starts, to learn from all that have ended.
                 max_concurrent_trials=max(1, at_once) if settings.sampler == "tpe" else None,
-                reuse_actors=True,  # a process that has imported torch takes on the next trial
+                reuse_actors=True,  # the next trial runs in a process that has imported torch
                 trial_name_creator=lambda trial: waiting.names[trial.trial_id],
                 trial_dirname_creator=str,
             ),
@@ -228,9 +224,9 @@ def fit(search: Search, dataset: Dataset) -> None:
 
 
 def finish(search: Search, dataset: Dataset | None) -> int:
-    """Test the best model, unless that is done, and print and write what the search found; return the exit code.
+    """Test the best model unless that is done, print and write the results, and return the exit code.
 
-    If the process is killed here, --resume does it again.
+    If the process is killed here, --resume repeats this.
     """
     hooks.prune(search, [trial for trial in search.trials.values() if trial.end], MODELS_KEPT)
     report.write_results(search)
@@ -248,7 +244,7 @@ def finish(search: Search, dataset: Dataset | None) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line, and return its exit code: see run_program."""
+    """Run the command line, and return its exit code (see run_program)."""
 
     def work() -> int:
         settings, given = parse_args(argv, __doc__)

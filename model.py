@@ -39,10 +39,10 @@ def stage(in_channels: int, out_channels: int, pool: int) -> nn.Sequential:
 
 
 class SmallResNet(nn.Module):
-    """A small ResNet: a stem and two stages, with h_1 and h_2 features after them.
+    """A small ResNet: a stem, and two stages with h_1 and h_2 features.
 
-    64 and 512 features make 5.2 M parameters and 0.42 GFLOP (multiplications and additions) a forward image;
-    128 and 1024 make 20.5 M and 1.51 GFLOP.
+    With 64 and 512 features it has 5.2 M parameters, and a forward pass takes 0.42 GFLOP (multiplications and
+    additions) per image; with 128 and 1024, 20.5 M and 1.51 GFLOP.
 
     Args:
         h_1: features of the first stage (at 16×16), an int ≥ 1.
@@ -60,7 +60,7 @@ class SmallResNet(nn.Module):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}, but must be a whole number of at least 1")
         if isinstance(p_drop, bool) or not isinstance(p_drop, int | float) or not 0 <= p_drop < 1:
-            raise ValueError(f"p_drop is {p_drop!r}, but must be a number from 0 up to, not including, 1")
+            raise ValueError(f"p_drop is {p_drop!r}, but must be a number from 0 up to but not including 1")
         self.stem = nn.Sequential(*conv_bn(3, STEM_CHANNELS), nn.ReLU(inplace=True))
         self.stage_1 = stage(STEM_CHANNELS, h_1, pool=2)
         self.stage_2 = stage(h_1, h_2, pool=4)

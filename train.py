@@ -1,7 +1,7 @@
 """Train one SmallResNet with one config: plain PyTorch.
 
 A config is a dict of plain values with the keys of `param_space` in hparam_search.py. MODEL, OPTIMIZER, LOSS and LOOP
-below say which values each may have.
+below define the valid values of each key.
 """
 
 import functools
@@ -20,11 +20,11 @@ from data import Batches, Dataset, epoch_seed
 from model import SmallResNet
 
 EVALUATION_BATCH_SIZE = 500
-EAGER_STEPS = 3  # before a trial's step is captured as a CUDA graph
-COOLDOWN = 0.3  # the last share of the steps, in which the learning rate decays
-WARMUP = 0.3  # the first share of the steps, in which one_cycle raises the learning rate
+EAGER_STEPS = 3  # steps to run eagerly before one is captured as a CUDA graph
+COOLDOWN = 0.3  # share of the steps, at the end, in which the learning rate decays
+WARMUP = 0.3  # share of the steps, at the start, in which one_cycle raises the learning rate
 
-# The learning rate as a fraction of config["lr"], after a share t of all steps.
+# The learning rate as a fraction of config["lr"], after a fraction t of all steps.
 SCHEDULES = {
     "constant": lambda t: 1.0,
     # Constant, then linear to zero: "trapezoidal", Xing et al. 2018, "A Walk with SGD".
@@ -48,22 +48,23 @@ def _is_number(value: Any) -> bool:
 WHOLE = (_is_whole, "a whole number from 1 to 1,000,000")
 POSITIVE = (lambda v: _is_number(v) and v > 0, "a number above 0")
 NOT_NEGATIVE = (lambda v: _is_number(v) and v >= 0, "a number of at least 0")
-FRACTION = (lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 up to, not including, 1")
+FRACTION = (lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 up to but not including 1")
 SWITCH = (lambda v: isinstance(v, bool), "True or False")
 SCHEDULE = (lambda v: isinstance(v, str) and v in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
-SEED = (lambda v: type(v) is int and 0 <= v < 2**63, "a whole number from 0 up to, not including, 2**63")
+SEED = (lambda v: type(v) is int and 0 <= v < 2**63, "a whole number from 0 up to but not including 2**63")
 
-# The hyperparameters. Those of MODEL, OPTIMIZER and LOSS become keyword arguments of the same names.
-MODEL = {"h_1": WHOLE, "h_2": WHOLE, "p_drop": FRACTION}  # of SmallResNet
-OPTIMIZER = {"lr": POSITIVE, "momentum": FRACTION, "weight_decay": NOT_NEGATIVE, "nesterov": SWITCH}  # of torch's SGD
-LOSS = {"label_smoothing": FRACTION}  # of torch's cross_entropy, in training
+# The hyperparameters. Those of MODEL are passed to SmallResNet, those of OPTIMIZER to torch.optim.SGD and those of LOSS
+# to cross_entropy in training, as keyword arguments of the same names.
+MODEL = {"h_1": WHOLE, "h_2": WHOLE, "p_drop": FRACTION}
+OPTIMIZER = {"lr": POSITIVE, "momentum": FRACTION, "weight_decay": NOT_NEGATIVE, "nesterov": SWITCH}
+LOSS = {"label_smoothing": FRACTION}
 LOOP = {
     "epochs": WHOLE,
     "batch_size": WHOLE,
-    "schedule": SCHEDULE,  # of the learning rate
+    "schedule": SCHEDULE,  # learning-rate schedule
     "augment": SWITCH,  # random crops and flips
     "ema_decay": FRACTION,  # decay per step of the averaged weights; 0 switches averaging off
-    "seed": SEED,  # of weights, batches and dropout
+    "seed": SEED,  # random seed of weights, batches and dropout
 }
 CONFIG_KEYS = MODEL | OPTIMIZER | LOSS | LOOP
 
@@ -77,25 +78,25 @@ def arguments(config: dict, keys: dict) -> dict:
 class Report:
     """The metrics of one epoch."""
 
-    epoch: int  # from 1
-    loss: float  # validation: mean cross-entropy in nats; NaN if it is not finite
-    accuracy: float  # validation: from 0 to 1
-    train_loss: float  # mean over the epoch's steps, each with the weights before it, smoothed labels included
+    epoch: int  # counted from 1
+    loss: float  # validation loss: mean cross-entropy in nats; NaN if it is not finite
+    accuracy: float  # validation accuracy, from 0 to 1
+    train_loss: float  # training loss over the epoch, with the weights before each step and with label smoothing
     train_accuracy: float
-    lr: float  # of the last step
-    images_per_second: float  # training only
-    seconds: float  # of training and validation, in all epochs so far
+    lr: float  # learning rate of the last step
+    images_per_second: float  # during training, without validation
+    seconds: float  # time for training and validation, over all epochs so far
 
 
 @dataclass
 class Training:
-    """Everything a training carries from one epoch to the next."""
+    """The state of a training run between epochs."""
 
     model: SmallResNet
     averaged: AveragedModel | None  # exponential moving average of the model's weights and batch norm statistics
     optimizer: torch.optim.SGD
     history: list[Report] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)  # what a user should know and has not been told
+    notes: list[str] = field(default_factory=list)  # messages that the user has not been shown yet
 
     @property
     def epoch(self) -> int:
@@ -119,7 +120,7 @@ def new_model(config: dict, num_classes: int) -> SmallResNet:
 
 
 def new_training(config: dict, num_classes: int, device: torch.device) -> Training:
-    """Build the model, with weights drawn from config["seed"], its average and its optimizer."""
+    """Build a model with weights drawn from config["seed"], its moving average and its optimizer."""
     torch.manual_seed(config["seed"])
     model = new_model(config, num_classes).to(device, memory_format=torch.channels_last)
     averaged = None
@@ -127,7 +128,7 @@ def new_training(config: dict, num_classes: int, device: torch.device) -> Traini
         averaged = AveragedModel(model)
     optimizer = torch.optim.SGD(model.parameters(), **arguments(config, OPTIMIZER), fused=True)
     for group in optimizer.param_groups:
-        # A tensor, for a CUDA graph to read it at every step.
+        # A tensor, so that a CUDA graph can read it at every step.
         group["lr"] = torch.tensor(float(config["lr"]), device=device)
     return Training(model, averaged, optimizer)
 
@@ -135,23 +136,23 @@ def new_training(config: dict, num_classes: int, device: torch.device) -> Traini
 def update_average(averaged: list[Tensor], current: list[Tensor], n: int, decay: float) -> None:
     """Update the average in place: averaged ← d · averaged + (1 − d) · current, d = min(decay, n / (9 + n)).
 
-    n counts the updates before. The average starts as a copy, and forgets the first steps soon, even in a short epoch.
+    n counts earlier updates. The average starts as a copy and soon forgets the first steps, even in a short epoch.
     """
     get_ema_multi_avg_fn(min(decay, n / (9 + n)))(averaged, current, n)
 
 
 def averaged_tensors(model: nn.Module) -> list[Tensor]:
-    """Return the tensors of a model that are averaged: weights and batch norm statistics."""
+    """Return the tensors of a model to average: weights and batch norm statistics."""
     return [t.detach() for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
 
 
 def best_device(gpus: float = 1) -> torch.device:
-    """Return the GPU if this process has one, and a share `gpus` of it above 0; else the CPU."""
+    """Return the GPU if this process has one and its share of it, `gpus`, is above 0; else the CPU."""
     return torch.device("cuda" if gpus > 0 and torch.cuda.is_available() else "cpu")
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """Return bfloat16 if the hardware of the device supports it, else None, for float32."""
+    """Return bfloat16 if the device supports it in hardware, else None, for float32."""
     if device.type == "cuda":
         supported = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -163,7 +164,7 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 def train_epochs(training: Training, config: dict, dataset: Dataset, device: torch.device) -> Iterator[Report]:
     """Train and validate, yielding a report per epoch, from training.epoch + 1 to config["epochs"].
 
-    Between two epochs `training` may be saved. All randomness of an epoch depends only on (config["seed"], epoch), so a
+    `training` may be saved between epochs. All randomness of an epoch depends only on (config["seed"], epoch), so a
     restored training continues as if it had never been interrupted. Without validation images, loss and accuracy are
     NaN.
     """
@@ -212,10 +213,10 @@ def train_epochs(training: Training, config: dict, dataset: Dataset, device: tor
 
 
 class TrainStep:
-    """A step of SGD and of the averaged weights, on a batch of images (B, 3, 32, 32) and int64 labels (B,).
+    """A step of SGD and weight averaging, on a batch of images (B, 3, 32, 32) and int64 labels (B,).
 
     On a GPU, forward, backward and SGD are captured as one CUDA graph, since launching the kernels of a small batch one
-    by one takes longer than their arithmetic. All batches must then have the same size. On a CPU, and once a capture
+    by one takes longer than running them. All batches must then have the same size. On a CPU, and once a capture
     has failed in this process (see training.notes), the same step runs eagerly.
 
     Attributes:
@@ -248,7 +249,7 @@ class TrainStep:
         else:
             self.descend(images, labels)
         if self.averaged:
-            n = self.training.averaged.n_averaged  # on the CPU, so reading it waits for nothing
+            n = self.training.averaged.n_averaged  # on the CPU, so reading it does not wait for the GPU
             update_average(self.averaged, self.current, int(n), self.decay)
             n += 1
 
@@ -264,9 +265,9 @@ class TrainStep:
         self.sums += torch.stack([loss.detach() * len(labels), correct])
 
     def replay(self, images: Tensor, labels: Tensor) -> None:
-        """Take a step of SGD by the graph, which is captured after a few eager steps."""
+        """Take a step of SGD with the graph, which is captured after a few eager steps."""
         if self.eager_steps < EAGER_STEPS:
-            # In these, libraries choose their algorithms; capturing requires a stream other than the default one.
+            # Libraries choose their algorithms in these steps; capture requires a stream other than the default one.
             self.eager_steps += 1
             here = torch.cuda.current_stream()
             self.aside.wait_stream(here)
@@ -284,19 +285,19 @@ class TrainStep:
         self.graph.replay()
 
     def capture(self, images: Tensor, labels: Tensor) -> None:
-        """Capture the step for batches like this one or, if that fails, train eagerly."""
-        # Copying images there converts them to autocast's type.
+        """Capture the step for batches of this size or, if that fails, train eagerly."""
+        # Copying images into this tensor converts them to autocast's type.
         self.images = torch.empty_like(images, dtype=self.dtype)
         self.labels = torch.empty_like(labels)
         self.graph = torch.cuda.CUDAGraph()
-        self.training.optimizer.zero_grad()  # so that the gradients are the graph's own
+        self.training.optimizer.zero_grad()  # so that the graph allocates the gradients
         here, generator = torch.cuda.current_stream(), torch.cuda.default_generators[images.device.index]
         before = generator.clone_state()
         try:
             with torch.cuda.graph(self.graph, stream=self.aside):  # nothing is computed here
                 self.descend(self.images, self.labels)
         except RuntimeError as error:
-            # An aborted capture leaves its stream current, and the random generator waiting for its end.
+            # An aborted capture leaves its stream current, and the random generator in capture mode.
             torch.cuda.set_stream(here)
             generator.graphsafe_set_state(before)
             TrainStep.failure = str(error).splitlines()[0]
@@ -305,7 +306,9 @@ class TrainStep:
     def run_eagerly(self) -> None:
         """Run all further steps eagerly, and note why."""
         self.graph, self.graphed = None, False
-        self.training.notes.append(f"trains slowly, since CUDA graph capture failed ({TrainStep.failure})")
+        self.training.notes.append(
+            f"CUDA graph capture failed ({TrainStep.failure}); training eagerly, which is slower"
+        )
 
 
 @functools.cache
@@ -347,5 +350,5 @@ def evaluate(model: nn.Module, batches: Batches) -> tuple[float, float]:
 
 @torch.inference_mode()
 def predict(model: nn.Module, batches: Batches) -> Tensor:
-    """Return the probabilities of each image and class, float32 (N, C), on the CPU."""
+    """Return the class probabilities of each image, float32 (N, C), on the CPU."""
     return torch.cat([logits.float() for logits, _ in logits_of(model, batches)]).softmax(1).cpu()

@@ -1,10 +1,10 @@
-"""Record what configs drawn from param_space report at every epoch, for schedulers to be compared on: see replay.
+"""Record the learning curves of configs drawn from param_space, to compare schedulers on (see benchmarks.replay).
 
     python -m benchmarks.curves                                                   # CIFAR-100, on a GPU
     python -m benchmarks.curves --dataset folder --data-dir data/imagenet32-a --classes 20 --h-1 8 16 --h-2 32 64
 
-Every config is trained to its last epoch, with the default recipe and with the baseline's, and benchmarks/curves/ gets
-a CSV of each recipe, a row an epoch. If it was stopped, it continues with the configs that are missing.
+Every config is trained to its last epoch, with the default recipe and with the baseline's. benchmarks/curves/ gets a
+CSV per recipe, with a row per epoch. If interrupted, the command continues with the missing configs.
 """
 
 import argparse
@@ -31,11 +31,11 @@ DRAWN = ("h_1", "h_2", "p_drop", "lr")
 REPORTED = ("loss", "accuracy", "train_loss", "train_accuracy", "seconds")
 COLUMNS = ("config", *DRAWN, "epoch", *REPORTED)
 FLOATS = ("p_drop", "lr", *REPORTED)
-dataset: Dataset  # of a worker process
+dataset: Dataset  # set in each worker process
 
 
 def curve(config: dict) -> list[dict]:
-    """Train a config to its last epoch, on the best device here, and return what each epoch reported, rounded."""
+    """Train a config to its last epoch, on the best device here, and return the reports of all epochs, rounded."""
     device = best_device()
     training = new_training(config, len(dataset.classes), device)
     epochs = train_epochs(training, config, dataset, device)
@@ -43,14 +43,14 @@ def curve(config: dict) -> list[dict]:
 
 
 def prepare(images: Dataset) -> None:
-    """Prepare a worker process, which has a core and the images."""
+    """Prepare a worker process to train on these images with one thread."""
     global dataset
     dataset = images
     torch.set_num_threads(1)
 
 
 def read_curves(path: Path) -> dict[int, list[dict]]:
-    """Return config → its rows, one an epoch in order, with the keys of COLUMNS, of a CSV that main wrote."""
+    """Read a CSV that main wrote: config → its rows, one per epoch in order, with the keys of COLUMNS."""
     curves = {}
     for row in csv.DictReader(path.read_text().splitlines()):
         numbers = {key: float(value) if key in FLOATS else int(value) for key, value in row.items()}
@@ -59,23 +59,23 @@ def read_curves(path: Path) -> dict[int, list[dict]]:
 
 
 def write_curves(path: Path, curves: dict[int, list[dict]]) -> None:
-    """Write such a CSV atomically."""
+    """Write the CSV that read_curves reads, atomically."""
     lines = [COLUMNS, *([row[key] for key in COLUMNS] for i in sorted(curves) for row in curves[i])]
     with atomic_write(path) as temporary:
         temporary.write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train what is not recorded yet, and append it."""
+    """Train the configs that are not recorded yet, and add their curves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", choices=("cifar100", "folder", "synthetic"), default="cifar100")
     parser.add_argument("--data-dir", default="data")
-    parser.add_argument("--classes", type=int, help="only the first so many, where time is short")
-    parser.add_argument("--h-1", type=int, nargs="+", help="narrower than param_space's")
-    parser.add_argument("--h-2", type=int, nargs="+", help="narrower than param_space's")
+    parser.add_argument("--classes", type=int, help="train on only the first N classes, to save time", metavar="N")
+    parser.add_argument("--h-1", type=int, nargs="+", help="widths to use (default: those of param_space)")
+    parser.add_argument("--h-2", type=int, nargs="+", help="widths to use (default: those of param_space)")
     parser.add_argument("--epochs", type=int, default=param_space["epochs"])
-    parser.add_argument("--samples", type=int, default=15, help="draws for each pair of widths")
-    parser.add_argument("--recipe", choices=RECIPES, action="append", help="repeatable; default: all")
+    parser.add_argument("--samples", type=int, default=15, help="draws for each pair of widths (default: %(default)s)")
+    parser.add_argument("--recipe", choices=RECIPES, action="append", help="repeatable (default: all)")
     parser.add_argument("--workers", type=int, default=1 if torch.cuda.is_available() else usable_cpus())
     parser.add_argument("--output", type=Path, default=FOLDER)
     args = parser.parse_args(argv)
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         curves = read_curves(path) if path.exists() else {}
         for i, rows in curves.items():
             if i >= len(configs) or len(rows) != args.epochs or rows[0]["lr"] != configs[i]["lr"]:
-                sys.exit(f"{path} has curves of other configs: give another --output, or remove it.")
+                sys.exit(f"{path} has curves of other configs; use another --output, or remove it.")
         with ProcessPoolExecutor(
             args.workers, multiprocessing.get_context("spawn"), initializer=prepare, initargs=(images,)
         ) as pool:

@@ -2,15 +2,15 @@
 
 python -m benchmarks.overhead
 
-Each search runs in a process of its own, on a Ray of its own whose start is timed apart. An idle trial looks at every
-image once, and then only reports. The searches:
+Each search runs in its own process with its own Ray, whose start is timed separately. An idle trial reads every image
+once, and then only reports. The searches:
 
-    12 × 20      twelve trials of twenty epochs, as hparam_search.main runs them
-    12 × 20 (T)  the same trials with Tune's defaults: a process a trial, the images captured in the closure,
-                 Tune's own loggers and snapshots
-    100 × 5, 1000 × 5, to see whether a trial costs more where there are many
+    12 × 20            12 trials of 20 epochs, as hparam_search.main runs them
+    12 × 20 (T)        the same trials with Tune's defaults: a process per trial, the images captured in the closure,
+                       Tune's own loggers and snapshots
+    100 × 5, 1000 × 5  to see whether a trial costs more in a large search
 
-Memory is what /proc says: the driver's peak, and the highest that a trial's process had for itself (anonymous pages,
+Memory is taken from /proc: the driver's peak, and the highest private memory of a trial's process (anonymous pages,
 without the images, which it maps from a file).
 """
 
@@ -33,12 +33,12 @@ import hparam_search
 from data import Dataset, map_dataset
 from search.records import METRICS
 
-IMAGES = 12_000  # for training, 37 MB: with much more, Ray refuses the closure of Tune's defaults
+IMAGES = 12_000  # training images, 37 MB; with many more, Ray refuses the closure of Tune's defaults
 REPORT = dict.fromkeys(METRICS, 0.0)
 
 
 def status(key: str, pid: int | str = "self") -> float:
-    """Return a figure of a process in MB, as /proc/<pid>/status has it, or NaN where there is none."""
+    """Return a value of /proc/<pid>/status in MB, or NaN if there is none."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
         return next(int(line.split()[1]) / 1000 for line in lines if line.startswith(f"{key}:"))
@@ -47,7 +47,7 @@ def status(key: str, pid: int | str = "self") -> float:
 
 
 def blank_images() -> Dataset:
-    """Return a data set of blank images."""
+    """Return a dataset of blank images."""
     images, labels = torch.zeros(IMAGES, 32, 32, 3, dtype=torch.uint8), torch.zeros(IMAGES, dtype=torch.int64)
     few = slice(10)
     return Dataset(
@@ -57,12 +57,12 @@ def blank_images() -> Dataset:
 
 
 def idle_trial(config: dict, images: Path, search_folder: Path, **others: object) -> None:
-    """Stand in for train_cifar."""
+    """Replace train_cifar."""
     report_idly(config, map_dataset(images), search_folder)
 
 
 def report_idly(config: dict, dataset: Dataset, folder: Path) -> None:
-    """Report every epoch, with a loss that falls alike in all trials, so that none is stopped."""
+    """Report every epoch, with a loss that falls equally in all trials, so that none is stopped."""
     dataset.train_images.max()
     (folder / f"{os.getpid()}.memory").write_text(str(status("RssAnon")))
     for epoch in range(1, config["epochs"] + 1):
@@ -104,7 +104,7 @@ SEARCHES = {"own": own_search, "tune": tune_search}
 
 def measure(kind: str, trials: int, epochs: int) -> dict:
     """Run one search, and return its figures."""
-    if kind == "tune":  # what hparam_search sets for itself
+    if kind == "tune":  # undo what hparam_search sets for itself
         for name in ("TUNE_GLOBAL_CHECKPOINT_S", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"):
             del os.environ[name]
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
@@ -129,11 +129,11 @@ def measure(kind: str, trials: int, epochs: int) -> dict:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the searches, each as a process, and print a table, or a line of JSON each."""
+    """Run the searches, each in a process, and print a table, or a line of JSON per search."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--many", type=int, default=1000, help="trials of the largest search; default %(default)s")
+    parser.add_argument("--many", type=int, default=1000, help="trials of the largest search (default: %(default)s)")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--search", nargs=3, metavar=("KIND", "TRIALS", "EPOCHS"), help="this one alone: own or tune")
+    parser.add_argument("--search", nargs=3, metavar=("KIND", "TRIALS", "EPOCHS"), help="only this one: own or tune")
     args = parser.parse_args(argv)
     if args.search:
         kind, trials, epochs = args.search

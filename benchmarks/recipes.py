@@ -1,8 +1,9 @@
-"""Final validation accuracy of training recipes, with the same config at equal epochs, one seed after the other.
+"""Final validation accuracy of training recipes, for the same config at equal epochs, over several random seeds.
 
 python -m benchmarks.recipes --dataset folder --data-dir data/imagenet32-a --epochs 10 --h-1 16 --h-2 64
 
-`plain loop` is the baseline's recipe in the baseline's own loop (see throughput), for what speed may cost in accuracy.
+`plain loop` is the baseline's recipe in the baseline's own loop (see benchmarks.throughput); compared with `baseline`,
+it shows what the faster loop costs in accuracy.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from benchmarks.throughput import baseline_steps, new_model, take
 from data import Dataset, load_cifar100, load_folder, make_synthetic
 from train import best_device, evaluate, evaluation_batches, new_training, train_epochs
 
-# The recipe of the baseline: `param_space | BASELINE_RECIPE` trains as that did.
+# The recipe of the baseline: `param_space | BASELINE_RECIPE` trains as the baseline did.
 BASELINE_RECIPE = {
     "momentum": 0.9,
     "weight_decay": 0.0,
@@ -40,7 +41,7 @@ RECIPES = {
 
 
 def first_classes(dataset: Dataset, count: int) -> Dataset:
-    """Return the images of the first classes alone."""
+    """Return only the images of the first classes."""
     parts = {"classes": dataset.classes[:count]}
     for split in ("train", "val", "test"):
         images, labels = getattr(dataset, f"{split}_images"), getattr(dataset, f"{split}_labels")
@@ -74,13 +75,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", choices=("cifar100", "folder", "synthetic"), default="cifar100")
     parser.add_argument("--data-dir", default="data")
-    parser.add_argument("--classes", type=int, help="only the first so many, where time is short")
+    parser.add_argument("--classes", type=int, help="train on only the first N classes, to save time", metavar="N")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--h-1", type=int, default=64)
     parser.add_argument("--h-2", type=int, default=512)
-    parser.add_argument("--seeds", type=int, default=1, help="how many seeds, from 0")
+    parser.add_argument("--seeds", type=int, default=1, help="number of random seeds, from 0 (default: %(default)s)")
     parser.add_argument(
-        "--only", metavar="RECIPE", action="append", choices=RECIPES, help="one of the table; repeatable"
+        "--only", metavar="RECIPE", action="append", choices=RECIPES, help="train only this recipe; repeatable"
     )
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)

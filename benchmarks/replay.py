@@ -1,11 +1,11 @@
-"""What a scheduler costs and what it loses: Ray's own schedulers on recorded curves, in hundreds of random searches.
+"""What a scheduler spends and loses: Ray's own schedulers on recorded curves, in hundreds of random searches.
 
     python -m benchmarks.curves …     # records benchmarks/curves/default.csv
-    python -m benchmarks.replay       # a table of it; with --plot FILE.png also a picture, by matplotlib
+    python -m benchmarks.replay       # prints a table; with --plot FILE.png, draws it with matplotlib
 
-A search draws so many of the recorded configs, in random order, and trains several at once; an epoch takes as long as
-it took when it was recorded. What was found is held against the best of those drawn, had all been trained to the end.
-The winner, which would have been that best, is lost where it was stopped before.
+A search draws some of the recorded configs, in random order, and trains several at once; an epoch takes as long as it
+took when it was recorded. The accuracy found is compared with the best that training all drawn configs to the end would
+have found. The winner, the trial with that accuracy, is lost if it was stopped before reaching it.
 """
 
 import argparse
@@ -27,19 +27,19 @@ from benchmarks.curves import FOLDER, read_curves
 from hparam_search import GRACE_PERIOD, MAX_SECONDS_PER_TRIAL, MIN_DELTA, PATIENCE, REDUCTION_FACTOR
 from search.hooks import early_stop
 
-Curve = list[dict]  # of a config: what each epoch reported, with the keys of curves.COLUMNS
-GOOD_LR = 0.01  # a config that one would try first has half to twice that
+Curve = list[dict]  # the reports of a config, one per epoch, with the keys of curves.COLUMNS
+GOOD_LR = 0.01  # a config that one would try first has half to twice this learning rate
 
 
 class Controller:
-    """All that schedulers which stop trials ask of Tune."""
+    """The part of Tune that schedulers which stop trials use."""
 
     def get_live_trials(self) -> list:
         return []
 
 
 class Trial:
-    """All that these schedulers ask of a trial."""
+    """The part of a trial that these schedulers use."""
 
     status = "RUNNING"
 
@@ -56,14 +56,14 @@ def play(
     curves: Iterable[Curve], scheduler: TrialScheduler, stop: Callable[[list], str | None] | None, at_once: int,
     ended: dict[int, int] | None = None,
 ) -> list[int]:  # fmt: skip
-    """Play a search and return how many epochs each of its trials was trained.
+    """Simulate a search, and return for how many epochs each of its trials was trained.
 
     Args:
-        curves: of its trials, in the order in which they begin, asked for one by one.
-        scheduler: a new one of Ray's, by epochs.
-        stop: see early_stop, or None; it comes before the scheduler.
+        curves: the curves of its trials, in starting order, consumed as trials start.
+        scheduler: a new Ray scheduler with epochs as its time.
+        stop: see early_stop, or None; called before the scheduler.
         at_once: how many trials run at once.
-        ended: to be filled with number → epochs of the trials as they end, for what draws the next to know.
+        ended: filled with number → epochs of the trials as they end, so that `curves` may depend on it.
     """
     controller, waiting = Controller(), enumerate(curves)
     ended = {} if ended is None else ended
@@ -92,9 +92,9 @@ def play(
 
 
 def judge(curves: list[Curve], epochs: list[int]) -> dict:
-    """Return what came of a search: spent (share of all epochs), found (share of the best accuracy), lost_at.
+    """Return the outcome of a search: spent (share of all epochs), found (share of the best accuracy), lost_at.
 
-    lost_at is the epoch at which the winner was stopped before its best one, or None.
+    lost_at is the epoch at which the winner was stopped before its best epoch, or None.
     """
     best_of_each = [max(row["accuracy"] for row in curve) for curve in curves]
     found = max(max(row["accuracy"] for row in curve[:n]) for curve, n in zip(curves, epochs, strict=True))
@@ -108,7 +108,7 @@ def judge(curves: list[Curve], epochs: list[int]) -> dict:
 
 
 def schedulers(max_epochs: int) -> dict[str, Callable[[], TrialScheduler]]:
-    """Return name → a function that makes a new one."""
+    """Return name → a function that builds a new scheduler."""
     loss = {"time_attr": "epoch", "metric": "loss", "mode": "min"}
     accuracy = {"time_attr": "epoch", "metric": "accuracy", "mode": "max"}
     made = {"none": FIFOScheduler}
@@ -127,16 +127,16 @@ def replay(
     curves: list[Curve], new_scheduler: Callable[[], TrialScheduler], early_stopping: bool, at_once: int, trials: int,
     searches: int, first: list[Curve],
 ) -> list[dict]:  # fmt: skip
-    """Return what came of each of so many random searches: see judge.
+    """Return the outcomes of random searches (see judge).
 
     Args:
-        curves: of all recorded configs.
-        new_scheduler: makes a new one.
-        early_stopping: whether trials also end by themselves, as the search's do.
-        at_once: trials that run at once.
-        trials: of a search.
-        searches: how many.
-        first: the curves of configs of which every search begins with one; none, where it begins with any.
+        curves: the curves of all recorded configs.
+        new_scheduler: builds a new scheduler.
+        early_stopping: whether trials also end by themselves, as in a real search.
+        at_once: how many trials run at once.
+        trials: how many trials a search has.
+        searches: how many searches to simulate.
+        first: curves of which one comes first in every search; if empty, any curve may come first.
     """
     results = []
     for seed in range(searches):
@@ -163,19 +163,19 @@ def row(name: str, results: list[dict]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print a table of all schedulers, one trial at a time and several, with and without what may help them."""
+    """Print a table of all schedulers, for several numbers of trials at once, with and without what may help them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--curves", type=Path, default=FOLDER / "default.csv")
-    parser.add_argument("--trials", type=int, default=12, help="of a search")
+    parser.add_argument("--trials", type=int, default=12, help="trials per search (default: %(default)s)")
     parser.add_argument("--searches", type=int, default=400)
     parser.add_argument("--at-once", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--plot", type=Path, help="a PNG to draw the table into; needs matplotlib")
+    parser.add_argument("--plot", type=Path, help="PNG file to draw the table into; needs matplotlib")
     args = parser.parse_args(argv)
     if args.plot and importlib.util.find_spec("matplotlib") is None:
-        parser.error("--plot needs the package matplotlib: pip install matplotlib")
+        parser.error("--plot needs the package matplotlib; run pip install matplotlib")
     curves = list(read_curves(args.curves).values())
     if len(curves) < args.trials:
-        parser.error(f"{args.curves} has {len(curves)} configs, fewer than the {args.trials} of a search: record more")
+        parser.error(f"{args.curves} has {len(curves)} configs, fewer than the {args.trials} of a search; record more")
     good = [curve for curve in curves if GOOD_LR / 2 <= curve[0]["lr"] <= GOOD_LR * 2]
     print(f"{len(curves)} recorded configs, {args.searches} searches of {args.trials} trials.\n")
     print("| scheduler | epochs spent | accuracy found ÷ best (quartiles) | mean regret | winner lost | at epoch |")
@@ -197,8 +197,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def plot(points: dict[str, tuple[float, float]], path: Path) -> None:
-    """Draw epochs spent against winners lost, a dot for each row of the table without patience, into a PNG."""
-    import matplotlib.pyplot as plt  # here, for nothing else needs it
+    """Draw winners lost against epochs spent into a PNG, with a dot per row of the table without patience."""
+    import matplotlib.pyplot as plt  # here, since nothing else needs it
 
     figure, axes = plt.subplots(figsize=(8, 5))
     for kind in ("none", "median", "asha, loss", "asha, accuracy"):

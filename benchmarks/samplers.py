@@ -1,10 +1,10 @@
 """Does Optuna's TPE find more than random draws, for the same epochs? On recorded curves, in hundreds of searches.
 
-    python -m benchmarks.samplers     # a table; the curves are those of benchmarks.curves
+    python -m benchmarks.samplers     # prints a table; needs the curves of benchmarks.curves
 
-What a sampler draws trains as the nearest of the recorded configs of the same widths did, by the logarithms of
-learning rate and dropout. One trial runs at a time, under the search's own scheduler and early stopping; what is held
-against each other is the best accuracy that was found when so many epochs had been spent.
+A drawn config is assumed to train as the nearest recorded config of the same widths did, by the logarithms of learning
+rate and dropout. One trial runs at a time, under the search's own scheduler and early stopping. The samplers are
+compared by the best accuracy found after a given number of epochs.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from search.settings import Settings
 
 BUDGETS = (60, 120, 240, 480, 960)  # epochs
 RANGES = ("p_drop", "lr")
-SAMPLERS = {"random": None, "TPE after 4": 4, "TPE after 10": 10}  # → trials drawn at random
+SAMPLERS = {"random": None, "TPE after 4": 4, "TPE after 10": 10}  # → trials drawn at random first
 
 
 def nearest(recorded: list[Curve], config: dict) -> Curve:
@@ -33,7 +33,7 @@ def nearest(recorded: list[Curve], config: dict) -> Curve:
     widths = [curve for curve in recorded if all(curve[0][key] == config[key] for key in ("h_1", "h_2"))]
 
     def distance(curve: Curve) -> float:
-        # Each in shares of its range, so that none counts for more.
+        # Each distance is a share of its range, so that all count equally.
         shares = [
             math.log(curve[0][key] / config[key]) / math.log(param_space[key].upper / param_space[key].lower)
             for key in RANGES
@@ -44,12 +44,12 @@ def nearest(recorded: list[Curve], config: dict) -> Curve:
 
 
 def best_accuracy(curve: Curve, epochs: int) -> float:
-    """Return what a trial found in so many epochs; one that diverged, nothing."""
+    """Return the best accuracy that a trial found in its first epochs; 0 for epochs that diverged."""
     return max(row["accuracy"] if math.isfinite(row["loss"]) else 0.0 for row in curve[:epochs])
 
 
 def best_after(curves: list[Curve], epochs: list[int], budget: int) -> float:
-    """Return the best accuracy of trials that were trained one after the other, when budget epochs were spent."""
+    """Return the best accuracy of trials, trained one after the other, once `budget` epochs are spent."""
     found = 0.0
     for curve, trained in zip(curves, epochs, strict=True):
         found = max(found, best_accuracy(curve, min(trained, budget)))
@@ -60,18 +60,18 @@ def best_after(curves: list[Curve], epochs: list[int], budget: int) -> float:
 
 
 def search(recorded: list[Curve], startup: int | None, seed: int) -> list[float]:
-    """Play a search and return the best accuracy found after each of BUDGETS.
+    """Simulate a search, and return the best accuracy found after each of BUDGETS.
 
     Args:
         recorded: the curves of all recorded configs.
-        startup: how many trials are drawn at random before TPE draws; None: all.
-        seed: of the draws.
+        startup: how many trials are drawn at random before TPE draws; None for all.
+        seed: random seed of the draws.
     """
     max_epochs = len(recorded[0])
     widths = {key: tune.choice(sorted({curve[0][key] for curve in recorded})) for key in ("h_1", "h_2")}
     space = param_space | {"seed": seed} | widths
-    at_random = draw_configs(space, max(BUDGETS), seed)  # each takes an epoch at least
-    configs, curves, ended = [], [], {}  # of the trials drawn; number → epochs
+    at_random = draw_configs(space, max(BUDGETS), seed)  # each takes at least one epoch
+    configs, curves, ended = [], [], {}  # those of the drawn trials; ended: number → epochs
 
     def draws() -> Iterator[Curve]:
         while sum(ended.values()) < max(BUDGETS):

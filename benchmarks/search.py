@@ -3,9 +3,9 @@
 python -m benchmarks.search --dataset folder --data-dir data/imagenet32-a
 
 The default search (12 trials, 20 epochs) runs through hparam_search.main, once with one trial at a time and then with
-several sharing the GPU; without a GPU it is the quick search, with one trial on all CPUs and then one on each. What the
-loop that the search began with would need for the same epochs, one trial at a time, is reckoned from its speed, which
-is measured for each pair of widths. Arguments that are not this benchmark's own are hparam_search.py's.
+several sharing the GPU; without a GPU it is the quick search, with one trial on all CPUs and then one on each. The time
+that the baseline's loop would need for the same epochs, one trial at a time, is estimated from its speed, measured for
+each pair of widths. Other arguments are passed to hparam_search.py.
 """
 
 import argparse
@@ -35,7 +35,7 @@ BASELINE_STEPS = 100
 
 @contextlib.contextmanager
 def watching() -> Iterator[list[dict]]:
-    """Yield a list that gets, every second, worker_mb (of the largest trial) and of a GPU busy (0 to 1) and gpu_mb."""
+    """Yield a list that gains a sample every second: worker_mb (largest trial); on a GPU also busy (0 to 1), gpu_mb."""
     samples, over = [], threading.Event()
     command = ["nvidia-smi", "--query-gpu=utilization.gpu,memory.used", "--format=csv,noheader,nounits", "--id=0"]
 
@@ -71,7 +71,7 @@ def run_search(arguments: list[str], dataset: Dataset) -> dict:
             code = hparam_search.main([*arguments, "--output-dir", folder, "--name", "it"])
         seconds = time.perf_counter() - start
         if code:
-            raise RuntimeError(f"the search ended with {code}")
+            raise RuntimeError(f"the search ended with exit code {code}")
         with (Path(folder) / "it" / "results.csv").open() as file:
             rows = list(csv.DictReader(file))
         metrics = json.loads((Path(folder) / "it" / "best_model" / "metrics.json").read_text())
@@ -111,8 +111,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     on_gpu = torch.cuda.is_available()
     at_once = [1, 2, 3, 4] if on_gpu else [1, usable_cpus()]
-    parser.add_argument("--at-once", type=int, nargs="+", default=at_once, help="trials; default %(default)s")
-    parser.add_argument("--widths", type=int, nargs=2, metavar=("H_1", "H_2"), help="of every trial; default: searched")
+    parser.add_argument("--at-once", type=int, nargs="+", default=at_once, help="trials (default: %(default)s)")
+    parser.add_argument("--widths", type=int, nargs=2, metavar=("H_1", "H_2"), help="fixed widths (default: searched)")
     parser.add_argument("--baseline-recipe", action="store_true", help="train as the baseline did")
     parser.add_argument("--no-baseline", action="store_true", help="skip the baseline's loop")
     args, rest = parser.parse_known_args(argv)

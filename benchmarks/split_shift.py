@@ -1,11 +1,10 @@
-"""Are a folder's test images drawn as its training images were? A classifier that shares no code with the search tells.
+"""Test whether a folder's test images differ from its training images, with no code shared with the search.
 
 python -m benchmarks.split_shift data/imagenet32-a
 
-Random whitened patches as convolution filters, pooled, and ridge regression on top: Coates and Ng 2012, "Learning
-Feature Representations with K-means", with random patches for the means. Pillow reads the images; labels are the
-folders' names. It is trained on 80 % of train/ and scored on the rest of it and on test/; then all images are pooled
-and drawn anew.
+The classifier is ridge regression on pooled responses of random whitened patches used as convolution filters: Coates
+and Ng 2012, "Learning Feature Representations with K-means", with random patches instead of the means. It is trained on
+80 % of train/, and scored on the rest of train/ and on test/; then all images are pooled and redrawn.
 """
 
 import argparse

@@ -1,16 +1,16 @@
-"""Training images per second of one trial, against the loop the search began with, and against the step alone.
+"""Training images per second of one trial, compared with the baseline's loop and with the step alone.
 
 python -m benchmarks.throughput
 
 Three loops are timed in turn, round after round, with the same model, batch size and number of steps:
 
     search      an epoch of train_epochs, as a trial runs it
-    baseline    a DataLoader with eight workers, a picture at a time through Pillow, ToTensor and Normalize; float32,
+    baseline    a DataLoader with eight workers, one picture at a time through Pillow, ToTensor and Normalize; float32,
                 NCHW, and the loss read at every step
-    step alone  the search's own step on one batch that lies on the device: no pipeline, no metrics
+    step alone  the search's own step on one batch that is already on the device: no pipeline, no metrics
 
-Validation and checkpoints are timed apart, and given as their share of an epoch of CIFAR-100: 40,000 training and
-10,000 validation images, weights saved once, and the training state as often as its period asks.
+Validation and checkpoints are timed separately, and given as shares of an epoch of CIFAR-100: 40,000 training and
+10,000 validation images, weights saved once, and the training state saved once per SAVE_PERIOD.
 """
 
 import argparse
@@ -40,7 +40,7 @@ CIFAR_TRAINING, CIFAR_VALIDATION = 40_000, 10_000  # images
 
 
 class Pictures(torch.utils.data.Dataset):
-    """Images as torchvision's CIFAR100 gives them: a Pillow image at a time, through a transform."""
+    """Images as torchvision's CIFAR100 yields them: one Pillow image at a time, through a transform."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.images, self.labels = dataset.train_images.numpy(), dataset.train_labels.tolist()
@@ -59,7 +59,7 @@ def example_config(h_1: int, h_2: int, batch_size: int = 64) -> dict:
 
 
 def seconds_of(work: Callable, device: torch.device) -> float:
-    """Return how long work takes, to the end of what it has a GPU do."""
+    """Return how long work takes, including the work that it starts on a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -70,16 +70,16 @@ def seconds_of(work: Callable, device: torch.device) -> float:
 
 
 def new_model(config: dict, dataset: Dataset, device: torch.device) -> SmallResNet:
-    """Return a model with the weights that a trial of the config would begin with, in NCHW."""
+    """Return a model with the initial weights of a trial of this config, in NCHW."""
     torch.manual_seed(config["seed"])
     return SmallResNet(config["h_1"], config["h_2"], config["p_drop"], len(dataset.classes)).to(device)
 
 
 def baseline_steps(model: nn.Module, config: dict, dataset: Dataset, device: torch.device) -> Iterator[None]:
-    """Yield after each step of the baseline's loop on a model that lies on the device, without end."""
+    """Yield after each step of the baseline's loop, on a model on this device, forever."""
     optimizer = torch.optim.SGD(model.parameters(), lr=config["lr"], momentum=0.9)
     criterion = nn.CrossEntropyLoss()
-    warnings.filterwarnings("ignore", message="This DataLoader will create")  # more workers than cores: the baseline's
+    warnings.filterwarnings("ignore", message="This DataLoader will create")  # the baseline has more workers than cores
     loader = DataLoader(
         Pictures(dataset), config["batch_size"], shuffle=True, drop_last=True, num_workers=BASELINE_WORKERS,
         persistent_workers=True,
@@ -97,7 +97,7 @@ def baseline_steps(model: nn.Module, config: dict, dataset: Dataset, device: tor
 
 
 def steps_alone(config: dict, dataset: Dataset, device: torch.device) -> Iterator[None]:
-    """Yield after each of the search's own steps on one batch, without end."""
+    """Yield after each of the search's own steps on one batch, forever."""
     torch.backends.cudnn.benchmark = True  # as in train_epochs
     training = new_training(config, len(dataset.classes), device)
     step = TrainStep(training, config, device)
@@ -118,7 +118,7 @@ def measure(config: dict, dataset: Dataset, rounds: int, with_baseline: bool, de
     """Return the figures of one config: name → images per second, ratio, or share of an epoch."""
     config = config | {"epochs": rounds + 1}
     batch_size = config["batch_size"]
-    count = len(dataset.train_images) // batch_size  # of whole batches, which all three loops train on
+    count = len(dataset.train_images) // batch_size  # the number of whole batches, on which all three loops train
     training = new_training(config, len(dataset.classes), device)
     epochs = train_epochs(training, config, dataset, device)
     others = {"step alone": steps_alone(config, dataset, device)}
@@ -150,7 +150,7 @@ def measure(config: dict, dataset: Dataset, rounds: int, with_baseline: bool, de
     }
     parts["training state"] = statistics.median(state) * min(1, sum(parts.values()) / SAVE_PERIOD)
     figures = {f"{name}, images/s": statistics.median(of) for name, of in rates.items()}
-    for name in others:  # ratios of the same round, so that what slows the machine for a while slows both
+    for name in others:  # ratios within a round, so that a slowdown of the machine affects both
         ratios = [own / other for own, other in zip(rates["search"], rates[name], strict=True)]
         figures[f"search ÷ {name}"] = statistics.median(ratios)
     figures["validation share"] = parts["validation"] / sum(parts.values())
@@ -170,12 +170,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = best_device()
     on_gpu = device.type == "cuda"
     parser.add_argument("--steps", type=int, default=300 if on_gpu else 3, help="per round (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="default %(default)s")
-    parser.add_argument("--batch-size", type=int, default=64, help="default %(default)s")
+    parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=64, help="(default: %(default)s)")
     parser.add_argument("--no-baseline", action="store_true", help="skip the baseline's loop")
     parser.add_argument("--no-autotune", action="store_true", help="let cuDNN choose algorithms without timing them")
     args = parser.parse_args(argv)
-    if args.no_autotune:  # replaces torch's property: train_epochs then sets it in vain
+    if args.no_autotune:  # replaces torch's property, so that train_epochs cannot set it
         type(torch.backends.cudnn).benchmark = False
     dataset = make_synthetic(num_train=args.steps * args.batch_size * 5 // 4, num_test=8, num_classes=8)
     for h_1, h_2 in WIDTHS:

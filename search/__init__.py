@@ -13,10 +13,10 @@ os.environ |= {
     "TUNE_GLOBAL_CHECKPOINT_S": "inf",  # a search is resumed from its own log and training states
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # the recorder says in a sentence why a trial failed
-    "RAY_ENABLE_AUTO_CONNECT": "0",  # no call after Ray's shutdown may start a new one
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # so that no call after Ray's shutdown starts a new one
 }
-os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", "16")  # with a search algorithm, Tune starts one at a time
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no reports to Ray's makers
+os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", "16")  # Tune's default with a search algorithm is 1
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no reports to Ray's developers
 os.environ.setdefault("RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES", "")  # no message about .git
 if not cluster_address():
-    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # listen on the loopback interface alone
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # listen only on the loopback interface

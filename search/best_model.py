@@ -1,7 +1,7 @@
-"""The best model of a search, and models on disk with everything that is needed to use and retrain them.
+"""The best model of a search, and models on disk with everything needed to use and retrain them.
 
 weights.pt     a state_dict, on the CPU
-config.json    hyperparameters, classes, mean and std of the images, and where these came from
+config.json    hyperparameters, classes, and mean, std and source of the images
 metrics.json   validation and test loss and accuracy, and their epoch
 """
 
@@ -28,10 +28,10 @@ WEIGHTS, CONFIG, METRICS = "weights.pt", "config.json", "metrics.json"
 def evaluate_best_model(search: Search, dataset: Dataset, source: dict) -> dict | None:
     """Test the best trial's model, once, and write best_model/; nothing else looks at the test images.
 
-    If its weights are damaged or missing, which is said on stderr, the next best trial's are used.
+    If its weights are damaged or missing, say so on stderr and use those of the next best trial.
 
     Args:
-        search: the one that has finished, or ran out of time.
+        search: a search that has finished or run out of time.
         dataset: its images.
         source: arguments of data.read_images.
 
@@ -62,7 +62,7 @@ def evaluate_best_model(search: Search, dataset: Dataset, source: dict) -> dict 
 
 
 def test(model: nn.Module, dataset: Dataset) -> dict[str, float]:
-    """Return a model's loss and accuracy on the test images, and move it to the best device here."""
+    """Move a model to the best device here, and return its loss and accuracy on the test images."""
     device = best_device()
     images = evaluation_batches(dataset.test_images, dataset.test_labels, dataset.mean, dataset.std, device)
     loss, accuracy = evaluate(model.to(device, memory_format=torch.channels_last), images)
@@ -70,7 +70,7 @@ def test(model: nn.Module, dataset: Dataset) -> dict[str, float]:
 
 
 def read_best_model(search: Search) -> dict | None:
-    """Return the metrics of best_model/ if it is intact and still that of the best trial, else None."""
+    """Return the metrics of best_model/ if it is intact and still holds the best trial's model, else None."""
     metrics, ranking = read_metrics(search.folder / BEST_MODEL), search.ranking()
     if not metrics or not ranking:
         return None
@@ -82,10 +82,6 @@ def write_model(folder: Path, model: nn.Module, config: dict, dataset: Dataset, 
     """Write a model's folder atomically.
 
     Args:
-        folder: where.
-        model: whose weights are saved.
-        config: its hyperparameters.
-        dataset: what it was trained on.
         about: "images", the arguments of data.read_images, and "objective".
         metrics: the content of metrics.json.
     """
@@ -135,6 +131,6 @@ def load_model(weights: Path, config: dict, classes: list[str] | tuple[str, ...]
     model = new_model(config, len(classes))
     try:
         model.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError):  # of another model
+    except (RuntimeError, TypeError, AttributeError):  # weights of another model
         return None
     return model

@@ -12,14 +12,14 @@ from typing import Any
 from data import InputError
 from search.settings import print_error
 
-LAST_SECONDS = 12  # to stop after a signal
+LAST_SECONDS = 12  # maximum time to stop after a signal
 
 
 def run_program(name: str, work: Callable[[], int]) -> int:
     """Run a program's work, and return its exit code.
 
     Returns:
-        What work returns; 2 for bad input, 1 for a full disk or a Ray that died, each after one sentence on stderr;
+        What work returns; 2 for bad input, 1 if the disk is full or Ray died, each after one sentence on stderr;
         128 + n if signal n interrupted it, so 130 for Ctrl-C.
     """
     with safe_output(), interruptible() as signals:
@@ -36,7 +36,7 @@ def run_program(name: str, work: Callable[[], int]) -> int:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[list[int]]:
-    """Raise KeyboardInterrupt in the main thread at the first signal, and ignore later ones; yield what came.
+    """Raise KeyboardInterrupt in the main thread at the first signal, and ignore later ones; yield those received.
 
     Signals that were ignored before, as under nohup, stay ignored. If the block is still running LAST_SECONDS after a
     signal, for example because it waits for processes that got it too, this process exits.
@@ -73,7 +73,7 @@ def run_in_thread(function: Callable[[], object], interrupted: threading.Event) 
     """Run a function in a thread, so that this one can handle signals.
 
     Args:
-        function: has a few seconds to return once interrupted is set, then it is abandoned.
+        function: has a few seconds to return once interrupted is set, and is then abandoned.
         interrupted: set on KeyboardInterrupt, which is then raised.
 
     Raises:
@@ -114,16 +114,16 @@ class SafeStream:
             stream.reconfigure(errors="replace")
 
     def write(self, text: str) -> int:
-        with contextlib.suppress(OSError, ValueError):  # closed, or on a full disk
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # None, closed, or on a full disk
             self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(AttributeError, OSError, ValueError):
             self.stream.flush()
 
     def isatty(self) -> bool:
-        return not self.stream.closed and self.stream.isatty()
+        return bool(self.stream) and not self.stream.closed and self.stream.isatty()
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.stream, name)
@@ -131,14 +131,14 @@ class SafeStream:
 
 @contextlib.contextmanager
 def safe_output() -> Iterator[None]:
-    """Let no failure of stdout or stderr stop the block, or Python as it exits."""
+    """Ignore failures of stdout and stderr, in the block and when Python exits."""
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = map(SafeStream, streams)
     try:
         yield
     finally:
         sys.stdout, sys.stderr = streams
-        for stream in streams:
+        for stream in filter(None, streams):  # None: closed before Python started
             try:
                 stream.flush()
             except (OSError, ValueError):

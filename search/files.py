@@ -1,6 +1,6 @@
 """How a search's files survive a kill, a full disk and a power cut.
 
-A file or folder is written under a temporary name, flushed to disk and then renamed, so it is never there in part. A
+A file or folder is written under a temporary name, flushed to disk and then renamed, so it is never incomplete. A
 log only grows, and an incomplete last line is dropped. JSON carries a checksum and torch's archives have their own, so
 damage is noticed.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-# What file systems such as SMB, sshfs and Lustre answer when they cannot flush a folder or lock one.
+# Errors of file systems such as SMB, sshfs and Lustre that cannot flush or lock a folder.
 UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY, errno.EBADF, errno.ENOLCK)
 
 
@@ -69,7 +69,7 @@ def loads(text: str | bytes) -> dict:
     """Return the dict that dumps was given.
 
     Raises:
-        ValueError: text is not, or no longer, what dumps returned.
+        ValueError: the text did not come from dumps, or is damaged.
     """
     try:
         content = json.loads(text)
@@ -86,16 +86,16 @@ def crc32(content: dict) -> str:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write a dict into a file, for people to read and for loads."""
+    """Write a dict into a file as indented JSON that loads can read."""
     with atomic_write(path) as temporary:
         temporary.write_text(dumps(content, indent=2))
 
 
 def append_lines(path: Path, contents: list[dict]) -> None:
-    """Append dicts to a log, a line each, and drop the incomplete last line of a process killed while it wrote.
+    """Append dicts to a log, one per line, and drop an incomplete last line that a killed process left.
 
     Raises:
-        OSError: the log cannot be written; its complete lines are as they were.
+        OSError: the log cannot be written; its complete lines are unchanged.
     """
     with path.open("a+b", buffering=0) as file:
         size = file.tell()
@@ -124,7 +124,7 @@ def read_lines(path: Path) -> tuple[list[dict], int]:
 
 
 def load_tensors(path: Path) -> dict | None:
-    """Return the dict that torch.save wrote, on the CPU and without unpickling; None if the file is damaged or gone."""
+    """Return the dict that torch.save wrote, on the CPU and without unpickling; None if that fails."""
     try:
         with zipfile.ZipFile(path) as file:
             if file.testzip():  # checks what torch.load does not: the checksums

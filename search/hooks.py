@@ -22,7 +22,7 @@ from search.trial import TRAINING_FILE, prune_weights
 from search.tuner import own_node_lives
 from train import CONFIG_KEYS, Report
 
-ERROR_FILE = "error.txt"
+ERROR_FILE, STOPPED = "error.txt", "stopped by the scheduler"
 NODE_PERIOD = 5  # seconds between checks that Ray is alive
 OUT_OF_MEMORY = (
     "MemoryError",  # Python's; also matches OutOfMemoryError (Ray, torch)
@@ -39,11 +39,11 @@ def early_stop(
     """Return why a trial ends after its latest report, whatever the other trials do, or None.
 
     Args:
-        max_epochs: its last epoch.
-        patience: epochs without progress after which it ends.
+        max_epochs: the trial's last epoch.
+        patience: epochs without progress after which the trial ends.
         min_delta: minimum decrease of the loss, in nats, that counts as progress.
-        max_seconds: limit of training and validation.
-        reports: of the trial, one per epoch.
+        max_seconds: time limit for training and validation.
+        reports: the trial's reports, one per epoch.
     """
     latest, losses = reports[-1], [report.loss for report in reports]
     if not math.isfinite(latest.loss):
@@ -94,13 +94,13 @@ class TrialQueue(Searcher):
         """Save nothing: a search is resumed from its log."""
 
     def __getstate__(self) -> dict:
-        """Pickle nothing, as Tune does with each trial."""
+        """Pickle nothing: Tune would pickle this with each trial."""
         return {}
 
 
 @dataclass(eq=False)  # hashed by identity
 class KnownTrial:
-    """A trial as its scheduler knows it, the same in all processes of a search."""
+    """A trial as the scheduler knows it, the same in all processes of a search."""
 
     trial_id: str
 
@@ -108,16 +108,16 @@ class KnownTrial:
 class ResumableScheduler(TrialScheduler):
     """Lets any Ray scheduler that never pauses trials continue where an earlier process of the search stopped.
 
-    It is told at first what the log says. Epochs that the scheduler has seen are not judged again.
+    It first replays the log to the scheduler. Epochs that the scheduler has seen are not judged again.
 
     Args:
-        scheduler: a new one.
-        search: whose trials it judges.
-        early_stop: returns why a trial ends by itself after these reports, or None. Trials that repeat another one end
-            by this alone.
+        scheduler: a new scheduler.
+        search: the search whose trials it judges.
+        early_stop: returns why a trial ends by itself after these reports, or None. It alone ends trials that repeat
+            another one.
 
     Attributes:
-        reasons: trial name → why it ended by itself.
+        reasons: trial name → why the trial ended by itself.
     """
 
     def __init__(
@@ -133,19 +133,20 @@ class ResumableScheduler(TrialScheduler):
             trial = search.trials.get(event.get("trial"))
             if event["event"] == "reported" and trial and not trial.repeats:
                 self.add(no_controller, trial.name)
-                self.judge(no_controller, trial.name, event)
+                if event["end"] in (None, STOPPED):  # what Tune tells it of, besides the ends
+                    self.judge(no_controller, trial.name, event)
                 if trial.end and event["end"]:
                     self.scheduler.on_trial_complete(no_controller, self.known[trial.name], event)
 
     def judge(self, controller: Any, name: str, result: dict) -> str:
-        """Tell the scheduler of a new epoch, and return its decision."""
+        """Tell the scheduler about a new epoch, and return its decision."""
         if result["epoch"] <= self.judged.get(name, 0):
             return self.CONTINUE
         self.judged[name] = result["epoch"]
         return self.scheduler.on_trial_result(controller, self.known[name], result)
 
     def add(self, controller: Any, name: str) -> None:
-        """Tell the scheduler of a trial, unless it knows it."""
+        """Tell the scheduler about a trial that it does not know yet."""
         if name not in self.known:
             self.known[name] = KnownTrial(name)
             self.scheduler.on_trial_add(controller, self.known[name])
@@ -184,13 +185,13 @@ class Recorder(tune.Callback):
     """Records what trials report, shows it, and keeps the weights of the best ones.
 
     Args:
-        search: whose trials these are.
+        search: the search to record.
         reasons: see ResumableScheduler.
         models_kept: how many ended trials keep their weights.
         progress_period: seconds between two progress blocks in a log file.
 
     Attributes:
-        interrupted: once it is set, Tune's thread ends and leaves the trials as they are.
+        interrupted: once set, Tune's thread ends and leaves the trials as they are.
     """
 
     def __init__(self, search: Search, reasons: dict[str, str], models_kept: int, progress_period: float) -> None:
@@ -226,7 +227,7 @@ class Recorder(tune.Callback):
                 self.record("restarted", trial=known.name, epoch=result["restored"])
                 self.board.close(known.name)
             return
-        end = self.reasons.get(known.name, "stopped by the scheduler") if result["done"] else None
+        end = self.reasons.get(known.name, STOPPED) if result["done"] else None
         if result["epoch"] <= len(known.reports) and not end:
             return  # reported again after a restart
         self.record("reported", trial=known.name, **{key: result[key] for key in METRICS}, end=end)
@@ -260,7 +261,7 @@ class Recorder(tune.Callback):
         self.progress.erase()
 
     def record(self, kind: str, **details: object) -> None:
-        """Record an event; a log that cannot be written stops nothing."""
+        """Record an event; continue even if the log cannot be written."""
         try:
             self.search.record(kind, **details)
         except OSError as error:
@@ -268,17 +269,14 @@ class Recorder(tune.Callback):
 
 
 def running(trials: list) -> list[str]:
-    """Return the names of Tune's trials that run."""
+    """Return the names of those of Tune's trials that are running."""
     return [str(trial) for trial in trials if trial.status == trial.RUNNING]
 
 
 def prune(search: Search, trials: list[Trial], models_kept: int) -> None:
-    """Delete what trials that have ended no longer need: all training states, and weights that are not among the best.
+    """Delete what these ended trials no longer need: training states, and weights except those of the best trials.
 
-    Args:
-        search: whose trials these are.
-        trials: that have ended.
-        models_kept: how many of all trials keep the weights of their best epoch.
+    The models_kept best of all ended trials keep the weights of their best epoch.
     """
     kept = search.ranking(ended=True)[:models_kept]
     for trial in trials:
@@ -288,18 +286,18 @@ def prune(search: Search, trials: list[Trial], models_kept: int) -> None:
 
 
 def error_sentence(text: str, config: dict) -> str:
-    """Return what a trial's traceback comes down to, with a remedy where one is known."""
-    last = text.split("Failure #")[-1].splitlines()[1:]  # of several attempts; the rest of the line is its time
-    lines = [line.strip() for line in last if line.strip()] or ["no reason is known"]
+    """Summarize a trial's traceback in one sentence, with a remedy if one is known."""
+    last = text.split("Failure #")[-1].splitlines()[1:]  # the last attempt; the rest of that line is its time
+    lines = [line.strip() for line in last if line.strip()] or ["the reason is unknown"]
     if any(words in text for words in OUT_OF_MEMORY):
         sizes = ", ".join(f"{key} {config[key]}" for key in ("batch_size", "h_1", "h_2"))
         return (
-            f"out of memory with {sizes}; reduce these, or run fewer trials at once, by --gpus-per-trial 1 if they "
-            "share a GPU, else by a higher --cpus-per-trial"
+            f"out of memory with {sizes}; reduce these, or run fewer trials at once (--gpus-per-trial 1 if they share "
+            "a GPU, otherwise a higher --cpus-per-trial)"
         )
     if "failed to import on the worker" in text and (
         cause := re.search(r"^\w+Error: .+", text.split("on the worker")[1], re.M)
     ):
         return f"cannot import its code ({cause[0]}); install the missing package, or put it beside train.py"
-    # The last line tells of an exception, the first one of a process that died.
+    # The last line names an exception; if the process died, the first line says so.
     return lines[-1] if re.match(r"[\w.]+(Error|Exception)\b", lines[-1]) else lines[0]

@@ -25,9 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> int:
         parser = Parser(PROGRAM, __doc__)
         parser.add_argument("model", type=Path, help="model folder, e.g. outputs/NAME/best_model")
-        parser.add_argument(
-            "pictures", nargs="+", help=f"pictures, of which the {CLASSES_SHOWN} likeliest classes are shown"
-        )
+        parser.add_argument("pictures", nargs="+", help=f"pictures; prints {CLASSES_SHOWN} likely classes of each")
         args = parser.parse_args(argv)
         model, about = read_model(args.model)
         images, device = torch.stack([read_picture(path) for path in args.pictures]), best_device()

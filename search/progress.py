@@ -7,21 +7,21 @@ import time
 from search.records import Search
 from search.report import COLUMNS, best_so_far, duration
 
-TRIALS_SHOWN = 12  # of those that run at once
+TRIALS_SHOWN = 12  # maximum number of running trials listed
 
 
 class Progress:
-    """Shows how far a search is: redrawn in place on a terminal, once per period in a log file.
+    """Shows the progress of a search: redrawn in place on a terminal, printed once per period into a log file.
 
     Args:
-        period: seconds.
+        period: seconds between two blocks in a log file.
     """
 
     def __init__(self, period: float) -> None:
         self.in_place, self.period = sys.stdout.isatty(), period
         self.last = time.monotonic()
-        self.first_epochs: int | None = None  # done before this process
-        self.drawn = 0  # lines above the cursor
+        self.first_epochs: int | None = None  # epochs trained before this process started
+        self.drawn = 0  # number of redrawn lines above the cursor
 
     def say(self, sentence: str) -> None:
         """Print a line that stays, above what is redrawn."""
@@ -29,12 +29,7 @@ class Progress:
         print(sentence, file=sys.stderr, flush=True)
 
     def update(self, search: Search, running: list[str]) -> None:
-        """Show how far a search is.
-
-        Args:
-            search: the one that runs.
-            running: the names of its trials that run.
-        """
+        """Show the progress of a search; running is the names of the trials that are running."""
         epochs = sum(len(trial.reports) for trial in search.trials.values())
         if self.first_epochs is None:
             self.first_epochs = epochs
@@ -58,12 +53,12 @@ class Progress:
 
 
 def block(search: Search, running: list[str], left: float | None) -> list[str]:
-    """Return how far a search is, as lines of at most 80 columns.
+    """Describe the progress of a search in lines of at most 80 columns.
 
     Args:
-        search: the one that runs.
-        running: the names of its trials that run.
-        left: about how many seconds it will take, if known.
+        search: the search that is running.
+        running: the names of its running trials.
+        left: about how many more seconds it will take, if known.
     """
     trials = search.trials.values()
     ended = sum(bool(trial.end or trial.error) and trial.name not in running for trial in trials)
@@ -89,7 +84,7 @@ def block(search: Search, running: list[str], left: float | None) -> list[str]:
 
 
 def time_left(search: Search, epochs: int) -> float | None:
-    """Return about how many more seconds a search will run, from the epochs trained since it was started.
+    """Estimate how many more seconds a search will run, from the number of epochs that this process has trained.
 
     Trials that have not ended are expected to train for as many epochs as those that have ended did on average.
     """

@@ -1,9 +1,9 @@
-"""What is known of a search, and how it is stored.
+"""The state of a search, and how it is stored.
 
-    search.json   the settings, the space in words, and what the images were
-    log.jsonl     every event of the search, a line each, in the order in which it happened
+    search.json   the settings, a summary of the space, and hashes of the images
+    log.jsonl     every event of the search, one per line, in the order in which they happened
 
-What is known of the trials changes by Search.apply(event) alone, live and on resume: resuming is replaying the log.
+Only Search.apply(event) changes the state of the trials, live and on resume: to resume is to replay the log.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from train import Report
 
 SEARCH_FILE, LOG_FILE, TRIAL_PREFIX = "search.json", "log.jsonl", "train_cifar_"
 METRICS = [key.name for key in fields(Report)]
-FORMAT = 5  # of both files; other versions are refused
+FORMAT = 5  # version of both files; others are refused
 
 
 class Objective(NamedTuple):
@@ -36,7 +36,7 @@ class Objective(NamedTuple):
 
     @property
     def shown(self) -> list[str]:
-        """The metrics that are shown of a best epoch."""
+        """The metrics that are shown for a best epoch."""
         return list(dict.fromkeys(["loss", "accuracy", self.metric]))
 
     def score(self, report: Report) -> float:
@@ -45,30 +45,30 @@ class Objective(NamedTuple):
         return value if self.mode == "max" else -value
 
     def best(self, reports: Iterable[Report]) -> Report | None:
-        """Return the first best of the reports with a finite loss."""
+        """Return the best report with a finite loss; of equals, the first."""
         return max((report for report in reports if math.isfinite(report.loss)), key=self.score, default=None)
 
 
 @dataclass
 class Trial:
-    """What is known of a trial."""
+    """The state of a trial."""
 
     name: str
     config: dict = field(default_factory=dict)
-    repeats: str | None = None  # the trial whose config it trains again, with another seed
+    repeats: str | None = None  # the trial whose config it repeats with another seed
     reports: list[Report] = field(default_factory=list)  # one per epoch, in order
-    best: Report | None = None  # whose weights are on disk as long as they are needed; None if it diverged
+    best: Report | None = None  # its weights are on disk while needed; None if the trial diverged
     end: str | None = None  # why it ended
     error: str | None = None  # why it failed, in a sentence
 
     @property
     def id(self) -> str:
-        """Its number, as text."""
+        """The trial's number, as text."""
         return self.name.removeprefix(TRIAL_PREFIX)
 
     @property
     def diverged(self) -> bool:
-        """Whether its loss became NaN or infinite."""
+        """Whether the loss became NaN or infinite."""
         return bool(self.reports) and not math.isfinite(self.reports[-1].loss)
 
     @property
@@ -83,19 +83,19 @@ class Trial:
 
 @dataclass
 class Search:
-    """What is known of a search."""
+    """The state of a search."""
 
     folder: Path  # absolute
     settings: Settings
-    space: dict[str, object]  # a summary, see summarize, and the first trials
+    space: dict[str, object]  # a summary (see summarize), and the first trials
     images: dict[str, str]  # see fingerprint
     objective: Objective
     trials: dict[str, Trial] = field(default_factory=dict)  # by name, in the order in which they were drawn
     seconds: float = 0.0  # how long trials have run, over all processes
-    started: tuple[float, float] = (0.0, 0.0)  # when this process began to run them, and `seconds` at that time
-    resources: str = ""  # what they run on
+    started: tuple[float, float] = (0.0, 0.0)  # when this process began to run trials, and `seconds` then
+    resources: str = ""  # CPUs and GPUs that the trials use
     unwritten: list[dict] = field(default_factory=list)  # events that did not fit on the disk
-    damaged: int = 0  # lines of the log
+    damaged: int = 0  # number of unreadable lines in the log
 
     @property
     def searched(self) -> dict[str, dict]:
@@ -103,13 +103,13 @@ class Search:
         return {key: entry for key, entry in self.space.items() if isinstance(entry, dict)}
 
     def apply(self, event: dict) -> None:
-        """Change what is known by an event.
+        """Update the state with an event.
 
-        Events, besides their time:
+        Events, each of which also has a time:
             started: the trials begin to run, on these resources.
             drawn: a trial has this config, and repeats another one or none.
             reported: a trial's epoch has these metrics; the trial ends for this reason, or continues.
-            restarted: a trial continues after this epoch; what it reported of later ones is void.
+            restarted: a trial continues after this epoch; its reports of later epochs are void.
             failed: a trial failed with this error.
             stopped: no trial runs any more.
         """
@@ -126,7 +126,7 @@ class Search:
         trial = self.trials[name]
         if kind == "reported":
             if event["epoch"] > len(trial.reports) + 1:
-                return  # an epoch before is damaged, and will be trained again
+                return  # the report before is unreadable; its epoch is retrained
             trial.reports[event["epoch"] - 1 :] = [Report(**{key: event[key] for key in METRICS})]
             trial.end, trial.error = event["end"], None
         elif kind == "restarted":
@@ -152,7 +152,7 @@ class Search:
         self.unwritten.clear()
 
     def draw(self, configs: list[dict]) -> None:
-        """Add the trials that it does not have yet."""
+        """Add the trials that the search does not have yet."""
         for i, config in enumerate(configs):
             name = f"{TRIAL_PREFIX}{i:05}"
             if name not in self.trials:
@@ -168,28 +168,28 @@ class Search:
                     self.record("drawn", trial=name, config=trial.config | {"seed": seed}, repeats=trial.name)
 
     def own_trials(self) -> list[Trial]:
-        """Return the trials that repeat no other one."""
+        """Return the trials that do not repeat another one."""
         return [trial for trial in self.trials.values() if not trial.repeats]
 
     def ended(self) -> list[Trial]:
-        """Return its own trials that have ended."""
+        """Return the search's own trials that have ended."""
         return [trial for trial in self.own_trials() if trial.end]
 
     def unfinished(self) -> list[Trial]:
-        """Return all trials that have not ended; those that failed are among them."""
+        """Return all trials that have not ended, including failed ones."""
         return [trial for trial in self.trials.values() if not trial.end]
 
     def interrupted(self) -> bool:
-        """Return whether there are trials that have neither ended nor failed."""
+        """Return whether any trial has neither ended nor failed."""
         return any(not trial.error for trial in self.unfinished())
 
     def ranking(self, *, ended: bool = False) -> list[Trial]:
-        """Return its own trials, or those that have ended, the best first; of equals, the one with the lower loss."""
+        """Return the search's own trials, or only ended ones, best first; of equals, the one with the lower loss."""
         trials = [trial for trial in (self.ended() if ended else self.own_trials()) if trial.best]
         return sorted(trials, key=lambda trial: (-self.objective.score(trial.best), trial.best.loss))
 
     def time_left(self) -> float:
-        """Return the seconds that are left of its time budget."""
+        """Return the seconds left of the time budget."""
         return (self.settings.time_budget or math.inf) - self.seconds
 
     def write(self) -> None:
@@ -199,11 +199,7 @@ class Search:
 
 
 def check_new_folder(settings: Settings) -> Path:
-    """Return the folder of a new search.
-
-    Raises:
-        InputError: it exists, or cannot be made.
-    """
+    """Return the folder of a new search; raise InputError if it exists or cannot be created."""
     name = settings.name or datetime.now().strftime("search_%Y-%m-%d_%H-%M-%S")
     folder = Path(settings.output_dir).absolute() / name
     if folder.exists():
@@ -215,11 +211,7 @@ def check_new_folder(settings: Settings) -> Path:
 
 
 def create_search(settings: Settings, space: dict, dataset: Dataset, objective: Objective) -> Search:
-    """Make the folder of a new search, and return the search.
-
-    Raises:
-        InputError: it cannot be made.
-    """
+    """Create the folder of a new search, and return the search; raise InputError if that fails."""
     folder = check_new_folder(settings)
     try:
         folder.mkdir(parents=True)
@@ -231,7 +223,7 @@ def create_search(settings: Settings, space: dict, dataset: Dataset, objective: 
 
 
 def open_search(folder: Path, changes: dict) -> Search:
-    """Return the search in a folder, as its log tells.
+    """Return the search in a folder, restored from its log.
 
     Args:
         folder: an absolute path.
@@ -261,7 +253,7 @@ def open_search(folder: Path, changes: dict) -> Search:
     except (TypeError, KeyError) as error:
         raise other_version from error
     if search.damaged:
-        print(f"Skipping {search.damaged} unreadable lines of {log}; their epochs are retrained.", file=sys.stderr)
+        print(f"Skipping unreadable lines of {log} ({search.damaged}); their epochs are retrained.", file=sys.stderr)
     return search
 
 
@@ -270,7 +262,7 @@ def extend(settings: Settings, changes: dict) -> Settings:
     for key in GROWABLE:
         before = getattr(settings, key)
         if key in changes and before is not None and changes[key] < before:
-            raise InputError(f"{flag(key)} can only grow: the search already has {before:g}; use at least that")
+            raise InputError(f"{flag(key)} {changes[key]:g} is less than the search has; use at least {before:g}")
     if "data_dir" in changes and settings.dataset == "synthetic":
         raise InputError("--data-dir cannot be combined with synthetic images; remove it")
     return replace(settings, **changes)

@@ -22,7 +22,7 @@ from search.trial import weights_path
 
 COLUMNS = 80
 FIRST_COLUMNS = ["p_drop", "lr", "h_1", "h_2"]  # then the other hyperparameters
-MIN_TRIALS = 8  # to tell which hyperparameters matter
+MIN_TRIALS = 8  # minimum number of trials to rate hyperparameters
 SIGNIFICANCE = 0.05  # probability of naming any hyperparameter that has no effect
 
 
@@ -74,7 +74,7 @@ def recap(search: Search) -> str:
 
 
 def best_so_far(search: Search) -> str:
-    """Return a line on the best trial of a search that has not finished."""
+    """Return a line about the best trial so far."""
     if not (ranking := search.ranking()):
         return "No trial has reported yet."
     best, metric = ranking[0], search.objective.metric
@@ -82,12 +82,7 @@ def best_so_far(search: Search) -> str:
 
 
 def recap_best(search: Search, metrics: dict) -> str:
-    """Return what a finished search found, as text of 80 columns.
-
-    Args:
-        search: the one that has finished.
-        metrics: of its best model: see evaluate_best_model.
-    """
+    """Return the results of a finished search, as text of 80 columns; see evaluate_best_model for the metrics."""
     best = search.trials[f"{TRIAL_PREFIX}{metrics['trial_id']}"]
     ended = search.ended()
     planned = sum(trial.config["epochs"] for trial in ended)
@@ -107,7 +102,7 @@ def recap_best(search: Search, metrics: dict) -> str:
 
 
 def rungs(search: Search, ended: list[Trial]) -> list[str]:
-    """Return lines on the scheduler: when trials ended, and whether their order at its first rung was the final one."""
+    """Return lines about the scheduler: when trials ended, and how well its first rung predicted their final order."""
     first = search.settings.grace_period
     if first is None or not ended:
         return []
@@ -123,11 +118,11 @@ def rungs(search: Search, ended: list[Trial]) -> list[str]:
 
 
 def importance(search: Search, ended: list[Trial]) -> list[str]:
-    """Return lines on which hyperparameters mattered: Spearman's rank correlation with the objective.
+    """Return lines about which hyperparameters mattered: Spearman's rank correlation with the objective.
 
-    Trials are compared at the last epoch that all have reached; diverged ones rank last. A correlation ρ of n trials is
-    significant by Fisher's transformation, atanh(ρ) √((n − 3) / 1.06) (Fieller et al. 1957), with Bonferroni's
-    correction. Values that are not numbers are compared in the order in which they are listed.
+    Trials are compared at the last epoch that all have reached; diverged ones rank last. The significance of a
+    correlation ρ of n trials is tested with Fisher's transformation, atanh(ρ) √((n − 3) / 1.06) (Fieller et al. 1957),
+    and Bonferroni's correction. Values that are not numbers are ranked in the order in which they are listed.
     """
     if len(ended) < MIN_TRIALS:
         return [f"Importance: needs at least {MIN_TRIALS} finished trials ({len(ended)} so far)."]
@@ -146,7 +141,7 @@ def importance(search: Search, ended: list[Trial]) -> list[str]:
             others.append(key)
             continue
         found[key] = rho
-        # The best value is often at an end by chance: the objective must improve towards it, too.
+        # The best value is often at an end by chance, so the objective must also improve towards it.
         end = "upper" if rho > 0 else "lower"
         if search.ranking() and end_of_range(search.ranking()[0].config[key], entry) == end:
             edges.append(f"{key} ({end} end)")
@@ -170,7 +165,7 @@ def rank_correlation(one: list[float], other: list[float]) -> float:
 
 
 def repeats(search: Search) -> list[str]:
-    """Return lines on the repeated configs: mean and standard deviation of the objective over their random seeds."""
+    """Return lines about the repeated configs: mean and standard deviation of the objective over their random seeds."""
     lines = []
     for own in search.ranking():
         trials = [trial for trial in search.trials.values() if trial.repeats == own.name and trial.end]
@@ -211,7 +206,7 @@ def cell(value: object, digits: str = ".3g") -> str:
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    """Return rows of cells as a table of 80 columns; one that is too wide continues below."""
+    """Return rows of cells as a table of 80 columns; columns that do not fit continue below."""
     frame = pandas.DataFrame(rows).set_index(next(iter(rows[0])))
     frame.index.name, frame.columns.name = None, frame.index.name  # one line of headers
     text = frame.to_string(line_width=COLUMNS)

@@ -1,4 +1,4 @@
-"""Train a model's config again, without Ray: as it was, with other values, or on all images.
+"""Train a model's config again, without Ray: unchanged, with other values, or on all images.
 
 python -m search.retrain outputs/NAME/best_model
 python -m search.retrain outputs/NAME/best_model --full    # on training and validation images together
@@ -43,7 +43,7 @@ def parse_args(argv: Sequence[str] | None) -> dict:
     add = parser.add_argument
     add("model", type=Path, help="model folder whose config is trained, e.g. outputs/NAME/best_model")
     add("--full", action="store_true", help="train on the validation images too, and keep the last epoch's weights")
-    add("--data-dir", metavar="PATH", type=os.path.expanduser, help="where the images are (default: as they were)")
+    add("--data-dir", metavar="PATH", type=os.path.expanduser, help="image folder (default: the original one)")
     add("--output-dir", metavar="PATH", type=os.path.expanduser, help="parent of the new folder (default: outputs)")
     add("--name", type=folder_name, help="name of the new model folder (default: retrained_<date>_<time>)")
     group = parser.add_argument_group(

@@ -1,4 +1,4 @@
-"""How trials are drawn from a space: at random, or by TPE from what earlier trials gave."""
+"""How trials are drawn from a space: at random, or by TPE from the results of earlier trials."""
 
 import contextlib
 import importlib.util
@@ -23,16 +23,16 @@ def draw_configs(
     Args:
         space: checked by check_space.
         num_samples: at least 1.
-        seed: of the random draws; those of the grid do not depend on the first trials.
+        seed: random seed; the draws for the grid do not depend on the first trials.
         first_trials: plain values for searched hyperparameters; omitted ones are drawn.
         tpe: leave the grid's draws to suggest_config; their configs hold only the fixed values.
 
     Raises:
-        InputError: one is invalid, or TPE cannot draw from the space.
+        InputError: a config is invalid, or TPE cannot draw from the space.
     """
     if tpe:
         if importlib.util.find_spec("optuna") is None:
-            raise InputError("--sampler tpe needs the optuna package; run: pip install optuna")
+            raise InputError("--sampler tpe needs the optuna package; run pip install optuna")
         distributions(space)
     for i, values in enumerate(first_trials):
         if not isinstance(values, dict):
@@ -58,7 +58,7 @@ def draw_configs(
 
 
 def draw_grid(space: dict, random: np.random.Generator) -> list[dict]:
-    """Return a config for every point of the grid, with random draws of all else."""
+    """Return a config for every point of the grid, with all other values drawn at random."""
     return [variant["config"] for _, variant in generate_variants({"config": space}, random_state=random)]
 
 
@@ -66,7 +66,7 @@ def distributions(space: dict) -> dict:
     """Return the searched entries of a space as Optuna's distributions; a grid becomes a choice.
 
     Raises:
-        InputError: naming an entry from which Optuna cannot draw.
+        InputError: Optuna cannot draw from an entry; the message names it.
     """
     found = {}
     for key, entry in space.items():
@@ -85,13 +85,13 @@ def distributions(space: dict) -> dict:
 def suggest_config(space: dict, seed: int, number: int, outcomes: Sequence[tuple[dict, float]], startup: int) -> dict:
     """Return the config that TPE suggests (Bergstra et al. 2011, "Algorithms for Hyper-Parameter Optimization").
 
-    It depends on the arguments alone, so a resumed search draws what it would have drawn.
+    It depends only on the arguments, so a resumed search draws what it would have drawn.
 
     Args:
         space: checked by draw_configs.
         seed: random seed of the search.
-        number: of the trial, from 0.
-        outcomes: config and score, higher is better, of each trial that has ended, in the order of their numbers.
+        number: the trial's number, from 0.
+        outcomes: config and score (higher is better) of each trial that has ended, in the order of their numbers.
         startup: with fewer outcomes, the config is drawn at random.
     """
     import optuna  # optional

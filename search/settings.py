@@ -1,4 +1,4 @@
-"""What was asked: the command line, as settings. Imports neither torch nor Ray, so that --help answers at once."""
+"""The command line, as settings. Imports neither torch nor Ray, so that --help answers at once."""
 
 import argparse
 import math
@@ -22,23 +22,23 @@ class Settings:
     data_dir: str = "data"
     output_dir: str = "outputs"
     name: str | None = None  # None: search_<date>_<time>
-    num_samples: int = 3  # per grid point
+    num_samples: int = 3  # random samples per grid point
     max_epochs: int | None = None  # None: param_space["epochs"]
     seed: int = 0
     cpus_per_trial: int | None = None  # None: an equal share
-    gpus_per_trial: float | None = None  # None: one, where there are any
+    gpus_per_trial: float | None = None  # None: one, if there are any
     quick: bool = False
     sampler: str = "random"  # or tpe
     scheduler: str = "asha"  # or none
-    grace_period: int | None = None  # epochs; this and the next: None without a scheduler
-    reduction_factor: float | None = None
-    repeats: int | None = None  # other random seeds with which the best configs are trained again
+    grace_period: int | None = None  # epochs; None without a scheduler
+    reduction_factor: float | None = None  # None without a scheduler
+    repeats: int | None = None  # number of other random seeds for the best configs
     time_budget: float | None = None  # seconds, over all runs of the search
     resume: str | None = None
     list: bool = False
 
     def methods(self) -> tuple[str, str]:
-        """Return the sampler, and the scheduler with its figures, as lines of text."""
+        """Describe the sampler, and the scheduler with its settings, in a line of text each."""
         figures = ""
         if self.grace_period is not None:
             figures = f", grace period {self.grace_period}, reduction factor {self.reduction_factor:g}"
@@ -46,7 +46,7 @@ class Settings:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that refuses bad input in one sentence."""
+    """An argument parser that reports bad input in one sentence."""
 
     def __init__(self, prog: str, description: str) -> None:
         super().__init__(
@@ -68,7 +68,7 @@ def print_error(message: object, program: str = PROGRAM) -> None:
 
 
 def parse_args(argv: Sequence[str] | None, description: str) -> tuple[Settings, dict]:
-    """Return the settings, and which of them were given as flags.
+    """Return the settings, and those of them that were given as flags.
 
     Raises:
         SystemExit: with 2 after a sentence about bad flags; with 0 after --help.
@@ -80,7 +80,7 @@ def parse_args(argv: Sequence[str] | None, description: str) -> tuple[Settings, 
 
     add = parser.add_argument_group("search").add_argument
     add("--num-samples", metavar="N", type=int, help="random samples per grid point (default: 3)")
-    add("--sampler", choices=("random", "tpe"), help="tpe needs the optuna package (default: random)")
+    add("--sampler", choices=("random", "tpe"), help="how to draw configs; tpe needs optuna (default: random)")
     add("--max-epochs", metavar="N", type=int, help='epochs of a trial (default: param_space["epochs"])')
     add("--seed", metavar="N", type=int, help="random seed of draws, weights and batches (default: 0)")
     add("--repeats", metavar="N", type=int, help="train the best 3 configs again with N other random seeds each")
@@ -92,7 +92,7 @@ def parse_args(argv: Sequence[str] | None, description: str) -> tuple[Settings, 
     add("--reduction-factor", metavar="F", type=float, help="keep 1 in F trials at each rung (default: 3)")
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=("cifar100", "folder", "synthetic"), help="image source (default: cifar100)")
-    add("--data-dir", metavar="PATH", type=path, help="CIFAR-100, or a folder with train/ and test/ (default: data)")
+    add("--data-dir", metavar="PATH", type=path, help="folder of CIFAR-100, or with train/ and test/ (default: data)")
     add = parser.add_argument_group("resources and output").add_argument
     add("--cpus-per-trial", metavar="N", type=int, help="CPU cores per trial (default: an equal share)")
     add("--gpus-per-trial", metavar="F", type=float, help="GPUs per trial, e.g. 0.5 (default: 1 if there are GPUs)")
@@ -125,7 +125,7 @@ def seconds(text: str) -> float:
 
 
 def folder_name(text: str) -> str:
-    """Return a text that can name a folder."""
+    """Return a text if it can name a folder."""
     if not 1 <= len(os.fsencode(text)) <= 200 or set(text) & set("/\\\0") or text[0] == ".":
         raise argparse.ArgumentTypeError(f"invalid name {text!r} (use up to 200 bytes, without / \\ or a leading dot)")
     return text
@@ -137,11 +137,7 @@ def flag(key: str) -> str:
 
 
 def check(settings: Settings, given: dict) -> None:
-    """Refuse flags that are out of range or cannot be combined.
-
-    Raises:
-        ValueError: with the sentence.
-    """
+    """Raise ValueError, with a sentence, if flags are out of range or cannot be combined."""
     if "list" in given and (others := set(given) - {"list", "output_dir"}):
         raise ValueError(f"--list only accepts --output-dir; remove {flag(min(others))}")
     if "resume" in given and (others := set(given) - {"resume", "data_dir", *GROWABLE}):
@@ -163,6 +159,6 @@ def check(settings: Settings, given: dict) -> None:
 
 
 def cluster_address() -> str | None:
-    """Return the address of the Ray cluster to join, from RAY_ADDRESS; None to start a Ray of our own."""
+    """Return the address of the Ray cluster to join, from RAY_ADDRESS; None to start a local Ray."""
     address = os.environ.get("RAY_ADDRESS", "").strip()
     return None if address in ("", "local") else address

@@ -28,7 +28,7 @@ def check_space(space: dict) -> None:
     """Refuse unknown and missing keys, and values that no trial could train with.
 
     Raises:
-        InputError: naming the key and the value.
+        InputError: the message names the key and the value.
     """
     for key in space:
         if key not in CONFIG_KEYS:
@@ -39,16 +39,16 @@ def check_space(space: dict) -> None:
         entry = space[key]
         values = possible_values(entry)
         if not values and not isinstance(entry, Domain):
-            raise InputError(f"param_space[{key!r}] is {entry!r}; a grid_search needs a list of values")
+            raise InputError(f"param_space[{key!r}] is {entry!r}; give grid_search a list of values")
         for value in values:
             check_value(key, value)
         if isinstance(entry, Float | Integer) and not entry.lower < entry.upper:
             raise InputError(
-                f"param_space[{key!r}]: upper bound {entry.upper} must exceed lower bound {entry.lower}; correct them"
+                f"param_space[{key!r}] has lower bound {entry.lower} and upper bound {entry.upper}; correct them"
             )
     if isinstance(space["epochs"], dict | Domain):
         raise InputError(
-            "param_space['epochs'] cannot be searched, as the scheduler compares trials at equal epochs; fix its value"
+            "param_space['epochs'] cannot be searched, as the scheduler compares trials at equal epochs; use one value"
         )
     if True in possible_values(space["nesterov"]) and 0 in possible_values(space["momentum"]):
         raise InputError("param_space['nesterov'] cannot be True with momentum 0; raise momentum, or make it False")
@@ -62,7 +62,7 @@ def check_value(key: str, value: object) -> None:
 
 
 def possible_values(entry: object) -> list:
-    """Return all values of a grid or choice, the two ends of a range, a fixed value; nothing for a function."""
+    """Return all values of a grid or choice, both ends of a range, or a fixed value; nothing for a function."""
     entry = to_plain(entry)
     if isinstance(entry, dict) and set(entry) == {"grid_search"}:
         return entry["grid_search"] if isinstance(entry["grid_search"], list) else []
@@ -86,7 +86,7 @@ def summarize(space: dict) -> dict[str, object]:
         values = possible_values(entry)
         if isinstance(entry, Float | Integer):
             sampler = entry.get_sampler()
-            sampler = getattr(sampler, "sampler", sampler)  # of a quantized range
+            sampler = getattr(sampler, "sampler", sampler)  # the sampler below a quantized range
             summary[key] = {"lower": values[0], "upper": values[1], "log": isinstance(sampler, LogUniform)}
         elif isinstance(entry, dict | Domain) and len(values) != 1:
             summary[key] = {"values": values} if values else {}
@@ -96,7 +96,7 @@ def summarize(space: dict) -> dict[str, object]:
 
 
 def end_of_range(value: float, searched: dict, margin: float = 0.05) -> str | None:
-    """Return "upper" or "lower" if a value lies within that share of a range, or of a numeric grid, at either end."""
+    """Return "upper" or "lower" if a value is within that share of either end of a range or numeric grid, else None."""
     ends = searched.get("values") or [searched.get("lower"), searched.get("upper")]
     if not all(type(end) in (int, float) for end in ends) or len(set(ends)) < 2:
         return None

@@ -1,7 +1,7 @@
 """What TensorBoard shows: every trial's curves and hyperparameters, the search as a whole, and its best model.
 
-A trial's events lie in its own folder, the search's in the search's. TensorBoard groups curves by what stands before
-the slash, and sorts these groups by the alphabet.
+Each trial's events are in its own folder, those of the search in the search folder. TensorBoard groups curves by the
+part of their name before the slash, and sorts the groups alphabetically.
 """
 
 import math
@@ -17,7 +17,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from search.records import METRICS, Search, Trial
 
-# Groups of curves that stand side by side; the other metrics stand in "training".
+# Curves to show side by side, by group; the other metrics are in the group "training".
 TAGS = {
     "accuracy": "accuracy/validation",
     "train_accuracy": "accuracy/train",
@@ -37,7 +37,7 @@ class Board:
         self.writers: dict[str, Any] = {}  # folder → SummaryWriter, while it is written to
 
     def write(self, trial: Trial, num_running: int) -> None:
-        """Write a trial's latest report, and how the trial and the search stand.
+        """Write a trial's latest report, and the progress of the trial and the search.
 
         Raises:
             OSError: the events cannot be written.
@@ -50,7 +50,7 @@ class Board:
                 writer.add_scalar(f"trial/best_{key}", getattr(trial.best, key), report.epoch)
         writer.add_scalar("trial/epochs", report.epoch, report.epoch)
         if trial.end:
-            writer.file_writer.add_summary(hparams({}, {})[2])  # the trial has ended well
+            writer.file_writer.add_summary(hparams({}, {})[2])  # marks the trial as successful
         writer.flush()
 
         trials, ranking = self.search.trials.values(), self.search.ranking()
@@ -68,7 +68,7 @@ class Board:
     def trial_writer(self, trial: Trial) -> Any:
         """Return the writer of a trial's events, which begin with its hyperparameters."""
         if trial.name not in self.writers:
-            # TensorBoard hides what was written for these and later epochs before a restart.
+            # TensorBoard hides what was written for this and later epochs before a restart.
             step = trial.reports[-1].epoch
             self.writers[trial.name] = SummaryWriter(str(self.search.folder / trial.name), purge_step=step)
             values = {key: to_hparam(trial.config[key], searched) for key, searched in self.search.searched.items()}
@@ -118,14 +118,14 @@ def to_hparam(value: Any, searched: dict) -> Any:
 
 
 def show_best_model(folder: Path, probabilities: Tensor, labels: Tensor, images: Tensor, classes: tuple) -> None:
-    """Write pictures of what the best model does on the test images into the search's events.
+    """Write pictures of the best model's results on the test images into the search's events.
 
     Args:
-        folder: the search's.
-        probabilities: float (N, C), on the CPU, of each image and class.
+        folder: the search folder.
+        probabilities: float (N, C), on the CPU, the class probabilities of each image.
         labels: int64 (N,).
         images: uint8 (N, 32, 32, 3).
-        classes: the C names.
+        classes: the names of the C classes.
     """
     predicted = probabilities.argmax(1)
     confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64)
@@ -141,7 +141,7 @@ def show_best_model(folder: Path, probabilities: Tensor, labels: Tensor, images:
 
 
 def blank(width: float, height: float, size: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
-    """Return a white picture, and what draws on it, in letters of that size in pixels."""
+    """Return a white picture, and a pen that draws on it with letters of this size in pixels."""
     picture = Image.new("RGB", (math.ceil(width), math.ceil(height)), PAPER)
     draw = ImageDraw.Draw(picture)
     draw.font = ImageFont.load_default(size)
@@ -155,14 +155,14 @@ def widest(classes: tuple, size: int) -> float:
 
 
 def confusion_picture(confusion: Tensor, classes: tuple) -> Image.Image:
-    """Draw a confusion matrix, int64 (C, C), a row a true class and a column a predicted one."""
+    """Draw a confusion matrix, int64 (C, C), with a row per true class and a column per predicted one."""
     cell = max(10, min(44, 900 // len(classes)))
     size = min(14, cell - 1)
     margin = widest(classes, size) + 10
     top = margin + 2 * size
     picture, draw = blank(margin + cell * len(classes) + 10, top + cell * len(classes) + 10, size)
     shares = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
-    draw.text((4, 4), "a row: the true class; a column: the predicted one", INK)
+    draw.text((4, 4), "rows: true class; columns: predicted class", INK)
     for i, name in enumerate(classes):
         draw.text((margin - 5, top + (i + 0.5) * cell), name, INK, anchor="rm")
         upright, pen = blank(margin - 5, size + 2, size)
@@ -193,7 +193,7 @@ def accuracy_picture(confusion: Tensor, classes: tuple) -> Image.Image:
 
 
 def mistakes_picture(probabilities: Tensor, labels: Tensor, images: Tensor, classes: tuple) -> Image.Image:
-    """Draw the images that were taken for another class with the highest probabilities, and both names."""
+    """Draw the images that were misclassified with the highest probabilities, with both class names."""
     rows, columns = MISTAKES_SHOWN
     confidence, predicted = probabilities.max(1)
     wrong = (predicted != labels).nonzero().flatten()

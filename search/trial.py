@@ -1,7 +1,7 @@
 """What a trial does besides training: restore, save and report, in a process that Ray starts.
 
 <trial>/weights_<epoch>.pt   the weights of its best epoch, a state_dict
-<trial>/training.pt          everything that training continues from
+<trial>/training.pt          the training state: everything needed to continue
 """
 
 import functools
@@ -29,11 +29,7 @@ def weights_path(folder: Path, epoch: int) -> Path:
 
 
 def save_weights(training: Training, path: Path) -> None:
-    """Write the evaluated weights, which can be loaded without a GPU.
-
-    Raises:
-        OSError: naming the file that cannot be written.
-    """
+    """Write the evaluated weights, loadable without a GPU; raise OSError, naming the file, if this fails."""
     weights = {name: tensor.cpu() for name, tensor in training.evaluated.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
@@ -41,7 +37,7 @@ def save_weights(training: Training, path: Path) -> None:
 
 
 def prune_weights(folder: Path, epochs: set[int]) -> None:
-    """Delete the weights in a trial's folder except those of some epochs, and what a killed process left."""
+    """Delete the weights in a trial's folder except those of these epochs, and files that a killed process left."""
     kept = {weights_path(folder, epoch) for epoch in epochs}
     for path in (*folder.glob("weights_*"), *folder.glob(".*.tmp")):
         if path not in kept:
@@ -49,11 +45,7 @@ def prune_weights(folder: Path, epochs: set[int]) -> None:
 
 
 def save_training(training: Training, config: dict, folder: Path) -> None:
-    """Write everything that training continues from into a trial's folder.
-
-    Raises:
-        OSError: naming the file that cannot be written.
-    """
+    """Write the training state into a trial's folder; raise OSError, naming the file, if this fails."""
     state = {
         "config": config,
         "history": [asdict(report) for report in training.history],
@@ -67,7 +59,7 @@ def save_training(training: Training, config: dict, folder: Path) -> None:
 
 
 def restore_training(config: dict, num_classes: int, device: torch.device, folder: Path) -> Training:
-    """Return the training that a trial's folder holds, or a new one if it holds none; its notes name a damaged one."""
+    """Return the training saved in a trial's folder, or a new one, with a note if the saved one is unreadable."""
     training, path = new_training(config, num_classes, device), folder / TRAINING_FILE
     if not path.exists():
         return training
@@ -94,7 +86,7 @@ def run_trial(
     report: Callable[[dict], object],
     device: torch.device,
 ) -> None:
-    """Train one trial, from where an earlier process of it left off, and report every epoch.
+    """Train one trial, from where an earlier process stopped, and report every epoch.
 
     Before an epoch is reported, its weights are saved if they are the best so far, and the training state if at least
     save_period seconds of training have passed. The epochs up to a restored state are reported again as they were.
@@ -102,12 +94,12 @@ def run_trial(
     Args:
         config: hyperparameters.
         dataset: the images.
-        folder: the trial's.
-        objective: tells which epoch is the best.
-        save_period: seconds.
+        folder: the trial's folder.
+        objective: decides which epoch is the best.
+        save_period: seconds of training between two saves of the training state.
         report: called with {"restored": the epoch of the training state}, then with the metrics of each epoch (see
-            Report); with a "note" if there is something to tell.
-        device: where to train.
+            Report), with a "note" added if the user should know something.
+        device: the device to train on.
     """
     training = restore_training(config, len(dataset.classes), device, folder)
 
@@ -134,7 +126,7 @@ def run_trial(
 
 
 def train_cifar(config: dict, images: Path, search_folder: Path, objective: Objective, save_period: float) -> None:
-    """Run one trial under Ray Tune in search_folder/<its name>, on the dataset in the file images: see run_trial.
+    """Run one trial under Ray Tune in search_folder/<its name>, on the dataset in the file `images` (see run_trial).
 
     Raises:
         OSError: this machine does not see search_folder, or it cannot be written.

@@ -1,4 +1,4 @@
-"""Ray's life: its start and end, and what it gives to the trials: code, images, CPUs and GPUs."""
+"""Starting and stopping Ray, and giving the trials code, images, CPUs and GPUs."""
 
 import contextlib
 import logging
@@ -19,15 +19,15 @@ from data import Dataset, InputError, save_dataset, usable_cpus
 from search.settings import Settings, cluster_address
 
 CODE = Path(__file__).resolve().parents[1]
-LONGEST_TEMP_DIR = 40  # bytes; the paths of Ray's sockets below it may have 107
-# Tune's messages that the search gives in its own words.
+LONGEST_TEMP_DIR = 40  # bytes; the paths of Ray's sockets below it are limited to 107
+# Ray's messages that the search replaces with its own.
 REPEATED_MESSAGES = ("Trials did not complete", "Token authentication", "Failed to fetch metrics")
 LOGGERS = (
     "ray.tune.tune",
     "ray.tune.analysis.experiment_analysis",
     "ray._private.authentication.authentication_token_setup",
 )
-code_sent: list[str] = []  # the copies of CODE that this process has given to Ray
+code_sent: list[str] = []  # the copies of CODE that this process has sent to Ray
 
 
 @contextlib.contextmanager
@@ -48,7 +48,7 @@ def running_ray() -> Iterator[None]:
     handler = signal.getsignal(signal.SIGTERM)
     try:
         if address and (parts := re.fullmatch(r"\[?([^/]+?)\]?:(\d+)", address)):
-            # Ray would wait for minutes if nobody listens there.
+            # Ray would wait for minutes if nothing listens there.
             socket.create_connection((parts[1], int(parts[2])), timeout=5).close()
         ray.init(
             **({"address": address} if address else local_options()),
@@ -86,10 +86,10 @@ def code_of_trials() -> dict:
 
 
 def local_options() -> dict:
-    """Return the arguments of ray.init that start a Ray of our own.
+    """Return the arguments of ray.init that start a local Ray.
 
     Raises:
-        InputError: no folder suits its sockets.
+        InputError: no folder can hold its sockets.
     """
     if "RAY_AUTH_MODE" not in os.environ:
         # Otherwise Ray writes a token into the home folder, which a container user may lack.
@@ -120,7 +120,7 @@ def share_resources(settings: Settings, num_trials: int) -> tuple[dict[str, floa
         and a line of text on both.
 
     Raises:
-        InputError: a trial asks for more than there is.
+        InputError: a trial asks for more than is available.
     """
     total = ray.cluster_resources()
     cpus, gpus = int(total.get("CPU", 1)), int(total.get("GPU", 0))
@@ -130,9 +130,9 @@ def share_resources(settings: Settings, num_trials: int) -> tuple[dict[str, floa
     at_once = min(num_trials, int(gpus / gpu) if gpu else cpus)
     cpu = settings.cpus_per_trial or max(1, cpus // max(1, at_once))
     if cpu > cpus:
-        raise InputError(f"--cpus-per-trial {cpu} exceeds the {cpus} available; use fewer")
+        raise InputError(f"--cpus-per-trial {cpu} exceeds the {cpus} available; use at most that")
     if gpu > gpus:
-        raise InputError(f"--gpus-per-trial {gpu:g} exceeds the {gpus} available; use fewer")
+        raise InputError(f"--gpus-per-trial {gpu:g} exceeds the {gpus} available; use at most that")
     at_once = min(at_once, cpus // cpu)
     return {"cpu": cpu, "gpu": gpu}, at_once, f"{at_once * cpu}/{cpus} CPUs, {at_once * gpu:g}/{gpus} GPUs"
 
@@ -140,7 +140,7 @@ def share_resources(settings: Settings, num_trials: int) -> tuple[dict[str, floa
 @contextlib.contextmanager
 def temporary_folder(search_folder: Path, dataset: Dataset) -> Iterator[tuple[Path, Path]]:
     """Make a folder for Tune's own files, with the images in a file that all trials map; yield both paths."""
-    for path in search_folder.glob(".ray_*"):  # of a process that was killed
+    for path in search_folder.glob(".ray_*"):  # left by a killed process
         shutil.rmtree(path, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=".ray_", dir=search_folder, ignore_cleanup_errors=True) as folder:
         # Not in Ray's object store: if Ray dies, this process would crash before it prints how to resume.

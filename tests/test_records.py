@@ -90,7 +90,7 @@ def test_best_epochs_and_trials_are_those_of_the_objective(metric: str, mode: st
 def test_only_a_free_folder_with_an_intact_search_is_resumed_and_settings_only_grow(tmp_path: Path) -> None:
     search_in(tmp_path, num_samples=3)
     assert open_search(tmp_path, {"num_samples": 4, "repeats": 2}).settings == Settings(num_samples=4, repeats=2)
-    with pytest.raises(InputError, match="--num-samples can only grow: the search already has 3"):
+    with pytest.raises(InputError, match="--num-samples 2 is less than the search has; use at least 3"):
         open_search(tmp_path, {"num_samples": 2})
     with locked(tmp_path), pytest.raises(InputError, match="another process is running this search"), locked(tmp_path):
         pass

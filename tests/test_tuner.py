@@ -18,7 +18,7 @@ def test_resources_are_shared_equally_or_refused(monkeypatch: pytest.MonkeyPatch
     ):
         monkeypatch.setattr(ray, "cluster_resources", lambda total={"CPU": cpus, "GPU": gpus}: total)
         assert share_resources(Settings(**flags), num_trials) == ({"cpu": shared[0], "gpu": shared[1]}, *shared[2:])
-    with pytest.raises(InputError, match="--gpus-per-trial 2 exceeds the 1 available; use fewer"):
+    with pytest.raises(InputError, match="--gpus-per-trial 2 exceeds the 1 available; use at most that"):
         share_resources(Settings(gpus_per_trial=2), 2)
 
 
