@@ -14,12 +14,11 @@ from search.settings import Settings
 from search.space import summarize
 from train import Report, evaluation_batches
 
-CPU = torch.device("cpu")
+CPU, NAN, END = torch.device("cpu"), float("nan"), "all epochs done"
 IMAGES = make_synthetic(num_train=120, num_test=40, num_classes=5)  # 95 for training, 25 for validation
 VALIDATION = evaluation_batches(IMAGES.val_images, IMAGES.val_labels, IMAGES.mean, IMAGES.std, CPU)
 SPACE = {"seed": 0} | hparam_search.param_space
 CONFIG = SPACE | {"epochs": 4, "h_1": 4, "h_2": 8, "p_drop": 0.3, "lr": 0.05, "batch_size": 32, "seed": 5}
-NAN, END = float("nan"), "all epochs done"
 DAMAGES: list[Callable[[Path], object]] = [
     lambda path: path.write_bytes((text := path.read_bytes())[: len(text) // 2] + b"~" + text[len(text) // 2 + 1 :]),
     lambda path: path.write_bytes(path.read_bytes()[:-100]),

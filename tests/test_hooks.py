@@ -40,7 +40,7 @@ def test_scheduler_decides_like_a_fresh_one(kind: str, interruptions: float, tmp
     """The fresh one is told each epoch once. Nine trials run; some restart, with other losses; one repeats another."""
     early, controller = functools.partial(early_stop, 12, 3, 0.0, math.inf), SimpleNamespace(get_live_trials=list)
     stopped = 0
-    for seed in range(265, 295):
+    for seed in range(265, 295):  # in one of these, an epoch that the median rule is told twice shows
         generator, search = random.Random(seed), search_in(tmp_path / str(seed))
         waiting = [add(search) for _ in range(8)]
         waiting.insert(4, add(search, repeats=waiting[0]))
