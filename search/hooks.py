@@ -155,11 +155,11 @@ class ResumableScheduler(TrialScheduler):
         self.add(controller, str(trial))
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict) -> str:
-        if "restored" in result:
-            return self.CONTINUE
         known = self.search.trials[str(trial)]
+        if "restored" in result or result["epoch"] <= len(known.reports):
+            return self.CONTINUE
         report = Report(**{key: result[key] for key in METRICS})
-        if reason := self.early_stop([*known.reports[: report.epoch - 1], report]):
+        if reason := self.early_stop([*known.reports, report]):
             self.reasons[known.name] = reason
             return self.STOP
         return self.CONTINUE if known.repeats else self.judge(controller, known.name, result)
@@ -227,9 +227,9 @@ class Recorder(tune.Callback):
                 self.record("restarted", trial=known.name, epoch=result["restored"])
                 self.board.close(known.name)
             return
-        end = self.reasons.get(known.name, STOPPED) if result["done"] else None
-        if result["epoch"] <= len(known.reports) and not end:
+        if result["epoch"] <= len(known.reports):
             return  # reported again after a restart
+        end = self.reasons.get(known.name, STOPPED) if result["done"] else None
         self.record("reported", trial=known.name, **{key: result[key] for key in METRICS}, end=end)
         try:
             self.board.write(known, len(running(trials)))

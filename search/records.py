@@ -242,7 +242,7 @@ def open_search(folder: Path, changes: dict) -> Search:
         content = loads(text)
     except ValueError as error:
         raise InputError(f"{path} is damaged, or from another version; start a new search") from error
-    if content["format"] != FORMAT:
+    if content.get("format") != FORMAT:
         raise other_version
     try:
         settings, objective = extend(Settings(**content["settings"]), changes), Objective(*content["objective"])

@@ -14,6 +14,8 @@ from ray.tune.search.variant_generator import generate_variants
 from data import InputError
 from search.space import check_value, to_plain
 
+MAX_TRIALS = 100_000
+
 
 def draw_configs(
     space: dict, num_samples: int, seed: int, first_trials: Sequence[dict] = (), tpe: bool = False
@@ -42,6 +44,8 @@ def draw_configs(
                 raise InputError(f"first_trials[{i}] has {key!r}, which is not searched; remove it")
     space = to_plain(space)
     points = math.prod(len(entry["grid_search"]) for entry in space.values() if isinstance(entry, dict))
+    if num_samples * points > MAX_TRIALS:
+        raise InputError(f"--num-samples {num_samples} makes more than {MAX_TRIALS:,} trials; use fewer")
     fixed = {key: entry for key, entry in space.items() if not isinstance(entry, dict | Domain)}
     random, random_first = np.random.default_rng(seed), np.random.default_rng([seed, 1])
     try:

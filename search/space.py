@@ -101,6 +101,7 @@ def end_of_range(value: float, searched: dict, margin: float = 0.05) -> str | No
     if not all(type(end) in (int, float) for end in ends) or len(set(ends)) < 2:
         return None
     low, high = min(ends), max(ends)
+    value = min(max(value, low), high)  # one of first_trials may lie outside
     if searched.get("log"):
         low, high, value = math.log(low), math.log(high), math.log(value)
     place = (value - low) / (high - low)
