@@ -72,7 +72,6 @@ EXAMPLE = ["--num-samples", "2", "--max-epochs", "10"]  # the flags of `finished
 
 @pytest.fixture
 def small_search(ray_started: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make --quick even smaller, with the tests' Ray."""
     make_small(monkeypatch.setattr)
 
 
@@ -209,9 +208,8 @@ def cluster(ray_started: str, tmp_path_factory: pytest.TempPathFactory) -> Itera
 def node(mark: str, *arguments: str, within: Sequence[str] = ()) -> Iterator[None]:
     """Run a node of a cluster, of one CPU, until the block ends; its processes have the mark in their environment."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": os.environ["RAY_AUTH_TOKEN"]}
+    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": os.environ["RAY_AUTH_TOKEN"], "MARK": mark}
     command = [*within, sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus", "1", *arguments]
-    environment |= token | {"MARK": mark}
     subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         yield

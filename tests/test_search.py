@@ -169,8 +169,7 @@ def test_another_space_or_objective_is_refused_on_resume(
 class OverInTheFirstTrial(tune.Stopper):
     """A time budget that is spent in the middle of a trial, however fast this machine is."""
 
-    def __init__(self, seconds: float) -> None:
-        self.epochs = 0
+    epochs = 0
 
     def __call__(self, trial_id: str, result: dict) -> bool:
         self.epochs = result.get("epoch", 0)
@@ -193,7 +192,7 @@ def test_search_grown_step_by_step_ends_as_if_asked_for_everything_at_first(
 
     # A larger one is spent in the middle of a trial, whose model is tested.
     with monkeypatch.context() as patch:
-        patch.setattr(tune.stopper, "TimeoutStopper", OverInTheFirstTrial)
+        patch.setattr(tune.stopper, "TimeoutStopper", lambda seconds: OverInTheFirstTrial())
         assert main(["--resume", str(folder), "--time-budget", "1h"]) == 0
     out = capsys.readouterr().out
     assert "The time budget is spent." in out
@@ -225,7 +224,7 @@ def for_the_lowest_loss(ray_started: str, tmp_path_factory: pytest.TempPathFacto
         for name, value in {"METRIC": "loss", "MODE": "min", "STARTUP_TRIALS": 1}.items():
             patch.setattr(hparam_search, name, value)
         with patch.context() as budget:
-            budget.setattr(tune.stopper, "TimeoutStopper", OverInTheFirstTrial)
+            budget.setattr(tune.stopper, "TimeoutStopper", lambda seconds: OverInTheFirstTrial())
             assert run_search(folder, *flags, "--num-samples", 1) == 0
         assert main(["--resume", str(folder), "--time-budget", "2h", "--num-samples", "2"]) == 0
     return folder

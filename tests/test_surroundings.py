@@ -81,8 +81,7 @@ def test_ray_that_cannot_be_joined_is_refused(
 
 
 def test_home_is_replaced_in_a_container_without_one() -> None:
-    script = "import search; from pathlib import Path; print(Path.home())"
-    command = [sys.executable, "-c", script]
+    command = [sys.executable, "-c", "import search; from pathlib import Path; print(Path.home())"]
     home = subprocess.check_output(command, cwd=REPOSITORY, env=os.environ | {"HOME": "~"}, text=True)
     assert Path(home.strip()).is_dir()
 
