@@ -27,7 +27,7 @@ from data import Dataset, InputError, read_images
 from search import hooks, records, report, sampler, space, tuner
 from search.best_model import evaluate_best_model, read_best_model
 from search.console import run_in_thread, run_program
-from search.records import Search
+from search.records import Search, Trial
 from search.trial import train_cifar
 
 param_space = {
@@ -143,10 +143,9 @@ def resume_search(folder: Path, changes: dict) -> int:
     """Continue the search in a folder, with changed settings, and return the exit code."""
     with records.locked(folder):
         search = records.open_search(folder, changes)
-        if search.trials and not search.unfinished():
-            search.draw_repeats(REPEATED_TRIALS)
-            if not (search.unfinished() or search.damaged or "num_samples" in changes):
-                return finish(search, None)
+        more = search.unfinished() or search.missing_repeats(REPEATED_TRIALS) or "num_samples" in changes
+        if search.trials and not (more or search.damaged):
+            return finish(search, None)
         if search.time_left() <= 0:
             raise InputError(f"the time budget of {search.settings.time_budget:g} s is spent; raise --time-budget")
         configs, drawn_from = draw(search.settings)
@@ -168,10 +167,9 @@ def load_images(search: Search) -> Dataset:
 def run(search: Search, dataset: Dataset) -> int:
     """Run all trials that have not ended, then the repeats, if any, and return the exit code."""
     try:
-        fit(search, dataset)
-        if search.settings.repeats and not search.interrupted():
-            search.draw_repeats(REPEATED_TRIALS)
-            fit(search, dataset)
+        fit(search, search.unfinished(), dataset)
+        if not search.interrupted():
+            fit(search, search.draw_repeats(REPEATED_TRIALS), dataset)
     except (KeyboardInterrupt, ConnectionError):
         report.write_results(search)
         print(report.recap(search), report.best_so_far(search), sep="\n", flush=True)
@@ -179,15 +177,15 @@ def run(search: Search, dataset: Dataset) -> int:
     return finish(search, dataset)
 
 
-def fit(search: Search, dataset: Dataset) -> None:
-    """Run all trials that have not ended."""
-    settings, trials = search.settings, search.unfinished()
+def fit(search: Search, trials: list[Trial], dataset: Dataset) -> None:
+    """Run these trials of a search."""
     if not trials:
         return
+    settings = search.settings
     resources, at_once, search_resources = tuner.share_resources(settings, len(trials))
     max_epochs = trials[0].config["epochs"]  # the same for all trials
     suggest = partial(sampler.suggest_config, search_space(settings), settings.seed, startup=STARTUP_TRIALS)
-    waiting = hooks.TrialQueue(search, suggest)
+    waiting = hooks.TrialQueue(search, trials, suggest)
     early_stop = partial(hooks.early_stop, max_epochs, PATIENCE, MIN_DELTA, MAX_SECONDS_PER_TRIAL)
     scheduler = hooks.ResumableScheduler(new_scheduler(settings, max_epochs), search, early_stop)
     recorder = hooks.Recorder(search, scheduler.reasons, MODELS_KEPT, PROGRESS_PERIOD)

@@ -53,7 +53,7 @@ def evaluate_best_model(search: Search, dataset: Dataset, source: dict) -> dict 
         return None
     best = trial.best
     metrics = {"trial_id": trial.id, "epoch": best.epoch}
-    metrics |= {f"val_{key}": getattr(best, key) for key in search.objective.shown} | test(model, dataset)
+    metrics |= {f"val_{key}": getattr(best, key) for key in search.objective.shown} | score_on_test(model, dataset)
     about = {"images": source, "objective": search.objective}
     write_model(folder, model, trial.config, dataset, about, metrics)
     images = evaluation_batches(dataset.test_images, dataset.test_labels, dataset.mean, dataset.std, best_device())
@@ -61,7 +61,7 @@ def evaluate_best_model(search: Search, dataset: Dataset, source: dict) -> dict 
     return metrics
 
 
-def test(model: nn.Module, dataset: Dataset) -> dict[str, float]:
+def score_on_test(model: nn.Module, dataset: Dataset) -> dict[str, float]:
     """Move a model to the best device here, and return its loss and accuracy on the test images."""
     device = best_device()
     images = evaluation_batches(dataset.test_images, dataset.test_labels, dataset.mean, dataset.std, device)

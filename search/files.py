@@ -35,17 +35,22 @@ def atomic_write(target: Path) -> Iterator[Path]:
         for path in [*temporary.glob("*"), temporary]:
             flush(path)
         if temporary.is_dir():
-            shutil.rmtree(target, ignore_errors=True)  # a folder cannot replace another one
+            remove(target)  # a folder cannot replace another one
         temporary.replace(target)
         flush(target.parent)
     except (OSError, RuntimeError) as error:  # torch.save raises either
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise OSError(f"cannot write {target} ({reason}); make room there, then --resume the search") from error
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
+        remove(temporary)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it exists."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def flush(path: Path) -> None:

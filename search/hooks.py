@@ -58,15 +58,15 @@ def early_stop(
 
 
 class TrialQueue(Searcher):
-    """Hands Tune the unfinished trials of a search, one after the other.
+    """Hands Tune trials of a search, one after the other.
 
     If a trial's config is not drawn yet, suggest_config is called with its number and the outcomes so far.
     """
 
-    def __init__(self, search: Search, suggest_config: Callable[[int, list], dict]) -> None:
+    def __init__(self, search: Search, trials: list[Trial], suggest_config: Callable[[int, list], dict]) -> None:
         super().__init__()
         self.search, self.suggest_config = search, suggest_config
-        self.waiting = iter(search.unfinished())
+        self.waiting = iter(trials)
         self.names = {}  # Tune's id of a trial → its name
 
     def suggest(self, trial_id: str) -> dict | str:
@@ -135,7 +135,8 @@ class ResumableScheduler(TrialScheduler):
                 self.add(no_controller, trial.name)
                 if event["end"] in (None, STOPPED):  # what Tune tells it of, besides the ends
                     self.judge(no_controller, trial.name, event)
-                if trial.end and event["end"]:
+                if trial.end and event["end"] and self.judged.get(trial.name) != math.inf:
+                    self.judged[trial.name] = math.inf
                     self.scheduler.on_trial_complete(no_controller, self.known[trial.name], event)
 
     def judge(self, controller: Any, name: str, result: dict) -> str:
@@ -242,6 +243,9 @@ class Recorder(tune.Callback):
             best = f"; best {metric} {getattr(known.best, metric):.4f}" if known.best else ""
             self.progress.say(f"{known.name}: {end}, at epoch {len(known.reports)}{best}.")
         self.progress.update(self.search, [name for name in running(trials) if not (end and name == known.name)])
+
+    def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: object) -> None:
+        self.progress.say(f"{trial} failed; restarting it.")
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: object) -> None:
         name, text = str(trial), Path(trial.error_file).read_text(errors="replace") if trial.error_file else ""

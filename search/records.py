@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data import Dataset, InputError, fingerprint
-from search.files import append_lines, loads, lock, read_lines, write_json
+from search.files import append_lines, loads, lock, read_lines, remove, write_json
 from search.settings import GROWABLE, Settings, flag
 from train import Report
 
@@ -158,14 +158,21 @@ class Search:
             if name not in self.trials:
                 self.record("drawn", trial=name, config=config, repeats=None)
 
-    def draw_repeats(self, count: int) -> None:
-        """Add trials that train the best configs again, with as many other random seeds as the settings ask for."""
+    def missing_repeats(self, count: int) -> list[Trial]:
+        """Return trials, not drawn yet, that train the `count` best configs with the other random seeds asked for."""
+        repeats = []
         for trial in self.ranking()[:count]:
             for i in range(self.settings.repeats or 0):
-                seed = trial.config["seed"] + 1 + i
-                name = f"{trial.name}_seed_{seed}"
-                if name not in self.trials:
-                    self.record("drawn", trial=name, config=trial.config | {"seed": seed}, repeats=trial.name)
+                config = trial.config | {"seed": trial.config["seed"] + 1 + i}
+                repeats.append(Trial(f"{trial.name}_seed_{config['seed']}", config, trial.name))
+        return [repeat for repeat in repeats if repeat.name not in self.trials]
+
+    def draw_repeats(self, count: int) -> list[Trial]:
+        """Add these trials, and return them."""
+        repeats = self.missing_repeats(count)
+        for repeat in repeats:
+            self.record("drawn", trial=repeat.name, config=repeat.config, repeats=repeat.repeats)
+        return [self.trials[repeat.name] for repeat in repeats]
 
     def own_trials(self) -> list[Trial]:
         """Return the trials that do not repeat another one."""
@@ -300,6 +307,8 @@ def locked(folder: Path) -> Iterator[None]:
     with lock(folder) as free:
         if not free:
             raise InputError("another process is running this search; wait for it to finish, or stop it")
+        for path in folder.glob(".*.tmp"):  # of a process that was killed
+            remove(path)
         try:
             yield
         except (KeyboardInterrupt, OSError):

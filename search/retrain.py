@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from data import Dataset, read_images, usable_cpus
-from search.best_model import read_model, test, write_model
+from search.best_model import read_model, score_on_test, write_model
 from search.console import run_program
 from search.records import Objective, check_new_folder, shown
 from search.settings import Parser, Settings, flag, folder_name
@@ -94,7 +94,7 @@ def retrain(given: dict) -> int:
     if not given.get("full"):
         metrics |= {"val_loss": kept.loss, "val_accuracy": kept.accuracy}
         print(f"validation accuracy: {kept.accuracy:.4f}, at epoch {kept.epoch}")
-    metrics |= test(model, dataset)
+    metrics |= score_on_test(model, dataset)
     folder = Path(output_dir).resolve() / name
     write_model(folder, model, config, dataset, {"images": source, "objective": objective}, metrics)
     print(f"test accuracy: {metrics['test_accuracy']:.4f}", f"Model: {shown(folder)}", sep="\n")

@@ -79,15 +79,16 @@ def summarize(space: dict) -> dict[str, object]:
     """Return a space as JSON can hold it: a fixed value as it is, a searched hyperparameter as a dict.
 
     The dict is {"values": […]} for a grid or choice, {"lower": …, "upper": …, "log": …} for a range (both ends can
-    occur), and {} for a function.
+    occur), with "step" if it is quantized, and {} for a function.
     """
     summary: dict[str, object] = {}
     for key, entry in space.items():
         values = possible_values(entry)
         if isinstance(entry, Float | Integer):
-            sampler = entry.get_sampler()
-            sampler = getattr(sampler, "sampler", sampler)  # the sampler below a quantized range
-            summary[key] = {"lower": values[0], "upper": values[1], "log": isinstance(sampler, LogUniform)}
+            outer = entry.get_sampler()
+            inner = getattr(outer, "sampler", outer)  # differs if the range is quantized
+            searched = {"lower": values[0], "upper": values[1], "log": isinstance(inner, LogUniform)}
+            summary[key] = searched | ({} if inner is outer else {"step": outer.q})
         elif isinstance(entry, dict | Domain) and len(values) != 1:
             summary[key] = {"values": values} if values else {}
         else:

@@ -247,7 +247,7 @@ def test_any_damage_ends_in_a_sentence_and_in_no_figure_that_was_not_reported(
     for each in finished.search.ranking()[:2]:
         weights = weights_path(whole / each.name, each.best.epoch)
         model = best_model.load_model(weights, each.config, dataset.classes)
-        tested.add(f"  test accuracy: {best_model.test(model, dataset)['test_accuracy']:.4f}")
+        tested.add(f"  test accuracy: {best_model.score_on_test(model, dataset)['test_accuracy']:.4f}")
 
     undamaged = shutil.copytree(whole, tmp_path / "undamaged")
     assert main(["--resume", str(undamaged)]) == 0
