@@ -14,6 +14,7 @@ from search.settings import PROGRAM, Settings, parse_args  # first: sets what Ra
 if __name__ == "__main__":
     parse_args(None, __doc__)  # answers --help and bad flags before the slow imports
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -127,13 +128,15 @@ def image_source(settings: Settings) -> dict:
 
 def new_search(settings: Settings) -> int:
     """Run a new search, and return the exit code."""
+    objective = records.Objective(METRIC, MODE)
+    records.check_objective(objective)
     settings = with_defaults(settings)
     configs, drawn_from = draw(settings)
     records.check_new_folder(settings)
     dataset = read_images(**image_source(settings))
     with tuner.running_ray():
         tuner.share_resources(settings, len(configs))  # refuses flags that exceed this machine
-        search = records.create_search(settings, drawn_from, dataset, records.Objective(METRIC, MODE))
+        search = records.create_search(settings, drawn_from, dataset, objective)
         with records.locked(search.folder):
             search.draw(configs)
             return run(search, dataset)
@@ -144,16 +147,14 @@ def resume_search(folder: Path, changes: dict) -> int:
     with records.locked(folder):
         search = records.open_search(folder, changes)
         more = search.unfinished() or search.missing_repeats(REPEATED_TRIALS) or "num_samples" in changes
-        if search.trials and not (more or search.damaged):
+        if search.time_left() <= 0 or (search.trials and not (more or search.damaged)):
             return finish(search, None)
-        if search.time_left() <= 0:
-            raise InputError(f"the time budget of {search.settings.time_budget:g} s is spent; raise --time-budget")
         configs, drawn_from = draw(search.settings)
         records.check_unchanged(search, drawn_from, records.Objective(METRIC, MODE))
         dataset = load_images(search)
         with tuner.running_ray():
-            search.write()
             search.draw(configs)
+            search.write()
             return run(search, dataset)
 
 
@@ -218,7 +219,8 @@ def fit(search: Search, trials: list[Trial], dataset: Dataset) -> None:
         try:
             run_in_thread(tuned.fit, recorder.interrupted)
         finally:
-            search.record("stopped")
+            with contextlib.suppress(OSError):  # the recorder has told
+                search.record("stopped")
 
 
 def finish(search: Search, dataset: Dataset | None) -> int:
@@ -226,12 +228,12 @@ def finish(search: Search, dataset: Dataset | None) -> int:
 
     If the process is killed here, --resume repeats this.
     """
+    print(report.recap(search))
     hooks.prune(search, [trial for trial in search.trials.values() if trial.end], MODELS_KEPT)
     report.write_results(search)
     metrics = read_best_model(search)
     if not metrics and search.ranking():
         metrics = evaluate_best_model(search, dataset or load_images(search), image_source(search.settings))
-    print(report.recap(search))
     if search.interrupted():
         print(f"The time budget is spent. To resume: {records.resume_command(search.folder)} --time-budget MORE")
     if not metrics:

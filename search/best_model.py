@@ -54,10 +54,10 @@ def evaluate_best_model(search: Search, dataset: Dataset, source: dict) -> dict 
     best = trial.best
     metrics = {"trial_id": trial.id, "epoch": best.epoch}
     metrics |= {f"val_{key}": getattr(best, key) for key in search.objective.shown} | score_on_test(model, dataset)
-    about = {"images": source, "objective": search.objective}
-    write_model(folder, model, trial.config, dataset, about, metrics)
     images = evaluation_batches(dataset.test_images, dataset.test_labels, dataset.mean, dataset.std, best_device())
     show_best_model(search.folder, predict(model, images), dataset.test_labels, dataset.test_images, dataset.classes)
+    about = {"images": source, "objective": search.objective}
+    write_model(folder, model, trial.config, dataset, about, metrics)
     return metrics
 
 

@@ -20,7 +20,7 @@ from search.records import LOG_FILE, METRICS, Search, Trial
 from search.tensorboard import Board
 from search.trial import TRAINING_FILE, prune_weights
 from search.tuner import own_node_lives
-from train import CONFIG_KEYS, Report
+from train import Report
 
 ERROR_FILE, STOPPED = "error.txt", "stopped by the scheduler"
 NODE_PERIOD = 5  # seconds between checks that Ray is alive
@@ -75,7 +75,7 @@ class TrialQueue(Searcher):
         if trial is None:
             return Searcher.FINISHED
         self.names[trial_id] = trial.name
-        if trial.config.keys() != CONFIG_KEYS.keys():
+        if not self.search.is_drawn(trial):
             config = self.suggest_config(int(trial.id), self.outcomes())
             self.search.record("drawn", trial=trial.name, config=config, repeats=None)
         return trial.config

@@ -120,9 +120,10 @@ class Search:
             return
         if kind == "started":
             self.started, self.resources = (event["time"], self.seconds), event["resources"]
-        self.seconds = self.started[1] + event["time"] - self.started[0]
-        if name not in self.trials:  # an event of the whole search, or of a trial whose config is damaged
-            return
+        if self.started[0]:
+            self.seconds = self.started[1] + event["time"] - self.started[0]
+        if name not in self.trials or not self.is_drawn(self.trials[name]):
+            return  # an event of the whole search, or of a trial whose config is damaged
         trial = self.trials[name]
         if kind == "reported":
             if event["epoch"] > len(trial.reports) + 1:
@@ -150,6 +151,10 @@ class Search:
         except OSError as error:
             raise OSError(f"cannot write {self.folder / LOG_FILE} ({error.strerror}); make room there") from error
         self.unwritten.clear()
+
+    def is_drawn(self, trial: Trial) -> bool:
+        """Return whether a trial's config is complete; with TPE, it is drawn when the trial starts."""
+        return self.space.keys() - {"first_trials"} <= trial.config.keys()
 
     def draw(self, configs: list[dict]) -> None:
         """Add the trials that the search does not have yet."""
@@ -205,11 +210,19 @@ class Search:
         write_json(self.folder / SEARCH_FILE, {"format": FORMAT, "settings": asdict(self.settings)} | parts)
 
 
+def check_objective(objective: Objective) -> None:
+    """Refuse an unknown metric or mode."""
+    if objective.metric not in METRICS[1:]:
+        raise InputError(f"METRIC {objective.metric!r} is unknown; use one of {', '.join(METRICS[1:])}")
+    if objective.mode not in ("max", "min"):
+        raise InputError(f"MODE {objective.mode!r} is unknown; use max or min")
+
+
 def check_new_folder(settings: Settings) -> Path:
     """Return the folder of a new search; raise InputError if it exists or cannot be created."""
     name = settings.name or datetime.now().strftime("search_%Y-%m-%d_%H-%M-%S")
     folder = Path(settings.output_dir).absolute() / name
-    if folder.exists():
+    if settings.name and folder.exists():
         raise InputError(f"{shown(folder)} already exists; choose another --name, or --resume it")
     parent = next(parent for parent in folder.parents if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
@@ -223,6 +236,9 @@ def create_search(settings: Settings, space: dict, dataset: Dataset, objective: 
     try:
         folder.mkdir(parents=True)
     except OSError as error:
+        if isinstance(error, FileExistsError) and not settings.name:  # two searches started in the same second
+            time.sleep(1)
+            return create_search(settings, space, dataset, objective)
         raise InputError(f"cannot create {folder} ({error.strerror}); choose another --name") from error
     search = Search(folder, settings, space, fingerprint(dataset), objective)
     search.write()

@@ -187,7 +187,7 @@ def list_searches(output_dir: Path) -> str:
         folder = path.parent
         row = dict.fromkeys(("search", "status", "trials", "validation", "test"), "")
         row |= {"search": folder.name, "status": "damaged, or from another version"}
-        with contextlib.suppress(InputError):
+        with contextlib.suppress(InputError, OSError):
             search = open_search(folder, {})
             trials, ended, ranking = search.own_trials(), len(search.ended()), search.ranking()
             metrics = read_best_model(search) or {}

@@ -7,6 +7,7 @@ python -m search.retrain outputs/NAME/best_model --lr 0.02 --epochs 30
 
 import argparse
 import copy
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from data import Dataset, read_images, usable_cpus
+from data import Dataset, InputError, read_images, usable_cpus
 from search.best_model import read_model, score_on_test, write_model
 from search.console import run_program
 from search.records import Objective, check_new_folder, shown
@@ -81,8 +82,10 @@ def retrain(given: dict) -> int:
     device, objective = best_device(), Objective(*about["objective"])
     training = new_training(config, len(dataset.classes), device)
     for report in train_epochs(training, config, dataset, device):
+        if not math.isfinite(report.train_loss):
+            raise InputError(f"loss became NaN or infinite in epoch {report.epoch}; use a lower --lr")
         best = objective.best(training.history)
-        if best is None or best is report:  # None: without validation images, or diverged
+        if best is None or best is report:  # None: without validation images
             model, kept = copy.deepcopy(training.evaluated), report
         validation = "" if given.get("full") else f"loss {report.loss:.4f}  accuracy {report.accuracy:.4f}  "
         print(
