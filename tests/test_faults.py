@@ -155,7 +155,7 @@ def search_killed_at_random_moments(address: str, folder: Path) -> Path:
             assert event["event"] != "restarted" or event["epoch"] >= saved.get(event["trial"], 0)
         if not (folder / "search.json").exists():
             shutil.rmtree(folder, ignore_errors=True)
-    assert len([event for event in events if event["event"] == "restarted"]) >= 2  # trials from an earlier epoch
+    assert any(event["event"] == "restarted" for event in events)  # a trial, from an earlier epoch
     assert "Traceback" not in output.read_text()
     return folder
 
