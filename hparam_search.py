@@ -25,10 +25,7 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
 from data import Dataset, InputError, read_images
-from search import hooks, records, report, sampler, space, tuner
-from search.best_model import evaluate_best_model, read_best_model
-from search.console import run_in_thread, run_program
-from search.records import Search, Trial
+from search import best_model, console, hooks, records, report, sampler, space, tuner
 from search.trial import train_cifar
 
 param_space = {
@@ -158,14 +155,14 @@ def resume_search(folder: Path, changes: dict) -> int:
             return run(search, dataset)
 
 
-def load_images(search: Search) -> Dataset:
+def load_images(search: records.Search) -> Dataset:
     """Read the images of a search, and refuse them if they have changed."""
     dataset = read_images(**image_source(search.settings))
     records.check_same_images(search, dataset)
     return dataset
 
 
-def run(search: Search, dataset: Dataset) -> int:
+def run(search: records.Search, dataset: Dataset) -> int:
     """Run all trials that have not ended, then the repeats, if any, and return the exit code."""
     try:
         fit(search, search.unfinished(), dataset)
@@ -178,7 +175,7 @@ def run(search: Search, dataset: Dataset) -> int:
     return finish(search, dataset)
 
 
-def fit(search: Search, trials: list[Trial], dataset: Dataset) -> None:
+def fit(search: records.Search, trials: list[records.Trial], dataset: Dataset) -> None:
     """Run these trials of a search."""
     if not trials:
         return
@@ -217,13 +214,13 @@ def fit(search: Search, trials: list[Trial], dataset: Dataset) -> None:
         )
         search.record("started", resources=search_resources)
         try:
-            run_in_thread(tuned.fit, recorder.interrupted)
+            console.run_in_thread(tuned.fit, recorder.interrupted)
         finally:
             with contextlib.suppress(OSError):  # the recorder has told
                 search.record("stopped")
 
 
-def finish(search: Search, dataset: Dataset | None) -> int:
+def finish(search: records.Search, dataset: Dataset | None) -> int:
     """Test the best model unless that is done, print and write the results, and return the exit code.
 
     If the process is killed here, --resume repeats this.
@@ -231,9 +228,9 @@ def finish(search: Search, dataset: Dataset | None) -> int:
     print(report.recap(search))
     hooks.prune(search, [trial for trial in search.trials.values() if trial.end], MODELS_KEPT)
     report.write_results(search)
-    metrics = read_best_model(search)
+    metrics = best_model.read_best_model(search)
     if not metrics and search.ranking():
-        metrics = evaluate_best_model(search, dataset or load_images(search), image_source(search.settings))
+        metrics = best_model.evaluate_best_model(search, dataset or load_images(search), image_source(search.settings))
     if search.interrupted():
         print(f"The time budget is spent. To resume: {records.resume_command(search.folder)} --time-budget MORE")
     if not metrics:
@@ -255,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return resume_search(Path(given.pop("resume")), given)
         return new_search(settings)
 
-    return run_program(PROGRAM, work)
+    return console.run_program(PROGRAM, work)
 
 
 if __name__ == "__main__":
