@@ -1,5 +1,6 @@
 """What Ray Tune calls while a search runs: a queue of trials, a scheduler that can be resumed, and a recorder."""
 
+import contextlib
 import math
 import re
 import threading
@@ -77,7 +78,8 @@ class TrialQueue(Searcher):
         self.names[trial_id] = trial.name
         if not self.search.is_drawn(trial):
             config = self.suggest_config(int(trial.id), self.outcomes())
-            self.search.record("drawn", trial=trial.name, config=config, repeats=None)
+            with contextlib.suppress(OSError):  # the next event tries again, and the recorder says so
+                self.search.record("drawn", trial=trial.name, config=config, repeats=None)
         return trial.config
 
     def outcomes(self) -> list[tuple[dict, float]]:
@@ -136,7 +138,7 @@ class ResumableScheduler(TrialScheduler):
                 if event["end"] in (None, STOPPED):  # what Tune tells it of, besides the ends
                     self.judge(no_controller, trial.name, event)
                 if trial.end and event["end"] and self.judged.get(trial.name) != math.inf:
-                    self.judged[trial.name] = math.inf
+                    self.judged[trial.name] = math.inf  # it completes once, even if a damaged log has two ends
                     self.scheduler.on_trial_complete(no_controller, self.known[trial.name], event)
 
     def judge(self, controller: Any, name: str, result: dict) -> str:
@@ -158,7 +160,7 @@ class ResumableScheduler(TrialScheduler):
     def on_trial_result(self, controller: Any, trial: Any, result: dict) -> str:
         known = self.search.trials[str(trial)]
         if "restored" in result or result["epoch"] <= len(known.reports):
-            return self.CONTINUE
+            return self.CONTINUE  # what run_trial reports before it trains on: see there
         report = Report(**{key: result[key] for key in METRICS})
         if reason := self.early_stop([*known.reports, report]):
             self.reasons[known.name] = reason
@@ -238,7 +240,7 @@ class Recorder(tune.Callback):
             self.progress.say(f"cannot write TensorBoard's events ({error}); make room there.")
         if end:
             (self.search.folder / known.name / ERROR_FILE).unlink(missing_ok=True)
-            prune(self.search, [known, *self.search.ranking(ended=True)[self.models_kept :][:1]], self.models_kept)
+            prune(self.search, [known], self.models_kept)
             metric = self.search.objective.metric
             best = f"; best {metric} {getattr(known.best, metric):.4f}" if known.best else ""
             self.progress.say(f"{known.name}: {end}, at epoch {len(known.reports)}{best}.")
@@ -282,11 +284,11 @@ def prune(search: Search, trials: list[Trial], models_kept: int) -> None:
 
     The models_kept best of all ended trials keep the weights of their best epoch.
     """
-    kept = search.ranking(ended=True)[:models_kept]
-    for trial in trials:
+    ranking = search.ranking(ended=True)
+    for trial in (*trials, *ranking[models_kept : models_kept + 1]):  # the last may have been among the best until now
         folder = search.folder / trial.name
         (folder / TRAINING_FILE).unlink(missing_ok=True)
-        prune_weights(folder, {trial.best.epoch} if trial in kept else set())
+        prune_weights(folder, {trial.best.epoch} if trial in ranking[:models_kept] else set())
 
 
 def error_sentence(text: str, config: dict) -> str:
