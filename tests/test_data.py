@@ -8,7 +8,6 @@ import signal
 import struct
 import tarfile
 import threading
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -204,12 +203,8 @@ def test_bad_folders_are_refused(splits: dict, words: str, make_folder: Callable
         load_folder(make_folder(splits))
 
 
-def png(depth: int = 8, pixels: bytes = b"", key: int = 0, side: int = 32) -> bytes:
-    """Return a square grey PNG with a transparent level, of any depth, and any size by its header."""
-    header = struct.pack(">IIBBBBB", side, side, depth, 0, 0, 0, 0)
-    chunks = [(b"IHDR", header), (b"tRNS", struct.pack(">H", key)), (b"IDAT", zlib.compress((b"\0" + pixels) * 32))]
-    parts = [struct.pack(">I", len(c)) + n + c + struct.pack(">I", zlib.crc32(n + c)) for n, c in chunks]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts) + struct.pack(">I4sI", 0, b"IEND", zlib.crc32(b"IEND"))
+def put_large(path: Path) -> None:
+    Image.new("1", (10_000, 5_001)).save(path)
 
 
 def put_damaged(path: Path) -> None:
@@ -222,12 +217,10 @@ def put_damaged(path: Path) -> None:
     ("put", "words"),
     [
         (put_damaged, "cannot be read as an image"),
-        (lambda path: path.write_bytes(png(side=8_000)), "has more than 50,000,000 pixels"),
-        (lambda path: path.write_bytes(png(side=60_000)), "has more than 50,000,000 pixels"),
+        (put_large, "has more than 50,000,000 pixels"),
         (lambda path: path.write_text("no image"), "cannot be read as an image"),
         (os.mkfifo, "is not a regular file"),
         (lambda path: path.symlink_to("nowhere"), "is not a regular file"),
-        (lambda path: path.symlink_to(path.parents[1]), "is not a regular file"),
     ],
 )
 def test_files_that_are_not_images_are_named(put: Callable, words: str, make_folder: Callable) -> None:
@@ -317,11 +310,6 @@ def test_what_is_transparent_shows_white(tmp_path: Path) -> None:
     opaque.convert("RGB").save(tmp_path / "rgb.png", transparency=(200, 200, 200))
     for name in ("grey.png", "palette.png", "palette.gif", "rgb.png"):
         assert np.array_equal(read_picture(tmp_path / name)[..., 0], np.where(alpha == 255, 0, 255)), name
-    Image.fromarray(grey(16)).save(tmp_path / "sixteen.png", transparency=0)
-    assert read_picture(tmp_path / "sixteen.png")[0, :2, 0].tolist() == [255, 8]
-    for depth, pixels, key in ((1, b"\0\0\0\0", 0), (2, b"\x55" * 8, 1), (4, b"\x55" * 16, 5)):
-        (tmp_path / "few.png").write_bytes(png(depth, pixels, key))
-        assert (read_picture(tmp_path / "few.png") == 255).all(), depth
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -387,18 +375,16 @@ def test_cifar100_is_downloaded_once(cifar_server: tuple, tmp_path: Path, monkey
     assert fingerprint(load_cifar100(data_dir)) == fingerprint(dataset)
 
 
-def test_damaged_archives_are_refused(cifar_server: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_archive_is_downloaded_again_or_refused(
+    cifar_server: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     archive = tmp_path / CIFAR100.filename
-    archive.write_bytes(b"half of an archive")
-    with pytest.raises(InputError, match=r"cifar-100-python.tar.gz fails its MD5 checksum; delete it"):
-        load_cifar100(tmp_path)
-    assert archive.read_bytes() == b"half of an archive"  # the user's file
-    data_dir = tmp_path / "data"
-    words = (
-        rf"can neither be read from {data_dir} nor downloaded \(.*\); put http.*gz there, or use --dataset synthetic"
-    )
+    words = f"can neither be read from {tmp_path} nor downloaded .*; put http.*gz there, or use --dataset synthetic"
     for attribute, value in (("tgz_md5", "0" * 32), ("url", f"http://127.0.0.1:9/{CIFAR100.filename}")):
-        monkeypatch.setattr(CIFAR100, attribute, value)
-        with pytest.raises(InputError, match=words):
-            data.read_images("cifar100", data_dir, {})
-        assert list(data_dir.iterdir()) == []  # the program's download
+        archive.write_bytes(b"half of an archive")
+        with monkeypatch.context() as patch:
+            patch.setattr(CIFAR100, attribute, value)
+            with pytest.raises(InputError, match=words):
+                data.read_images("cifar100", tmp_path, {})
+    assert archive.read_bytes() == b"half of an archive"
+    assert len(load_cifar100(tmp_path).train_images) == 400
