@@ -2,11 +2,11 @@
 
 import contextlib
 import os
-import queue
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from typing import Any
 
 from data import InputError
@@ -22,7 +22,8 @@ def run_program(name: str, work: Callable[[], int]) -> int:
         What work returns; 2 for bad input, 1 if the disk is full or Ray died, each after one sentence on stderr;
         128 + n if signal n interrupted it, so 130 for Ctrl-C.
     """
-    with safe_output(), interruptible() as signals:
+    out, err = SafeStream(sys.stdout), SafeStream(sys.stderr)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), interruptible() as signals:
         try:
             return work()
         except SystemExit as end:  # argparse has printed why
@@ -34,113 +35,77 @@ def run_program(name: str, work: Callable[[], int]) -> int:
             return 128 + signals[0]
 
 
+class SafeStream:
+    """A text stream that replaces what it cannot encode with "?", and drops what it cannot write."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream or open(os.devnull, "w")  # noqa: PTH123, SIM115 (None: closed before Python started)
+        with contextlib.suppress(AttributeError):  # a StringIO
+            self.stream.reconfigure(errors="replace")
+
+    def write(self, text: str) -> int:
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:  # the disk is full; a pipe or terminal is closed
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # Python flushes it again as it exits
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
 @contextlib.contextmanager
 def interruptible() -> Iterator[list[int]]:
     """Raise KeyboardInterrupt in the main thread at the first signal, and ignore later ones; yield those received.
 
-    Signals that were ignored before, as under nohup, stay ignored. If the block is still running LAST_SECONDS after a
-    signal, for example because it waits for processes that got it too, this process exits.
+    Signals that were ignored before, as under nohup, stay ignored. If the block is still running LAST_SECONDS later,
+    for example because it waits for processes that got the signal too, an alarm ends this process.
     """
-    received, to_watch, ended = [], queue.SimpleQueue(), threading.Event()
+    received, before = [], {}
 
     def interrupt(number: int, frame: object) -> None:
         if not received:
             received.append(number)
-            to_watch.put(number)
+            signal.alarm(LAST_SECONDS)
             raise KeyboardInterrupt
 
-    def watch() -> None:
-        number = to_watch.get()
-        if not ended.wait(LAST_SECONDS):
-            os._exit(128 + number)
-
-    before = {}
     if threading.current_thread() is threading.main_thread():  # other threads may not set handlers
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 before[number] = signal.signal(number, interrupt)
-    threading.Thread(target=watch, daemon=True).start()
     try:
         yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        ended.set()
-        to_watch.put(0)
+        if received:
+            signal.alarm(0)
 
 
 def run_in_thread(function: Callable[[], object], interrupted: threading.Event) -> None:
-    """Run a function in a thread, so that this one can handle signals.
+    """Run a function in a thread, so that this one can handle signals, and raise what it raises.
 
-    Args:
-        function: has a few seconds to return once interrupted is set, and is then abandoned.
-        interrupted: set on KeyboardInterrupt, which is then raised.
-
-    Raises:
-        BaseException: what the function raises.
+    On KeyboardInterrupt, which is raised again, `interrupted` tells it to return within a few seconds; then it is
+    abandoned.
     """
-    outcome = queue.SimpleQueue()
+    done = Future()
 
     def run() -> None:
         try:
-            function()
-            outcome.put(None)
+            done.set_result(function())
         except BaseException as error:
-            outcome.put(error)
+            done.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
     try:
-        while True:  # a signal does not wake a thread that waits without a timeout
-            with contextlib.suppress(queue.Empty):
-                error = outcome.get(timeout=0.5)
-                break
-        if error is not None:
+        while not wait([done], timeout=0.5).done:  # a signal does not wake a thread that waits without a timeout
+            pass
+        if done.exception():
             # If a whole job is signalled, Ray's processes may end before this one gets the signal.
             threading.Event().wait(1)
-            raise error
+        done.result()
     except KeyboardInterrupt:
         interrupted.set()
-        with contextlib.suppress(queue.Empty):
-            outcome.get(timeout=LAST_SECONDS / 3)
+        wait([done], timeout=LAST_SECONDS / 3)
         raise
-
-
-class SafeStream:
-    """A text stream that replaces what it cannot encode with "?" and drops what it cannot write."""
-
-    def __init__(self, stream: Any) -> None:
-        self.stream = stream
-        with contextlib.suppress(AttributeError, OSError, ValueError):
-            stream.reconfigure(errors="replace")
-
-    def write(self, text: str) -> int:
-        with contextlib.suppress(AttributeError, OSError, ValueError):  # None, closed, or on a full disk
-            self.stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(AttributeError, OSError, ValueError):
-            self.stream.flush()
-
-    def isatty(self) -> bool:
-        return bool(self.stream) and not self.stream.closed and self.stream.isatty()
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.stream, name)
-
-
-@contextlib.contextmanager
-def safe_output() -> Iterator[None]:
-    """Ignore failures of stdout and stderr, in the block and when Python exits."""
-    streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = map(SafeStream, streams)
-    try:
-        yield
-    finally:
-        sys.stdout, sys.stderr = streams
-        for stream in filter(None, streams):  # None: closed before Python started
-            try:
-                stream.flush()
-            except (OSError, ValueError):
-                with contextlib.suppress(OSError, ValueError):
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
