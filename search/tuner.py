@@ -4,7 +4,6 @@ import contextlib
 import logging
 import os
 import re
-import secrets
 import shutil
 import signal
 import socket
@@ -21,31 +20,23 @@ from search.settings import Settings, cluster_address
 CODE = Path(__file__).resolve().parents[1]
 LONGEST_TEMP_DIR = 40  # bytes; the paths of Ray's sockets below it are limited to 107
 # Ray's messages that the search replaces with its own.
-REPEATED_MESSAGES = ("Trials did not complete", "Token authentication", "Failed to fetch metrics")
-LOGGERS = (
-    "ray.tune.tune",
-    "ray.tune.analysis.experiment_analysis",
-    "ray._private.authentication.authentication_token_setup",
-)
-code_sent: list[str] = []  # the copies of CODE that this process has sent to Ray
+LOGGERS = ("ray.tune.tune", "ray.tune.analysis.experiment_analysis")
+REPEATED_MESSAGES = ("Trials did not complete", "Failed to fetch metrics")
 
 
 @contextlib.contextmanager
 def running_ray() -> Iterator[None]:
-    """Start Ray, or join the cluster at RAY_ADDRESS, for the duration of the block.
+    """Start Ray, or join the cluster at RAY_ADDRESS, for the duration of the block; use a Ray that already runs.
 
     Raises:
         InputError: it cannot be started or joined.
     """
     if ray.is_initialized():
-        if ray.get_runtime_context().runtime_env.get("working_dir") not in code_sent:
-            raise InputError("Ray is already running, without this program's code; call ray.shutdown() first")
         yield
         return
     for name in LOGGERS:
         logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(REPEATED_MESSAGES))
-    address = cluster_address()
-    handler = signal.getsignal(signal.SIGTERM)
+    address, handler = cluster_address(), signal.getsignal(signal.SIGTERM)
     try:
         if address and (parts := re.fullmatch(r"\[?([^/]+?)\]?:(\d+)", address)):
             # Ray would wait for minutes if nothing listens there.
@@ -57,10 +48,6 @@ def running_ray() -> Iterator[None]:
             logging_level=logging.WARNING,
             include_dashboard=False,
         )
-        code_sent.append(ray.get_runtime_context().runtime_env["working_dir"])
-    except SystemExit:  # from the handler of SIGTERM that Ray sets as it starts
-        signal.signal(signal.SIGTERM, handler)
-        signal.raise_signal(signal.SIGTERM)
     except (OSError, OverflowError, ValueError) as error:
         if address:
             raise InputError(
@@ -86,24 +73,13 @@ def code_of_trials() -> dict:
 
 
 def local_options() -> dict:
-    """Return the arguments of ray.init that start a local Ray.
-
-    Raises:
-        InputError: no folder can hold its sockets.
-    """
-    if "RAY_AUTH_MODE" not in os.environ:
-        # Otherwise Ray writes a token into the home folder, which a container user may lack.
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    wanted = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
-    for folder in (wanted, "/tmp"):
-        if len(os.fsencode(folder)) <= LONGEST_TEMP_DIR and os.access(folder, os.W_OK | os.X_OK):
-            # Ray counts GPUs that torch cannot use (a Mac's), and finds none without NVIDIA's management library.
-            counts = {"num_cpus": usable_cpus(), "num_gpus": torch.cuda.device_count()}
-            return {"address": "local", **counts, "_temp_dir": str(Path(folder, "ray"))}
-    raise InputError(
-        f"Ray cannot put its sockets into {wanted}; set TMPDIR to a writable folder with a path of at most "
-        f"{LONGEST_TEMP_DIR} bytes"
-    )
+    """Return the arguments of ray.init that start a local Ray."""
+    folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    if len(os.fsencode(folder)) > LONGEST_TEMP_DIR:
+        folder = "/tmp"
+    # Ray counts GPUs that torch cannot use (a Mac's), and finds none without NVIDIA's management library.
+    counts = {"num_cpus": usable_cpus(), "num_gpus": torch.cuda.device_count()}
+    return {"address": "local", **counts, "_temp_dir": str(Path(folder, "ray"))}
 
 
 def own_node_lives() -> bool:
@@ -126,13 +102,12 @@ def share_resources(settings: Settings, num_trials: int) -> tuple[dict[str, floa
     cpus, gpus = int(total.get("CPU", 1)), int(total.get("GPU", 0))
     gpu = settings.gpus_per_trial
     if gpu is None:
-        gpu = 1 if gpus else 0
+        gpu = min(1, gpus)
     at_once = min(num_trials, int(gpus / gpu) if gpu else cpus)
     cpu = settings.cpus_per_trial or max(1, cpus // max(1, at_once))
-    if cpu > cpus:
-        raise InputError(f"--cpus-per-trial {cpu} exceeds the {cpus} available; use at most that")
-    if gpu > gpus:
-        raise InputError(f"--gpus-per-trial {gpu:g} exceeds the {gpus} available; use at most that")
+    for key, asked, available in (("cpus", cpu, cpus), ("gpus", gpu, gpus)):
+        if asked > available:
+            raise InputError(f"--{key}-per-trial {asked:g} exceeds the {available} available; use at most that")
     at_once = min(at_once, cpus // cpu)
     return {"cpu": cpu, "gpu": gpu}, at_once, f"{at_once * cpu}/{cpus} CPUs, {at_once * gpu:g}/{gpus} GPUs"
 

@@ -21,9 +21,6 @@ def test_resources_are_shared_equally_or_refused(monkeypatch: pytest.MonkeyPatch
 
 def test_sockets_lie_where_their_paths_are_short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
-    for folder, chosen in (("/var/tmp", "/var/tmp/ray"), ("/tmp/" + "long" * 20, "/tmp/ray"), ("/nowhere", "/tmp/ray")):
+    for folder, chosen in (("/var/tmp", "/var/tmp/ray"), ("/tmp/" + "long" * 20, "/tmp/ray")):
         monkeypatch.setattr("tempfile.gettempdir", lambda folder=folder: folder)
         assert local_options()["_temp_dir"] == chosen
-    monkeypatch.setattr("os.access", lambda *_: False)
-    with pytest.raises(InputError, match="sockets into /nowhere; set TMPDIR to a writable folder"):
-        local_options()
