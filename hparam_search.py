@@ -14,7 +14,6 @@ from search.settings import PROGRAM, Settings, parse_args  # first: sets what Ra
 if __name__ == "__main__":
     parse_args(None, __doc__)  # answers --help and bad flags before the slow imports
 
-import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -96,12 +95,13 @@ def search_space(settings: Settings) -> dict:
     return entries
 
 
-def draw(settings: Settings) -> tuple[list[dict], dict]:
-    """Return the configs of all trials, in the order in which they start, and a summary of the search space."""
+def draw(settings: Settings) -> tuple[list[records.Trial], dict]:
+    """Return all trials, in the order in which they start, and a summary of the search space."""
     entries, first = search_space(settings), [] if settings.quick else space.to_plain(first_trials)
     tpe = settings.sampler == "tpe"
     configs = sampler.draw_configs(entries, settings.num_samples, settings.seed, first, tpe)
-    return configs, space.summarize(entries) | {"first_trials": first}
+    trials = [records.Trial(f"{records.TRIAL_PREFIX}{i:05}", config) for i, config in enumerate(configs)]
+    return trials, space.summarize(entries) | {"first_trials": first}
 
 
 def with_defaults(settings: Settings) -> Settings:
@@ -126,16 +126,15 @@ def image_source(settings: Settings) -> dict:
 def new_search(settings: Settings) -> int:
     """Run a new search, and return the exit code."""
     objective = records.Objective(METRIC, MODE)
-    records.check_objective(objective)
     settings = with_defaults(settings)
-    configs, drawn_from = draw(settings)
-    records.check_new_folder(settings)
+    trials, drawn_from = draw(settings)
+    folder = records.new_folder(settings)
     dataset = read_images(**image_source(settings))
     with tuner.running_ray():
-        tuner.share_resources(settings, len(configs))  # refuses flags that exceed this machine
-        search = records.create_search(settings, drawn_from, dataset, objective)
-        with records.locked(search.folder):
-            search.draw(configs)
+        tuner.share_resources(settings, len(trials))  # refuses flags that exceed this machine
+        search = records.create_search(folder, settings, drawn_from, dataset, objective)
+        with records.locked(folder):
+            search.draw(trials)
             return run(search, dataset)
 
 
@@ -143,14 +142,15 @@ def resume_search(folder: Path, changes: dict) -> int:
     """Continue the search in a folder, with changed settings, and return the exit code."""
     with records.locked(folder):
         search = records.open_search(folder, changes)
-        more = search.unfinished() or search.missing_repeats(REPEATED_TRIALS) or "num_samples" in changes
-        if search.time_left() <= 0 or (search.trials and not (more or search.damaged)):
+        missing = [trial for trial in search.repeats(REPEATED_TRIALS) if trial.name not in search.trials]
+        complete = search.trials and not (search.unfinished() or missing or search.damaged or "num_samples" in changes)
+        if complete or search.time_left() <= 0:
             return finish(search, None)
-        configs, drawn_from = draw(search.settings)
+        trials, drawn_from = draw(search.settings)
         records.check_unchanged(search, drawn_from, records.Objective(METRIC, MODE))
         dataset = load_images(search)
         with tuner.running_ray():
-            search.draw(configs)
+            search.draw(trials)
             search.write()
             return run(search, dataset)
 
@@ -167,7 +167,7 @@ def run(search: records.Search, dataset: Dataset) -> int:
     try:
         fit(search, search.unfinished(), dataset)
         if not search.interrupted():
-            fit(search, search.draw_repeats(REPEATED_TRIALS), dataset)
+            fit(search, search.draw(search.repeats(REPEATED_TRIALS)), dataset)
     except (KeyboardInterrupt, ConnectionError):
         report.write_results(search)
         print(report.recap(search), report.best_so_far(search), sep="\n", flush=True)
@@ -216,8 +216,7 @@ def fit(search: records.Search, trials: list[records.Trial], dataset: Dataset) -
         try:
             console.run_in_thread(tuned.fit, recorder.interrupted)
         finally:
-            with contextlib.suppress(OSError):  # the recorder has told
-                search.record("stopped")
+            search.record("stopped")
 
 
 def finish(search: records.Search, dataset: Dataset | None) -> int:

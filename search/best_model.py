@@ -7,6 +7,7 @@ metrics.json   validation and test loss and accuracy, and their epoch
 
 import contextlib
 import sys
+from dataclasses import astuple
 from pathlib import Path
 
 import torch
@@ -56,7 +57,7 @@ def evaluate_best_model(search: Search, dataset: Dataset, source: dict) -> dict 
     metrics |= {f"val_{key}": getattr(best, key) for key in search.objective.shown} | score_on_test(model, dataset)
     images = evaluation_batches(dataset.test_images, dataset.test_labels, dataset.mean, dataset.std, best_device())
     show_best_model(search.folder, predict(model, images), dataset.test_labels, dataset.test_images, dataset.classes)
-    about = {"images": source, "objective": search.objective}
+    about = {"images": source, "objective": astuple(search.objective)}
     write_model(folder, model, trial.config, dataset, about, metrics)
     return metrics
 

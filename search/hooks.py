@@ -1,6 +1,5 @@
 """What Ray Tune calls while a search runs: a queue of trials, a scheduler that can be resumed, and a recorder."""
 
-import contextlib
 import math
 import re
 import threading
@@ -39,12 +38,8 @@ def early_stop(
 ) -> str | None:
     """Return why a trial ends after its latest report, whatever the other trials do, or None.
 
-    Args:
-        max_epochs: the trial's last epoch.
-        patience: epochs without progress after which the trial ends.
-        min_delta: minimum decrease of the loss, in nats, that counts as progress.
-        max_seconds: time limit for training and validation.
-        reports: the trial's reports, one per epoch.
+    It ends after max_epochs, after max_seconds of training and validation, if its loss is not finite, or if the loss
+    (nats) has not fallen by min_delta for `patience` epochs.
     """
     latest, losses = reports[-1], [report.loss for report in reports]
     if not math.isfinite(latest.loss):
@@ -78,8 +73,7 @@ class TrialQueue(Searcher):
         self.names[trial_id] = trial.name
         if not self.search.is_drawn(trial):
             config = self.suggest_config(int(trial.id), self.outcomes())
-            with contextlib.suppress(OSError):  # the next event tries again, and the recorder says so
-                self.search.record("drawn", trial=trial.name, config=config, repeats=None)
+            self.search.record("drawn", trial=trial.name, config=config, repeats=None)
         return trial.config
 
     def outcomes(self) -> list[tuple[dict, float]]:
@@ -202,6 +196,7 @@ class Recorder(tune.Callback):
         self.progress = Progress(progress_period)
         self.board = Board(search)
         self.interrupted = threading.Event()
+        self.failure: OSError | None = None
         self.checked = time.monotonic()
 
     def __getstate__(self) -> dict:
@@ -209,14 +204,13 @@ class Recorder(tune.Callback):
         return {}
 
     def on_step_begin(self, iteration: int, trials: list, **info: object) -> None:
-        if self.interrupted.is_set():
-            self.on_experiment_end(trials)
-            raise SystemExit
         if time.monotonic() - self.checked >= NODE_PERIOD:
             self.checked = time.monotonic()
             if not own_node_lives():  # Tune would wait forever
-                self.on_experiment_end(trials)
-                raise ConnectionError("Ray died on this machine, perhaps out of memory; resume the search")
+                self.failure = ConnectionError("Ray died on this machine, perhaps out of memory; resume the search")
+        if self.interrupted.is_set() or self.failure:
+            self.on_experiment_end(trials)
+            raise self.failure or SystemExit
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: object) -> None:
         self.progress.update(self.search, running(trials))
@@ -267,11 +261,11 @@ class Recorder(tune.Callback):
         self.progress.erase()
 
     def record(self, kind: str, **details: object) -> None:
-        """Record an event; continue even if the log cannot be written."""
+        """Record an event; if the log cannot be written, end the search with the next step (Tune would catch this)."""
         try:
             self.search.record(kind, **details)
         except OSError as error:
-            self.progress.say(f"{error}.")
+            self.failure = error
 
 
 def running(trials: list) -> list[str]:

@@ -13,10 +13,9 @@ import shlex
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from datetime import datetime
 from pathlib import Path
-from typing import NamedTuple
 
 from data import Dataset, InputError, fingerprint
 from search.files import append_lines, loads, lock, read_lines, remove, write_json
@@ -28,11 +27,18 @@ METRICS = [key.name for key in fields(Report)]
 FORMAT = 5  # version of both files; others are refused
 
 
-class Objective(NamedTuple):
-    """What makes an epoch the best of its trial, and a trial the best of its search."""
+@dataclass(frozen=True)
+class Objective:
+    """What makes an epoch the best of its trial, and a trial the best of its search; an unknown one is refused."""
 
     metric: str  # a field of Report
     mode: str  # max or min
+
+    def __post_init__(self) -> None:
+        if self.metric not in METRICS[1:]:
+            raise InputError(f"METRIC {self.metric!r} is unknown; use one of {', '.join(METRICS[1:])}")
+        if self.mode not in ("max", "min"):
+            raise InputError(f"MODE {self.mode!r} is unknown; use max or min")
 
     @property
     def shown(self) -> list[str]:
@@ -94,7 +100,6 @@ class Search:
     seconds: float = 0.0  # how long trials have run, over all processes
     started: tuple[float, float] = (0.0, 0.0)  # when this process began to run trials, and `seconds` then
     resources: str = ""  # CPUs and GPUs that the trials use
-    unwritten: list[dict] = field(default_factory=list)  # events that did not fit on the disk
     damaged: int = 0  # number of unreadable lines in the log
 
     @property
@@ -138,46 +143,33 @@ class Search:
         trial.best = None if trial.diverged else self.objective.best(trial.reports)
 
     def record(self, kind: str, **details: object) -> None:
-        """Apply an event and append it to the log.
-
-        Raises:
-            OSError: the log cannot be written; the next event tries again.
-        """
+        """Apply an event and append it to the log; raise OSError if it cannot be written."""
         event = {"event": kind, "time": time.time()} | details
         self.apply(event)
-        self.unwritten.append(event)
         try:
-            append_lines(self.folder / LOG_FILE, self.unwritten)
+            append_lines(self.folder / LOG_FILE, [event])
         except OSError as error:
             raise OSError(f"cannot write {self.folder / LOG_FILE} ({error.strerror}); make room there") from error
-        self.unwritten.clear()
 
     def is_drawn(self, trial: Trial) -> bool:
         """Return whether a trial's config is complete; with TPE, it is drawn when the trial starts."""
         return self.space.keys() - {"first_trials"} <= trial.config.keys()
 
-    def draw(self, configs: list[dict]) -> None:
-        """Add the trials that the search does not have yet."""
-        for i, config in enumerate(configs):
-            name = f"{TRIAL_PREFIX}{i:05}"
-            if name not in self.trials:
-                self.record("drawn", trial=name, config=config, repeats=None)
+    def draw(self, trials: list[Trial]) -> list[Trial]:
+        """Add those of these trials that the search does not have yet, and return them."""
+        new = [trial for trial in trials if trial.name not in self.trials]
+        for trial in new:
+            self.record("drawn", trial=trial.name, config=trial.config, repeats=trial.repeats)
+        return [self.trials[trial.name] for trial in new]
 
-    def missing_repeats(self, count: int) -> list[Trial]:
-        """Return trials, not drawn yet, that train the `count` best configs with the other random seeds asked for."""
+    def repeats(self, count: int) -> list[Trial]:
+        """Return trials that train the `count` best configs with the other random seeds asked for."""
         repeats = []
         for trial in self.ranking()[:count]:
             for i in range(self.settings.repeats or 0):
                 config = trial.config | {"seed": trial.config["seed"] + 1 + i}
                 repeats.append(Trial(f"{trial.name}_seed_{config['seed']}", config, trial.name))
-        return [repeat for repeat in repeats if repeat.name not in self.trials]
-
-    def draw_repeats(self, count: int) -> list[Trial]:
-        """Add these trials, and return them."""
-        repeats = self.missing_repeats(count)
-        for repeat in repeats:
-            self.record("drawn", trial=repeat.name, config=repeat.config, repeats=repeat.repeats)
-        return [self.trials[repeat.name] for repeat in repeats]
+        return repeats
 
     def own_trials(self) -> list[Trial]:
         """Return the trials that do not repeat another one."""
@@ -206,23 +198,15 @@ class Search:
 
     def write(self) -> None:
         """Write search.json."""
-        parts = {"objective": self.objective, "space": self.space, "images": self.images}
+        parts = {"objective": astuple(self.objective), "space": self.space, "images": self.images}
         write_json(self.folder / SEARCH_FILE, {"format": FORMAT, "settings": asdict(self.settings)} | parts)
 
 
-def check_objective(objective: Objective) -> None:
-    """Refuse an unknown metric or mode."""
-    if objective.metric not in METRICS[1:]:
-        raise InputError(f"METRIC {objective.metric!r} is unknown; use one of {', '.join(METRICS[1:])}")
-    if objective.mode not in ("max", "min"):
-        raise InputError(f"MODE {objective.mode!r} is unknown; use max or min")
-
-
-def check_new_folder(settings: Settings) -> Path:
+def new_folder(settings: Settings) -> Path:
     """Return the folder of a new search; raise InputError if it exists or cannot be created."""
     name = settings.name or datetime.now().strftime("search_%Y-%m-%d_%H-%M-%S")
     folder = Path(settings.output_dir).absolute() / name
-    if settings.name and folder.exists():
+    if folder.exists():
         raise InputError(f"{shown(folder)} already exists; choose another --name, or --resume it")
     parent = next(parent for parent in folder.parents if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
@@ -230,15 +214,11 @@ def check_new_folder(settings: Settings) -> Path:
     return folder
 
 
-def create_search(settings: Settings, space: dict, dataset: Dataset, objective: Objective) -> Search:
+def create_search(folder: Path, settings: Settings, space: dict, dataset: Dataset, objective: Objective) -> Search:
     """Create the folder of a new search, and return the search; raise InputError if that fails."""
-    folder = check_new_folder(settings)
     try:
         folder.mkdir(parents=True)
     except OSError as error:
-        if isinstance(error, FileExistsError) and not settings.name:  # two searches started in the same second
-            time.sleep(1)
-            return create_search(settings, space, dataset, objective)
         raise InputError(f"cannot create {folder} ({error.strerror}); choose another --name") from error
     search = Search(folder, settings, space, fingerprint(dataset), objective)
     search.write()
@@ -246,37 +226,32 @@ def create_search(settings: Settings, space: dict, dataset: Dataset, objective: 
 
 
 def open_search(folder: Path, changes: dict) -> Search:
-    """Return the search in a folder, restored from its log.
-
-    Args:
-        folder: an absolute path.
-        changes: settings that replace its own.
+    """Return the search in a folder, restored from its log, with the settings in `changes` replaced.
 
     Raises:
         InputError: it is damaged or from another version, or a setting would shrink.
     """
-    path, log = folder / SEARCH_FILE, folder / LOG_FILE
+    path, damaged = folder / SEARCH_FILE, "is damaged, or from another version; start a new search"
     try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"no search found in {shown(folder)!r}; pass a search folder such as outputs/NAME") from error
-    other_version = InputError(f"{path} is from another version; use that version, or start a new search")
-    try:
-        content = loads(text)
-    except ValueError as error:
-        raise InputError(f"{path} is damaged, or from another version; start a new search") from error
-    if content.get("format") != FORMAT:
-        raise other_version
-    try:
+        content = loads(path.read_bytes())
+        if content.get("format") != FORMAT:
+            raise InputError(f"{path} is from another version; use that version, or start a new search")
         settings, objective = extend(Settings(**content["settings"]), changes), Objective(*content["objective"])
         search = Search(folder, settings, content["space"], content["images"], objective)
-        events, search.damaged = read_lines(log)
-        for event in events:
-            search.apply(event)
-    except (TypeError, KeyError) as error:
-        raise other_version from error
+    except OSError as error:
+        raise InputError(f"no search found in {shown(folder)!r}; pass a search folder such as outputs/NAME") from error
+    except InputError:
+        raise
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path} {damaged}") from error
+    events, search.damaged = read_lines(folder / LOG_FILE)
+    for event in events:
+        search.apply(event)
     if search.damaged:
-        print(f"Skipping unreadable lines of {log} ({search.damaged}); their epochs are retrained.", file=sys.stderr)
+        print(
+            f"Skipping unreadable lines of {folder / LOG_FILE} ({search.damaged}); their epochs are retrained.",
+            file=sys.stderr,
+        )
     return search
 
 
@@ -293,8 +268,8 @@ def extend(settings: Settings, changes: dict) -> Settings:
 
 def check_unchanged(search: Search, space: dict, objective: Objective) -> None:
     """Refuse to resume a search with another space or objective."""
-    before = search.space | search.objective._asdict()
-    for key, now in (space | objective._asdict()).items():
+    before = search.space | vars(search.objective)
+    for key, now in (space | vars(objective)).items():
         if now != before.get(key):
             raise InputError(
                 f"{key!r} is {now}, but was {before.get(key)} when the search began; restore it, or start a new search"

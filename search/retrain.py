@@ -20,7 +20,7 @@ import torch
 from data import Dataset, InputError, read_images, usable_cpus
 from search.best_model import read_model, score_on_test, write_model
 from search.console import run_program
-from search.records import Objective, check_new_folder, shown
+from search.records import Objective, new_folder, shown
 from search.settings import Parser, Settings, flag, folder_name
 from search.space import check_space
 from train import CONFIG_KEYS, best_device, new_training, train_epochs
@@ -73,7 +73,7 @@ def retrain(given: dict) -> int:
     check_space(config)
     name = given.get("name") or datetime.now().strftime("retrained_%Y-%m-%d_%H-%M-%S")
     output_dir = given.get("output_dir", "outputs")
-    check_new_folder(Settings(output_dir=output_dir, name=name))
+    new_folder(Settings(output_dir=output_dir, name=name))
     source = about["images"] | ({"data_dir": str(Path(given["data_dir"]).resolve())} if "data_dir" in given else {})
     dataset = read_images(**source)
     if given.get("full"):
@@ -99,7 +99,7 @@ def retrain(given: dict) -> int:
         print(f"validation accuracy: {kept.accuracy:.4f}, at epoch {kept.epoch}")
     metrics |= score_on_test(model, dataset)
     folder = Path(output_dir).resolve() / name
-    write_model(folder, model, config, dataset, {"images": source, "objective": objective}, metrics)
+    write_model(folder, model, config, dataset, {"images": source, "objective": about["objective"]}, metrics)
     print(f"test accuracy: {metrics['test_accuracy']:.4f}", f"Model: {shown(folder)}", sep="\n")
     return 0
 
