@@ -24,9 +24,8 @@ TAGS = {
     "loss": "loss/validation",
     "train_loss": "loss/train",
 }
-MISTAKES_SHOWN = (5, 8)  # rows, columns
-IMAGE_SCALE = 3
-INK, PAPER, ACCENT = (30, 30, 30), (255, 255, 255), (31, 119, 180)
+MISTAKES_SHOWN = 40
+INK = (31, 119, 180)  # of a confusion matrix: red, green, blue
 
 
 class Board:
@@ -118,7 +117,7 @@ def to_hparam(value: Any, searched: dict) -> Any:
 
 
 def show_best_model(folder: Path, probabilities: Tensor, labels: Tensor, images: Tensor, classes: tuple) -> None:
-    """Write pictures of the best model's results on the test images into the search's events.
+    """Write the best model's confusion matrix, accuracy by class, and worst mistakes into the search's events.
 
     Args:
         folder: the search folder.
@@ -127,86 +126,53 @@ def show_best_model(folder: Path, probabilities: Tensor, labels: Tensor, images:
         images: uint8 (N, 32, 32, 3).
         classes: the names of the C classes.
     """
-    predicted = probabilities.argmax(1)
-    confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64)
-    confusion.index_put_((labels, predicted), torch.ones(len(labels), dtype=torch.int64), accumulate=True)
-    with SummaryWriter(str(folder)) as writer:
-        for name, picture in (
-            ("confusion_matrix", confusion_picture(confusion, classes)),
-            ("accuracy_by_class", accuracy_picture(confusion, classes)),
-            ("most_confident_mistakes", mistakes_picture(probabilities, labels, images, classes)),
-        ):
-            tensor = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-            writer.add_image(f"best_model/{name}", tensor.view(picture.height, picture.width, 3), dataformats="HWC")
-
-
-def blank(width: float, height: float, size: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
-    """Return a white picture, and a pen that draws on it with letters of this size in pixels."""
-    picture = Image.new("RGB", (math.ceil(width), math.ceil(height)), PAPER)
-    draw = ImageDraw.Draw(picture)
-    draw.font = ImageFont.load_default(size)
-    return picture, draw
-
-
-def widest(classes: tuple, size: int) -> float:
-    """Return the width in pixels of the longest name."""
-    font = ImageFont.load_default(size)
-    return max(font.getlength(name) for name in classes)
-
-
-def confusion_picture(confusion: Tensor, classes: tuple) -> Image.Image:
-    """Draw a confusion matrix, int64 (C, C), with a row per true class and a column per predicted one."""
-    cell = max(10, min(44, 900 // len(classes)))
-    size = min(14, cell - 1)
-    margin = widest(classes, size) + 10
-    top = margin + 2 * size
-    picture, draw = blank(margin + cell * len(classes) + 10, top + cell * len(classes) + 10, size)
-    shares = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
-    draw.text((4, 4), "rows: true class; columns: predicted class", INK)
-    for i, name in enumerate(classes):
-        draw.text((margin - 5, top + (i + 0.5) * cell), name, INK, anchor="rm")
-        upright, pen = blank(margin - 5, size + 2, size)
-        pen.text((0, size / 2), name, INK, anchor="lm")
-        picture.paste(upright.rotate(90, expand=True), (int(margin + (i + 0.5) * cell - size / 2), 2 * size))
-        for j in range(len(classes)):
-            share = shares[i, j].item()
-            shade = tuple(round(p + (a - p) * share**0.5) for p, a in zip(PAPER, ACCENT, strict=True))
-            x, y = margin + j * cell, top + i * cell
-            draw.rectangle((x, y, x + cell - 2, y + cell - 2), fill=shade)
-            if cell >= 30 and confusion[i, j]:
-                draw.text((x + cell / 2, y + cell / 2), str(confusion[i, j].item()), INK, anchor="mm")
-    return picture
-
-
-def accuracy_picture(confusion: Tensor, classes: tuple) -> Image.Image:
-    """Draw a bar for each class that has test images, the most accurate first."""
-    counts = confusion.sum(1)
-    accuracy = {classes[i]: confusion[i, i].item() / counts[i].item() for i in range(len(classes)) if counts[i]}
-    margin, height, full = widest(classes, 13) + 10, 18, 400
-    picture, draw = blank(margin + full + 60, height * len(accuracy) + 8, 13)
-    for i, (name, value) in enumerate(sorted(accuracy.items(), key=lambda entry: -entry[1])):
-        y = 4 + i * height
-        draw.text((margin - 5, y + height / 2), name, INK, anchor="rm")
-        draw.rectangle((margin, y + 2, margin + full * value, y + height - 2), fill=ACCENT)
-        draw.text((margin + full * value + 5, y + height / 2), f"{value:.3f}", INK, anchor="lm")
-    return picture
-
-
-def mistakes_picture(probabilities: Tensor, labels: Tensor, images: Tensor, classes: tuple) -> Image.Image:
-    """Draw the images that were misclassified with the highest probabilities, with both class names."""
-    rows, columns = MISTAKES_SHOWN
     confidence, predicted = probabilities.max(1)
+    confusion = torch.zeros(len(classes), len(classes))
+    confusion.index_put_((labels, predicted), torch.ones(len(labels)), accumulate=True)
+    shares = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
+    tested = confusion.sum(1).nonzero().flatten().tolist()
+    rows = sorted(((shares[i, i].item(), classes[i]) for i in tested), reverse=True)
     wrong = (predicted != labels).nonzero().flatten()
-    wrong = wrong[confidence[wrong].argsort(descending=True)][: rows * columns]
-    side = images.shape[1] * IMAGE_SCALE
-    width, height = max(side + 12, widest(classes, 11) + 96), side + 36
-    picture, draw = blank(width * columns, height * max(1, math.ceil(len(wrong) / columns)), 11)
-    if not len(wrong):
-        draw.text((4, 4), "no mistakes", INK)
-    for k, i in enumerate(wrong.tolist()):
-        x, y = (k % columns) * width + 6, (k // columns) * height + 4
-        image = Image.fromarray(images[i].numpy()).resize((side, side), Image.Resampling.NEAREST)
-        picture.paste(image, (int(x), int(y)))
-        draw.text((x, y + side + 1), f"is {classes[labels[i]]}", INK)
-        draw.text((x, y + side + 14), f"taken for {classes[predicted[i]]} ({confidence[i]:.2f})", (180, 30, 30))
+    wrong = wrong[confidence[wrong].argsort(descending=True)][:MISTAKES_SHOWN]
+    captions = [f"is {classes[labels[i]]}\nseen as {classes[predicted[i]]} {confidence[i]:.2f}" for i in wrong]
+    with SummaryWriter(str(folder)) as writer:
+        writer.add_image("best_model/confusion_matrix", pixels(confusion_matrix(shares, classes)), dataformats="HWC")
+        table = "\n".join(f"| {name} | {share:.3f} |" for share, name in rows)
+        writer.add_text("best_model/accuracy_by_class", f"| class | accuracy |\n| --- | --- |\n{table}")
+        mistakes = captioned(images[wrong], captions)
+        writer.add_image("best_model/most_confident_mistakes", pixels(mistakes), dataformats="HWC")
+
+
+def pixels(picture: Image.Image) -> Tensor:
+    """Return a picture as uint8 (H, W, 3)."""
+    values = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+    return values.view(picture.height, picture.width, 3)
+
+
+def confusion_matrix(shares: Tensor, classes: tuple) -> Image.Image:
+    """Draw a confusion matrix, float (C, C) from 0 to 1: a row per true class, a column per predicted one."""
+    cell = max(10, min(40, 900 // len(classes)))
+    font = ImageFont.load_default(min(14, cell))
+    margin = math.ceil(max(font.getlength(name) for name in classes)) + 10
+    picture = Image.new("RGB", (max(220, margin + cell * len(classes)), cell * (len(classes) + 1)), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.text((4, 0), "rows: true, columns: predicted", "black", font)
+    for i, name in enumerate(classes):
+        draw.text((4, (i + 1) * cell), name, "black", font)
+        for j, share in enumerate(shares[i].tolist()):
+            shade = tuple(round(255 + (ink - 255) * share**0.5) for ink in INK)
+            corner = margin + j * cell, (i + 1) * cell
+            draw.rectangle((*corner, corner[0] + cell - 2, corner[1] + cell - 2), fill=shade)
+    return picture
+
+
+def captioned(images: Tensor, captions: list[str]) -> Image.Image:
+    """Draw enlarged images, uint8 (N, 32, 32, 3), in rows of 5, each above its caption of two lines."""
+    font, side = ImageFont.load_default(11), 96
+    width = math.ceil(max([side, *(font.getlength(line) for text in captions for line in text.splitlines())])) + 12
+    picture = Image.new("RGB", (5 * width, (side + 36) * math.ceil(max(1, len(captions)) / 5)), "white")
+    for k, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        x, y = k % 5 * width, k // 5 * (side + 36)
+        picture.paste(Image.fromarray(image.numpy()).resize((side, side), Image.Resampling.NEAREST), (x, y))
+        ImageDraw.Draw(picture).text((x, y + side), caption, "black", font)
     return picture
