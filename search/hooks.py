@@ -227,7 +227,8 @@ class Recorder(tune.Callback):
         if result["epoch"] <= len(known.reports):
             return  # reported again after a restart
         end = self.reasons.get(known.name, STOPPED) if result["done"] else None
-        self.record("reported", trial=known.name, **{key: result[key] for key in METRICS}, end=end)
+        if not self.record("reported", trial=known.name, **{key: result[key] for key in METRICS}, end=end):
+            return
         try:
             self.board.write(known, len(running(trials)))
         except OSError as error:
@@ -260,12 +261,13 @@ class Recorder(tune.Callback):
         self.board.close_all()
         self.progress.erase()
 
-    def record(self, kind: str, **details: object) -> None:
-        """Record an event; if the log cannot be written, end the search with the next step (Tune would catch this)."""
+    def record(self, kind: str, **details: object) -> bool:
+        """Record an event; if that fails, end the search at its next step (Tune would catch an error) and return False."""
         try:
             self.search.record(kind, **details)
         except OSError as error:
             self.failure = error
+        return not self.failure
 
 
 def running(trials: list) -> list[str]:

@@ -11,16 +11,11 @@ TRIALS_SHOWN = 12  # maximum number of running trials listed
 
 
 class Progress:
-    """Shows the progress of a search: redrawn in place on a terminal, printed once per period into a log file.
-
-    Args:
-        period: seconds between two blocks in a log file.
-    """
+    """Shows the progress of a search: redrawn in place on a terminal, printed once per period (seconds) into a file."""
 
     def __init__(self, period: float) -> None:
         self.in_place, self.period = sys.stdout.isatty(), period
         self.last = time.monotonic()
-        self.first_epochs: int | None = None  # epochs trained before this process started
         self.drawn = 0  # number of redrawn lines above the cursor
 
     def say(self, sentence: str) -> None:
@@ -30,14 +25,11 @@ class Progress:
 
     def update(self, search: Search, running: list[str]) -> None:
         """Show the progress of a search; running is the names of the trials that are running."""
-        epochs = sum(len(trial.reports) for trial in search.trials.values())
-        if self.first_epochs is None:
-            self.first_epochs = epochs
         now = time.monotonic()
         if not self.in_place and now - self.last < self.period:
             return
         self.last = now
-        lines = block(search, running, time_left(search, epochs - self.first_epochs))
+        lines = block(search, running)
         self.erase()
         if self.in_place:
             width = shutil.get_terminal_size().columns - 1
@@ -52,20 +44,12 @@ class Progress:
             self.drawn = 0
 
 
-def block(search: Search, running: list[str], left: float | None) -> list[str]:
-    """Describe the progress of a search in lines of at most 80 columns.
-
-    Args:
-        search: the search that is running.
-        running: the names of its running trials.
-        left: about how many more seconds it will take, if known.
-    """
+def block(search: Search, running: list[str]) -> list[str]:
+    """Describe the progress of a search, and of the running trials of these names, in lines of at most 80 columns."""
     trials = search.trials.values()
     ended = sum(bool(trial.end or trial.error) and trial.name not in running for trial in trials)
     epochs, planned = sum(len(trial.reports) for trial in trials), sum(trial.config["epochs"] for trial in trials)
-    remaining = ""
-    if left is not None:
-        remaining = f", about {duration(left) if left < 90 else f'{left / 60:.0f}min'} left"
+    remaining = f", about {duration(round(time_left(search), -1))} left" if epochs else ""
     lines = [
         f"Trials: {ended} done, {len(running)} running, {len(trials) - ended - len(running)} waiting. "
         f"Epochs: {epochs} of at most {planned}.",
@@ -78,21 +62,18 @@ def block(search: Search, running: list[str], left: float | None) -> list[str]:
         if trial.reports:
             state = f"accuracy {trial.reports[-1].accuracy:.4f}  loss {trial.reports[-1].loss:.4f}"
         lines.append(f"  {name}  epoch {len(trial.reports):3} of {trial.config['epochs']}  {state}")
-    if len(running) > TRIALS_SHOWN:
-        lines.append(f"  and {len(running) - TRIALS_SHOWN} more")
     return [line[:COLUMNS] for line in lines]
 
 
-def time_left(search: Search, epochs: int) -> float | None:
-    """Estimate how many more seconds a search will run, from the number of epochs that this process has trained.
+def time_left(search: Search) -> float:
+    """Estimate how many more seconds a search will run, at the average time per epoch so far.
 
     Trials that have not ended are expected to train for as many epochs as those that have ended did on average.
     """
-    if not epochs:
-        return None
+    trained = [len(trial.reports) for trial in search.trials.values()]
     ended = [len(trial.reports) for trial in search.trials.values() if trial.end]
     left = 0.0
     for trial in search.unfinished():
         expected = sum(ended) / len(ended) if ended else trial.config["epochs"]
         left += max(1, expected - len(trial.reports))
-    return left * (search.seconds - search.started[1]) / epochs
+    return left * search.seconds / sum(trained)

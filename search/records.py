@@ -143,13 +143,13 @@ class Search:
         trial.best = None if trial.diverged else self.objective.best(trial.reports)
 
     def record(self, kind: str, **details: object) -> None:
-        """Apply an event and append it to the log; raise OSError if it cannot be written."""
+        """Append an event to the log and apply it; raise OSError if it cannot be written."""
         event = {"event": kind, "time": time.time()} | details
-        self.apply(event)
         try:
             append_lines(self.folder / LOG_FILE, [event])
         except OSError as error:
             raise OSError(f"cannot write {self.folder / LOG_FILE} ({error.strerror}); make room there") from error
+        self.apply(event)
 
     def is_drawn(self, trial: Trial) -> bool:
         """Return whether a trial's config is complete; with TPE, it is drawn when the trial starts."""

@@ -63,16 +63,9 @@ def test_trials_that_fail_leave_the_others_alone_and_are_tried_again_on_resume(
     # Trials that are all alike, so that their figures must be, too.
     space = hparam_search.QUICK_SPACE | {"h_2": 16, "lr": 0.02, "p_drop": 0.1}
     monkeypatch.setattr(hparam_search, "QUICK_SPACE", space)
-    folder, calls = tmp_path / "it", itertools.count()
-
-    def append_unless_full(*arguments: object) -> None:
-        if 5 <= next(calls) < 11:  # the first reports
-            raise OSError(28, "No space left on device")
-        append_lines(*arguments)
-
+    folder = tmp_path / "it"
     with monkeypatch.context() as patch:
         patch.setattr(hparam_search, "train_cifar", faulty)
-        patch.setattr(records, "append_lines", append_unless_full)
         assert run_search(folder, "--num-samples", 4) == 0
     printed = capsys.readouterr()
     assert "Traceback" not in printed.out + printed.err
@@ -86,8 +79,6 @@ def test_trials_that_fail_leave_the_others_alone_and_are_tried_again_on_resume(
     assert all(f"train_cifar_0000{i} failed: {because[i]}.\n" in printed.err for i in (2, 3))
     assert because[3] in (path.parent / "error.txt").read_text()
     assert not list(folder.glob("train_cifar_00001/*.pt"))
-    # The log, which could not be written for a while, has lost nothing.
-    assert f"cannot write {folder / LOG_FILE} (No space left on device); make room there.\n" in printed.err
     assert [len(trial.reports) for trial in opened(folder).trials.values()] == [4, 1, 2, 0]
 
     before = read_lines(folder / LOG_FILE)[0]
@@ -98,6 +89,32 @@ def test_trials_that_fail_leave_the_others_alone_and_are_tried_again_on_resume(
     new = [(event.get("trial"), event.get("epoch")) for event in read_lines(folder / LOG_FILE)[0][len(before) :]]
     killed, starved = ([(f"train_cifar_0000{i}", epoch) for epoch in range(first, 5)] for i, first in ((2, 3), (3, 1)))
     assert new == [(None, None), *killed, *starved, (None, None)]
+
+
+@pytest.mark.usefixtures("small_search")
+def test_log_on_a_full_disk_ends_the_search_which_continues_on_resume(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    folder, writable = tmp_path / "it", 9
+
+    def append_unless_full(path: Path, contents: list[dict]) -> None:
+        if len(path.read_bytes().splitlines() if path.exists() else []) >= writable:
+            raise OSError(28, "No space left on device")
+        append_lines(path, contents)
+
+    full = f"hparam_search.py: cannot write {folder / LOG_FILE} (No space left on device); make room there.\n"
+    last = len(read_lines(finished.folder / LOG_FILE)[0]) - 2  # all but the last report, and that no trial runs
+    with monkeypatch.context() as patch:
+        patch.setattr(records, "append_lines", append_unless_full)
+        assert run_search(folder, *EXAMPLE) == 1
+        assert capsys.readouterr().err.endswith(full)
+        writable = last + 1  # one more: it has started again
+        assert main(["--resume", str(folder)]) == 1
+    printed = capsys.readouterr()
+    assert printed.err.endswith(full)
+    assert f"--resume {folder}\n" in printed.out
+    assert main(["--resume", str(folder)]) == 0
+    assert figures(folder) == figures(finished.folder)
 
 
 @pytest.mark.usefixtures("small_search")

@@ -86,12 +86,12 @@ def test_progress_is_redrawn_on_a_terminal_and_repeated_now_and_then_in_a_file(
     for part in re.split(r"(\x1b\[\d+A\x1b\[J)", out):  # what a terminal that obeys shows
         screen = screen[: -int(part[2:-4])] if part.startswith("\x1b") else screen + part.splitlines()
     assert len(screen) == (0 if terminal else 8)
-    search.seconds, search.started = 125.0, (0.0, 25.0)
-    # 100 s for 20 epochs; trials end after 7 on average, so 1 is left of one, and 7 of the other.
-    assert (time_left(search, 20), time_left(search, 0)) == ((1 + 7) * 5, None)
-    assert block(search, names[2:3], 45) == [
+    search.seconds = 125.0
+    # 125 s for 20 epochs; trials end after 7 on average, so 1 is left of one, and 7 of the other.
+    assert time_left(search) == (1 + 7) * 6.25
+    assert block(search, names[2:3]) == [
         "Trials: 2 done, 1 running, 1 waiting. Epochs: 20 of at most 40.",
-        "Time: 2min 5s, about 45s left.",
+        "Time: 2min 5s, about 50s left.",
         "Best so far: train_cifar_00002, accuracy 0.3000 after epoch 1.",
         "  train_cifar_00002  epoch   6 of 10  accuracy 0.3000  loss 1.0000",
     ]
