@@ -123,9 +123,7 @@ def new_training(config: dict, num_classes: int, device: torch.device) -> Traini
     """Build a model with weights drawn from config["seed"], its moving average and its optimizer."""
     torch.manual_seed(config["seed"])
     model = new_model(config, num_classes).to(device, memory_format=torch.channels_last)
-    averaged = None
-    if config["ema_decay"] > 0:
-        averaged = AveragedModel(model)
+    averaged = AveragedModel(model) if config["ema_decay"] > 0 else None
     optimizer = torch.optim.SGD(model.parameters(), **arguments(config, OPTIMIZER), fused=True)
     for group in optimizer.param_groups:
         # A tensor, so that a CUDA graph can read it at every step.
@@ -168,19 +166,11 @@ def train_epochs(training: Training, config: dict, dataset: Dataset, device: tor
     restored training continues as if it had never been interrupted. Without validation images, loss and accuracy are
     NaN.
     """
-    batches = Batches(
-        dataset.train_images.to(device),
-        dataset.train_labels.to(device),
-        config["batch_size"],
-        dataset.mean,
-        dataset.std,
-        shuffle=True,
-        augment=config["augment"],
-        seed=config["seed"],
-        # A smaller last batch would add noise right before validation: see benchmarks/RESULTS.md.
-        drop_last=True,
-    )
-    validation = evaluation_batches(dataset.val_images, dataset.val_labels, dataset.mean, dataset.std, device)
+    images, labels = dataset.train_images.to(device), dataset.train_labels.to(device)
+    # A smaller last batch would add noise right before validation: see benchmarks/RESULTS.md.
+    options = {"shuffle": True, "augment": config["augment"], "seed": config["seed"], "drop_last": True}
+    batches = Batches(images, labels, config["batch_size"], dataset.mean, dataset.std, **options)
+    validation = evaluation_batches(dataset, "val", device)
     torch.backends.cudnn.benchmark = True  # the shapes are always the same
     schedule = SCHEDULES[config["schedule"]]
     step = TrainStep(training, config, device)
@@ -317,11 +307,10 @@ def side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def evaluation_batches(
-    images: Tensor, labels: Tensor, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
-) -> Batches:
-    """Return batches of uint8 images (N, 32, 32, 3) and int64 labels (N,) on the device, in order, not augmented."""
-    return Batches(images.to(device), labels.to(device), EVALUATION_BATCH_SIZE, mean, std)
+def evaluation_batches(dataset: Dataset, split: str, device: torch.device) -> Batches:
+    """Return the images of a split (train, val or test) on the device, in order, not augmented."""
+    images, labels = (getattr(dataset, f"{split}_{part}").to(device) for part in ("images", "labels"))
+    return Batches(images, labels, EVALUATION_BATCH_SIZE, dataset.mean, dataset.std)
 
 
 def logits_of(model: nn.Module, batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:

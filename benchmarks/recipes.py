@@ -61,7 +61,7 @@ def accuracies_of_plain_loop(config: dict, dataset: Dataset) -> list[float]:
     device = best_device()
     model = new_model(config, dataset, device)
     steps = baseline_steps(model, config, dataset, device)
-    validation = evaluation_batches(dataset.val_images, dataset.val_labels, dataset.mean, dataset.std, device)
+    validation = evaluation_batches(dataset, "val", device)
     at_epoch = []
     for _ in range(config["epochs"]):
         model.train()

@@ -31,11 +31,6 @@ def evaluate_best_model(search: Search, dataset: Dataset, source: dict) -> dict 
 
     If its weights are damaged or missing, say so on stderr and use those of the next best trial.
 
-    Args:
-        search: a search that has finished or run out of time.
-        dataset: its images.
-        source: arguments of data.read_images.
-
     Returns:
         The content of metrics.json: trial_id, epoch, val_loss, val_accuracy, test_loss, test_accuracy, and val_<metric>
         of another objective; None if no trial has a model.
@@ -44,19 +39,18 @@ def evaluate_best_model(search: Search, dataset: Dataset, source: dict) -> dict 
     if folder.exists() and not read_metrics(folder):
         print(f"{shown(folder)} is damaged; rebuilding it.", file=sys.stderr)
     torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
-    for i, trial in enumerate(search.ranking()):
+    for trial in search.ranking():
         path = weights_path(search.folder / trial.name, trial.best.epoch)
         if model := load_model(path, trial.config, dataset.classes):
             break
-        if i == 0 or path.exists():
-            print(f"{trial.name} was better, but its weights are damaged or missing.", file=sys.stderr)
+        print(f"{trial.name} was better, but its weights are damaged or missing.", file=sys.stderr)
     else:
         return None
     best = trial.best
     metrics = {"trial_id": trial.id, "epoch": best.epoch}
     metrics |= {f"val_{key}": getattr(best, key) for key in search.objective.shown} | score_on_test(model, dataset)
-    images = evaluation_batches(dataset.test_images, dataset.test_labels, dataset.mean, dataset.std, best_device())
-    show_best_model(search.folder, predict(model, images), dataset.test_labels, dataset.test_images, dataset.classes)
+    probabilities = predict(model, evaluation_batches(dataset, "test", best_device()))
+    show_best_model(search.folder, probabilities, dataset.test_labels, dataset.test_images, dataset.classes)
     about = {"images": source, "objective": astuple(search.objective)}
     write_model(folder, model, trial.config, dataset, about, metrics)
     return metrics
@@ -65,7 +59,7 @@ def evaluate_best_model(search: Search, dataset: Dataset, source: dict) -> dict 
 def score_on_test(model: nn.Module, dataset: Dataset) -> dict[str, float]:
     """Move a model to the best device here, and return its loss and accuracy on the test images."""
     device = best_device()
-    images = evaluation_batches(dataset.test_images, dataset.test_labels, dataset.mean, dataset.std, device)
+    images = evaluation_batches(dataset, "test", device)
     loss, accuracy = evaluate(model.to(device, memory_format=torch.channels_last), images)
     return {"test_loss": loss, "test_accuracy": accuracy}
 

@@ -174,9 +174,6 @@ class ResumableScheduler(TrialScheduler):
     def choose_trial_to_run(self, controller: Any) -> Any:
         return self.scheduler.choose_trial_to_run(controller)
 
-    def debug_string(self) -> str:
-        return self.scheduler.debug_string()
-
 
 class Recorder(tune.Callback):
     """Records what trials report, shows it, and keeps the weights of the best ones.
@@ -262,7 +259,7 @@ class Recorder(tune.Callback):
         self.progress.erase()
 
     def record(self, kind: str, **details: object) -> bool:
-        """Record an event; if that fails, end the search at its next step (Tune would catch an error) and return False."""
+        """Record an event; if that fails, end the search at its next step (Tune would catch the error)."""
         try:
             self.search.record(kind, **details)
         except OSError as error:

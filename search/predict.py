@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from data import read_picture
+from data import Batches, read_picture
 from search.best_model import read_model
 from search.console import run_program
 from search.settings import Parser
-from train import best_device, evaluation_batches, predict
+from train import EVALUATION_BATCH_SIZE, best_device, predict
 
 PROGRAM = "python -m search.predict"
 CLASSES_SHOWN = 5
@@ -28,11 +28,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument("pictures", nargs="+", help=f"pictures; prints {CLASSES_SHOWN} likely classes of each")
         args = parser.parse_args(argv)
         model, about = read_model(args.model)
-        images, device = torch.stack([read_picture(path) for path in args.pictures]), best_device()
-        labels = torch.zeros(len(images), dtype=torch.int64)
-        batches = evaluation_batches(images, labels, about["mean"], about["std"], device)
-        probabilities = predict(model.to(device, memory_format=torch.channels_last), batches)
-        for path, row in zip(args.pictures, probabilities, strict=True):
+        device = best_device()
+        images = torch.stack([read_picture(path) for path in args.pictures]).to(device)
+        no_labels = torch.zeros(len(images), device=device)
+        batches = Batches(images, no_labels, EVALUATION_BATCH_SIZE, about["mean"], about["std"])
+        for path, row in zip(args.pictures, predict(model.to(device), batches), strict=True):
             print(path)
             for probability, i in zip(*row.topk(min(CLASSES_SHOWN, len(row))), strict=True):
                 print(f"  {probability:.4f}  {about['classes'][i]}")

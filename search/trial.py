@@ -89,17 +89,9 @@ def run_trial(
     """Train one trial, from where an earlier process stopped, and report every epoch.
 
     Before an epoch is reported, its weights are saved if they are the best so far, and the training state if at least
-    save_period seconds of training have passed. The epochs up to a restored state are reported again as they were.
-
-    Args:
-        config: hyperparameters.
-        dataset: the images.
-        folder: the trial's folder.
-        objective: decides which epoch is the best.
-        save_period: seconds of training between two saves of the training state.
-        report: called with {"restored": the epoch of the training state}, then with the metrics of each epoch (see
-            Report), with a "note" added if the user should know something.
-        device: the device to train on.
+    save_period seconds of training have passed. `report` is called with {"restored": the epoch of the training state},
+    then with the metrics of each epoch (see Report); those up to a restored state are reported again as they were. A
+    "note" is added if the user should know something.
     """
     training = restore_training(config, len(dataset.classes), device, folder)
 

@@ -16,7 +16,7 @@ from train import Report, evaluation_batches
 
 CPU, NAN, END = torch.device("cpu"), float("nan"), "all epochs done"
 IMAGES = make_synthetic(num_train=120, num_test=40, num_classes=5)  # 95 for training, 25 for validation
-VALIDATION = evaluation_batches(IMAGES.val_images, IMAGES.val_labels, IMAGES.mean, IMAGES.std, CPU)
+VALIDATION = evaluation_batches(IMAGES, "val", CPU)
 SPACE = {"seed": 0} | hparam_search.param_space
 CONFIG = SPACE | {"epochs": 4, "h_1": 4, "h_2": 8, "p_drop": 0.3, "lr": 0.05, "batch_size": 32, "seed": 5}
 DAMAGES: list[Callable[[Path], object]] = [

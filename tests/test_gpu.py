@@ -248,7 +248,7 @@ def test_restored_in_mid_run_and_loads_on_a_cpu(small_dataset: Dataset, tmp_path
     assert subprocess.check_output([sys.executable, "-c", load], text=True, env=blind).strip() == "cpu"
     model = new_model(CONFIG, 5)
     model.load_state_dict(torch.load(path, weights_only=True))
-    loss, _ = evaluate(model, evaluation_batches(data.val_images, data.val_labels, data.mean, data.std, CPU))
+    loss, _ = evaluate(model, evaluation_batches(data, "val", CPU))
     assert loss == pytest.approx(first.loss, rel=0.05)
 
 

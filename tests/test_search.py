@@ -29,8 +29,7 @@ DATA = make_synthetic(**SMALL_IMAGES)
 
 def evaluated(model: nn.Module, split: str) -> tuple[float, float]:
     """Return a model's loss and accuracy on the validation or test images."""
-    images, labels = getattr(DATA, f"{split}_images"), getattr(DATA, f"{split}_labels")
-    return evaluate(model, evaluation_batches(images, labels, DATA.mean, DATA.std, torch.device("cpu")))
+    return evaluate(model, evaluation_batches(DATA, split, torch.device("cpu")))
 
 
 def test_results_have_a_row_per_trial_with_its_best_epoch(finished: Finished) -> None:

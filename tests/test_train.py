@@ -71,7 +71,7 @@ def test_schedules_peak_at_the_given_rate_and_anneal() -> None:
 def test_evaluation_and_prediction_count_every_image_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model, labels = new_training(CONFIG, 5, CPU).model, IMAGES.val_labels
     monkeypatch.setattr("train.EVALUATION_BATCH_SIZE", 7)  # the last batch is smaller
-    batches = evaluation_batches(IMAGES.val_images, labels, IMAGES.mean, IMAGES.std, CPU)
+    batches = evaluation_batches(IMAGES, "val", CPU)
     with torch.no_grad():
         logits = torch.cat([model.eval()(image[None]) for image in next(VALIDATION.epoch())[0]])
     expected = F.cross_entropy(logits, labels).item(), (logits.argmax(1) == labels).float().mean().item()
