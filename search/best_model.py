@@ -2,7 +2,7 @@
 
 weights.pt     a state_dict, on the CPU
 config.json    hyperparameters, classes, and mean, std and source of the images
-metrics.json   validation and test loss and accuracy, and their epoch
+metrics.json   its trial_id and epoch, val_loss, val_accuracy, test_loss, test_accuracy (and val_<METRIC> if another)
 """
 
 import contextlib
@@ -29,11 +29,8 @@ WEIGHTS, CONFIG, METRICS = "weights.pt", "config.json", "metrics.json"
 def evaluate_best_model(search: Search, dataset: Dataset, source: dict) -> dict | None:
     """Test the best trial's model, once, and write best_model/; nothing else looks at the test images.
 
-    If its weights are damaged or missing, say so on stderr and use those of the next best trial.
-
-    Returns:
-        The content of metrics.json: trial_id, epoch, val_loss, val_accuracy, test_loss, test_accuracy, and val_<metric>
-        of another objective; None if no trial has a model.
+    If its weights are damaged or missing, say so on stderr and use those of the next best trial. Returns the content of
+    metrics.json, or None if no trial has a model.
     """
     folder = search.folder / BEST_MODEL
     if folder.exists() and not read_metrics(folder):
@@ -74,12 +71,7 @@ def read_best_model(search: Search) -> dict | None:
 
 
 def write_model(folder: Path, model: nn.Module, config: dict, dataset: Dataset, about: dict, metrics: dict) -> None:
-    """Write a model's folder atomically.
-
-    Args:
-        about: "images", the arguments of data.read_images, and "objective".
-        metrics: the content of metrics.json.
-    """
+    """Write a model's folder atomically; about holds "images", the arguments of data.read_images, and "objective"."""
     about = {key: getattr(dataset, key) for key in ("classes", "mean", "std")} | about
     with atomic_write(folder) as temporary:
         temporary.mkdir(parents=True)
@@ -100,8 +92,7 @@ def read_metrics(folder: Path) -> dict | None:
 def read_model(folder: Path) -> tuple[SmallResNet, dict]:
     """Return the model in a folder, on the CPU, and the content of its config.json.
 
-    Raises:
-        InputError: there is none, or it is damaged or from another version.
+    Raises InputError if there is none, or if it is damaged or from another version.
     """
     try:
         about = loads((folder / CONFIG).read_bytes())

@@ -18,9 +18,8 @@ LAST_SECONDS = 12  # maximum time to stop after a signal
 def run_program(name: str, work: Callable[[], int]) -> int:
     """Run a program's work, and return its exit code.
 
-    Returns:
-        What work returns; 2 for bad input, 1 if the disk is full or Ray died, each after one sentence on stderr;
-        128 + n if signal n interrupted it, so 130 for Ctrl-C.
+    It is what work returns; 2 for bad input, 1 if the disk is full or Ray died, each after one sentence on stderr;
+    128 + n if signal n interrupted it, so 130 for Ctrl-C.
     """
     out, err = SafeStream(sys.stdout), SafeStream(sys.stderr)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), interruptible() as signals:

@@ -18,17 +18,10 @@ from pathlib import Path
 
 import torch
 
-# Errors of file systems such as SMB, sshfs and Lustre that cannot flush or lock a folder.
-UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY, errno.EBADF, errno.ENOLCK)
-
 
 @contextlib.contextmanager
 def atomic_write(target: Path) -> Iterator[Path]:
-    """Yield a temporary path for a file or folder, which then replaces target.
-
-    Raises:
-        OSError: the disk is full, or the folder is not writable; the message names target.
-    """
+    """Yield a temporary path for a file or folder, which then replaces target; raise OSError, naming it, on failure."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -54,12 +47,12 @@ def remove(path: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Flush a file, or a folder's entries, to disk, if the file system can."""
+    """Flush a file to disk, and a folder's entries if the file system can (SMB, sshfs and Lustre cannot)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in UNSUPPORTED:
+    except OSError:
+        if not path.is_dir():
             raise
     finally:
         os.close(descriptor)
@@ -71,11 +64,7 @@ def dumps(content: dict, indent: int | None = None) -> str:
 
 
 def loads(text: str | bytes) -> dict:
-    """Return the dict that dumps was given.
-
-    Raises:
-        ValueError: the text did not come from dumps, or is damaged.
-    """
+    """Return the dict that dumps was given; raise ValueError if the text did not come from dumps, or is damaged."""
     try:
         content = json.loads(text)
     except RecursionError as error:
@@ -97,10 +86,9 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def append_lines(path: Path, contents: list[dict]) -> None:
-    """Append dicts to a log, one per line, and drop an incomplete last line that a killed process left.
+    """Append dicts to a log, one per line, after dropping an incomplete last line that a killed process left.
 
-    Raises:
-        OSError: the log cannot be written; its complete lines are unchanged.
+    If this fails, it raises OSError and leaves the complete lines as they are.
     """
     with path.open("a+b", buffering=0) as file:
         size = file.tell()
@@ -152,9 +140,7 @@ def lock(folder: Path) -> Iterator[bool]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             locked = True
         except OSError as error:
-            locked = error.errno in UNSUPPORTED
-            if not locked and not isinstance(error, BlockingIOError):
-                raise
+            locked = not isinstance(error, BlockingIOError)
         yield locked
     finally:
         os.close(descriptor)

@@ -104,16 +104,9 @@ class KnownTrial:
 class ResumableScheduler(TrialScheduler):
     """Lets any Ray scheduler that never pauses trials continue where an earlier process of the search stopped.
 
-    It first replays the log to the scheduler. Epochs that the scheduler has seen are not judged again.
-
-    Args:
-        scheduler: a new scheduler.
-        search: the search whose trials it judges.
-        early_stop: returns why a trial ends by itself after these reports, or None. It alone ends trials that repeat
-            another one.
-
-    Attributes:
-        reasons: trial name → why the trial ended by itself.
+    It first replays the log to the scheduler, which must be new. Epochs that the scheduler has seen are not judged
+    again. early_stop returns why a trial ends by itself after its reports, or None; it alone ends trials that repeat
+    another one. `reasons` maps the names of trials that ended by themselves to why.
     """
 
     def __init__(
@@ -176,16 +169,10 @@ class ResumableScheduler(TrialScheduler):
 
 
 class Recorder(tune.Callback):
-    """Records what trials report, shows it, and keeps the weights of the best ones.
+    """Records what trials report, shows it, and keeps the weights of the models_kept best ones.
 
-    Args:
-        search: the search to record.
-        reasons: see ResumableScheduler.
-        models_kept: how many ended trials keep their weights.
-        progress_period: seconds between two progress blocks in a log file.
-
-    Attributes:
-        interrupted: once set, Tune's thread ends and leaves the trials as they are.
+    Once `interrupted` is set, Tune's thread ends and leaves the trials as they are. Why trials ended by themselves is
+    in `reasons` (see ResumableScheduler). A log file gets a progress block every progress_period seconds.
     """
 
     def __init__(self, search: Search, reasons: dict[str, str], models_kept: int, progress_period: float) -> None:

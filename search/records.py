@@ -228,8 +228,7 @@ def create_search(folder: Path, settings: Settings, space: dict, dataset: Datase
 def open_search(folder: Path, changes: dict) -> Search:
     """Return the search in a folder, restored from its log, with the settings in `changes` replaced.
 
-    Raises:
-        InputError: it is damaged or from another version, or a setting would shrink.
+    Raises InputError if it is damaged or from another version, or if a setting would shrink.
     """
     path, damaged = folder / SEARCH_FILE, "is damaged, or from another version; start a new search"
     try:
@@ -290,8 +289,7 @@ def check_same_images(search: Search, dataset: Dataset) -> None:
 def locked(folder: Path) -> Iterator[None]:
     """Keep other processes from running the search in a folder; if this one is interrupted, say how to resume.
 
-    Raises:
-        InputError: another process is running it, or there is no such folder.
+    Raises InputError if another process is running it, or there is no such folder.
     """
     if not folder.is_dir():
         raise InputError(f"no search found in {shown(folder)!r}; pass a search folder such as outputs/NAME")

@@ -1,7 +1,6 @@
 """What a person reads: the recap of a search, results.csv, and the list of all searches."""
 
 import contextlib
-import csv
 import math
 import shlex
 import statistics
@@ -40,10 +39,8 @@ def write_results(search: Search) -> None:
         row |= {name: last and getattr(last, name) for name in ("loss", "accuracy", "seconds")}
         row |= {"weights": weights if weights and (search.folder / weights).exists() else None}
         rows.append(row | {"ended_because": trial.error or trial.end, "repeats": trial.repeats})
-    with atomic_write(search.folder / "results.csv") as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    with atomic_write(search.folder / "results.csv") as temporary:
+        pandas.DataFrame(rows, dtype=object).to_csv(temporary, index=False)
 
 
 def recap(search: Search) -> str:

@@ -6,6 +6,7 @@ python -m search.retrain outputs/NAME/best_model --lr 0.02 --epochs 30
 """
 
 import argparse
+import ast
 import copy
 import math
 import os
@@ -30,12 +31,10 @@ PROGRAM = "python -m search.retrain"
 
 def parse_value(text: str) -> object:
     """Return a hyperparameter's value from its text: a number, True or False, or a word."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    return {"true": True, "false": False}.get(text.lower(), text)
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def parse_args(argv: Sequence[str] | None) -> dict:

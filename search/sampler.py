@@ -22,15 +22,9 @@ def draw_configs(
 ) -> list[dict]:
     """Return the configs of all trials: the first trials, then num_samples random draws per grid point.
 
-    Args:
-        space: checked by check_space.
-        num_samples: at least 1.
-        seed: random seed; the draws for the grid do not depend on the first trials.
-        first_trials: plain values for searched hyperparameters; omitted ones are drawn.
-        tpe: leave the grid's draws to suggest_config; their configs hold only the fixed values.
-
-    Raises:
-        InputError: a config is invalid, or TPE cannot draw from the space.
+    The first trials give plain values to searched hyperparameters; omitted ones are drawn, and change no other draw.
+    With tpe, the configs of the others hold only the fixed values: suggest_config draws the rest. Raises InputError if
+    a config is invalid, or if TPE cannot draw from the space.
     """
     if tpe:
         if importlib.util.find_spec("optuna") is None:
@@ -69,8 +63,7 @@ def draw_grid(space: dict, random: np.random.Generator) -> list[dict]:
 def distributions(space: dict) -> dict:
     """Return the searched entries of a space as Optuna's distributions; a grid becomes a choice.
 
-    Raises:
-        InputError: Optuna cannot draw from an entry; the message names it.
+    Raises InputError, naming the entry, if Optuna cannot draw from one.
     """
     found = {}
     for key, entry in space.items():
@@ -89,14 +82,9 @@ def distributions(space: dict) -> dict:
 def suggest_config(space: dict, seed: int, number: int, outcomes: Sequence[tuple[dict, float]], startup: int) -> dict:
     """Return the config that TPE suggests (Bergstra et al. 2011, "Algorithms for Hyper-Parameter Optimization").
 
-    It depends only on the arguments, so a resumed search draws what it would have drawn.
-
-    Args:
-        space: checked by draw_configs.
-        seed: random seed of the search.
-        number: the trial's number, from 0.
-        outcomes: config and score (higher is better) of each trial that has ended, in the order of their numbers.
-        startup: with fewer outcomes, the config is drawn at random.
+    It depends only on the space, the search's seed, the trial's number and the outcomes, so that a resumed search draws
+    what it would have drawn. The outcomes are config and score (higher is better) of each trial that has ended; with
+    fewer than `startup` of them, the config is drawn at random.
     """
     import optuna  # optional
 

@@ -5,7 +5,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any, NoReturn
 
 PROGRAM = "hparam_search.py"
@@ -14,28 +14,57 @@ GROWABLE = ("num_samples", "repeats", "time_budget")  # settings that --resume c
 UNITS = {"s": 1, "m": 60, "h": 3600}
 
 
+def seconds(text: str) -> float:
+    """Return the seconds of a duration such as 90s, 30m or 2h."""
+    try:
+        duration = float(text[:-1]) * UNITS[text[-1:]]
+    except (KeyError, ValueError):
+        duration = math.nan
+    if not 0 < duration < math.inf:
+        raise argparse.ArgumentTypeError(f"invalid duration {text!r} (use e.g. 90s, 30m or 2h)")
+    return duration
+
+
+def absolute_path(text: str) -> str:
+    """Return an absolute path, in which a leading ~ stands for the home folder."""
+    return os.path.abspath(os.path.expanduser(text))  # noqa: PTH100, PTH111 (Path raises for ~nobody)
+
+
+def folder_name(text: str) -> str:
+    """Return a text if it can name a folder."""
+    if not 1 <= len(os.fsencode(text)) <= 200 or set(text) & set("/\\\0") or text[0] == ".":
+        raise argparse.ArgumentTypeError(f"invalid name {text!r} (use up to 200 bytes, without / \\ or a leading dot)")
+    return text
+
+
+def option(default: Any, text: str, metavar: str | None = None, **options: Any) -> Any:
+    """Define a setting, whose flag has the same name: data_dir → --data-dir; options are those of add_argument."""
+    text += f" (default: {default})" if default else ""
+    return field(default=default, metadata={"help": text, **({"metavar": metavar} if metavar else {}), **options})
+
+
 @dataclass(frozen=True)
 class Settings:
     """The settings of a search, or with `resume` what to change in those of an existing one."""
 
-    dataset: str = "cifar100"  # or folder, synthetic
-    data_dir: str = "data"
-    output_dir: str = "outputs"
-    name: str | None = None  # None: search_<date>_<time>
-    num_samples: int = 3  # random samples per grid point
-    max_epochs: int | None = None  # None: param_space["epochs"]
-    seed: int = 0
-    cpus_per_trial: int | None = None  # None: an equal share
-    gpus_per_trial: float | None = None  # None: one, if there are any
-    quick: bool = False
-    sampler: str = "random"  # or tpe
-    scheduler: str = "asha"  # or none
-    grace_period: int | None = None  # epochs; None without a scheduler
-    reduction_factor: float | None = None  # None without a scheduler
-    repeats: int | None = None  # number of other random seeds for the best configs
-    time_budget: float | None = None  # seconds, over all runs of the search
-    resume: str | None = None
-    list: bool = False
+    num_samples: int = option(3, "random samples per grid point", "N", type=int)
+    sampler: str = option("random", "how to draw configs; tpe needs optuna", choices=("random", "tpe"))
+    max_epochs: int | None = option(None, 'epochs of a trial (default: param_space["epochs"])', "N", type=int)
+    seed: int = option(0, "random seed of draws, weights and batches (default: 0)", "N", type=int)
+    repeats: int | None = option(None, "train the best 3 configs again with N other random seeds each", "N", type=int)
+    time_budget: float | None = option(None, "stop cleanly after this long, e.g. 90s, 30m, 2h", "T", type=seconds)
+    quick: bool = option(False, "a one-minute demo on two cores, on synthetic images", action="store_true")
+    scheduler: str = option("asha", "what stops poor trials early", choices=("asha", "none"))
+    grace_period: int | None = option(None, "epochs before a trial can be stopped (default: 2)", "N", type=int)
+    reduction_factor: float | None = option(None, "keep 1 in F trials at each rung (default: 3)", "F", type=float)
+    dataset: str = option("cifar100", "image source", choices=("cifar100", "folder", "synthetic"))
+    data_dir: str = option("data", "folder of CIFAR-100, or with train/ and test/", "PATH", type=absolute_path)
+    cpus_per_trial: int | None = option(None, "CPU cores per trial (default: an equal share)", "N", type=int)
+    gpus_per_trial: float | None = option(None, "e.g. 0.5 (default: 1 if there are GPUs)", "F", type=float)
+    output_dir: str = option("outputs", "parent of all search folders", "PATH", type=absolute_path)
+    name: str | None = option(None, "name of the search folder (default: search_<date>_<time>)", type=folder_name)
+    resume: str | None = option(None, "continue the search in this folder", "PATH", type=absolute_path)
+    list: bool = option(False, "list all searches in --output-dir and their status", action="store_true")
 
     def methods(self) -> tuple[str, str]:
         """Describe the sampler, and the scheduler with its settings, in a line of text each."""
@@ -70,39 +99,11 @@ def print_error(message: object, program: str = PROGRAM) -> None:
 def parse_args(argv: Sequence[str] | None, description: str) -> tuple[Settings, dict]:
     """Return the settings, and those of them that were given as flags.
 
-    Raises:
-        SystemExit: with 2 after a sentence about bad flags; with 0 after --help.
+    Raises SystemExit: with 2 after a sentence about bad flags, with 0 after --help.
     """
     parser = Parser(PROGRAM, description)
-
-    def path(text: str) -> str:
-        return os.path.abspath(os.path.expanduser(text))  # noqa: PTH100, PTH111 (Path raises for ~nobody)
-
-    add = parser.add_argument_group("search").add_argument
-    add("--num-samples", metavar="N", type=int, help="random samples per grid point (default: 3)")
-    add("--sampler", choices=("random", "tpe"), help="how to draw configs; tpe needs optuna (default: random)")
-    add("--max-epochs", metavar="N", type=int, help='epochs of a trial (default: param_space["epochs"])')
-    add("--seed", metavar="N", type=int, help="random seed of draws, weights and batches (default: 0)")
-    add("--repeats", metavar="N", type=int, help="train the best 3 configs again with N other random seeds each")
-    add("--time-budget", metavar="T", type=seconds, help="stop cleanly after this long, e.g. 90s, 30m, 2h")
-    add("--quick", action="store_true", help="a one-minute demo on two cores, on synthetic images")
-    add = parser.add_argument_group("scheduler").add_argument
-    add("--scheduler", choices=("asha", "none"), help="what stops poor trials early (default: asha)")
-    add("--grace-period", metavar="N", type=int, help="epochs before a trial can be stopped (default: 2)")
-    add("--reduction-factor", metavar="F", type=float, help="keep 1 in F trials at each rung (default: 3)")
-    add = parser.add_argument_group("data").add_argument
-    add("--dataset", choices=("cifar100", "folder", "synthetic"), help="image source (default: cifar100)")
-    add("--data-dir", metavar="PATH", type=path, help="folder of CIFAR-100, or with train/ and test/ (default: data)")
-    add = parser.add_argument_group("resources and output").add_argument
-    add("--cpus-per-trial", metavar="N", type=int, help="CPU cores per trial (default: an equal share)")
-    add("--gpus-per-trial", metavar="F", type=float, help="GPUs per trial, e.g. 0.5 (default: 1 if there are GPUs)")
-    add("--output-dir", metavar="PATH", type=path, help="parent of all search folders (default: outputs)")
-    add("--name", type=folder_name, help="name of the search folder (default: search_<date>_<time>)")
-    add = parser.add_argument_group("existing searches").add_argument
-    add("--resume", metavar="PATH", type=path,
-        help="continue the search in this folder; only --num-samples, --repeats and --time-budget can be raised, "
-        "and --data-dir changed if the images moved")  # fmt: skip
-    add("--list", action="store_true", help="list all searches in --output-dir and their status")
+    for setting in fields(Settings):
+        parser.add_argument(flag(setting.name), **setting.metadata)
     given = vars(parser.parse_args(argv))
     settings = Settings(**((QUICK_DEFAULTS if given.get("quick") else {}) | given))
     try:
@@ -113,24 +114,6 @@ def parse_args(argv: Sequence[str] | None, description: str) -> tuple[Settings, 
     return settings, given
 
 
-def seconds(text: str) -> float:
-    """Return the seconds of a duration such as 90s, 30m or 2h."""
-    try:
-        duration = float(text[:-1]) * UNITS[text[-1:]]
-    except (KeyError, ValueError):
-        duration = math.nan
-    if not 0 < duration < math.inf:
-        raise argparse.ArgumentTypeError(f"invalid duration {text!r} (use e.g. 90s, 30m or 2h)")
-    return duration
-
-
-def folder_name(text: str) -> str:
-    """Return a text if it can name a folder."""
-    if not 1 <= len(os.fsencode(text)) <= 200 or set(text) & set("/\\\0") or text[0] == ".":
-        raise argparse.ArgumentTypeError(f"invalid name {text!r} (use up to 200 bytes, without / \\ or a leading dot)")
-    return text
-
-
 def flag(key: str) -> str:
     """Return the flag of a setting: data_dir → --data-dir."""
     return f"--{key.replace('_', '-')}"
@@ -138,10 +121,10 @@ def flag(key: str) -> str:
 
 def check(settings: Settings, given: dict) -> None:
     """Raise ValueError, with a sentence, if flags are out of range or cannot be combined."""
-    if "list" in given and (others := set(given) - {"list", "output_dir"}):
-        raise ValueError(f"--list only accepts --output-dir; remove {flag(min(others))}")
-    if "resume" in given and (others := set(given) - {"resume", "data_dir", *GROWABLE}):
-        raise ValueError(f"--resume reuses the settings of the original search; remove {flag(min(others))}")
+    for key, others in (("list", {"output_dir"}), ("resume", {"data_dir", *GROWABLE})):
+        if key in given and (other := min(set(given) - {key} - others, default=None)):
+            accepted = ", ".join(sorted(map(flag, others)))
+            raise ValueError(f"{flag(key)} can only be combined with {accepted}; remove {flag(other)}")
     for key in ("grace_period", "reduction_factor"):
         if key in given and settings.scheduler == "none":
             raise ValueError(f"{flag(key)} cannot be combined with --scheduler none; remove one of them")

@@ -25,11 +25,7 @@ def to_plain(entry: Any) -> Any:
 
 
 def check_space(space: dict) -> None:
-    """Refuse unknown and missing keys, and values that no trial could train with.
-
-    Raises:
-        InputError: the message names the key and the value.
-    """
+    """Raise InputError, naming key and value, for unknown or missing keys and values that no trial could train with."""
     for key in space:
         if key not in CONFIG_KEYS:
             raise InputError(f"param_space has the unknown key {key!r}; use only {', '.join(CONFIG_KEYS)}")

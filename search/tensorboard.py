@@ -36,11 +36,7 @@ class Board:
         self.writers: dict[str, Any] = {}  # folder → SummaryWriter, while it is written to
 
     def write(self, trial: Trial, num_running: int) -> None:
-        """Write a trial's latest report, and the progress of the trial and the search.
-
-        Raises:
-            OSError: the events cannot be written.
-        """
+        """Write a trial's latest report, and the search's progress; raise OSError if they cannot be written."""
         report, writer = trial.reports[-1], self.trial_writer(trial)
         for metric in METRICS[1:]:
             writer.add_scalar(TAGS.get(metric, f"training/{metric}"), getattr(report, metric), report.epoch)
@@ -119,12 +115,7 @@ def to_hparam(value: Any, searched: dict) -> Any:
 def show_best_model(folder: Path, probabilities: Tensor, labels: Tensor, images: Tensor, classes: tuple) -> None:
     """Write the best model's confusion matrix, accuracy by class, and worst mistakes into the search's events.
 
-    Args:
-        folder: the search folder.
-        probabilities: float (N, C), on the CPU, the class probabilities of each image.
-        labels: int64 (N,).
-        images: uint8 (N, 32, 32, 3).
-        classes: the names of the C classes.
+    probabilities, float (N, C) on the CPU, are those of the test images, uint8 (N, 32, 32, 3), with labels int64 (N,).
     """
     confidence, predicted = probabilities.max(1)
     confusion = torch.zeros(len(classes), len(classes))

@@ -120,8 +120,7 @@ def run_trial(
 def train_cifar(config: dict, images: Path, search_folder: Path, objective: Objective, save_period: float) -> None:
     """Run one trial under Ray Tune in search_folder/<its name>, on the dataset in the file `images` (see run_trial).
 
-    Raises:
-        OSError: this machine does not see search_folder, or it cannot be written.
+    Raises OSError if this machine does not see search_folder, or if it cannot be written.
     """
     if not (search_folder / SEARCH_FILE).exists():
         raise OSError(

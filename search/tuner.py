@@ -28,8 +28,7 @@ REPEATED_MESSAGES = ("Trials did not complete", "Failed to fetch metrics")
 def running_ray() -> Iterator[None]:
     """Start Ray, or join the cluster at RAY_ADDRESS, for the duration of the block; use a Ray that already runs.
 
-    Raises:
-        InputError: it cannot be started or joined.
+    Raises InputError if it cannot be started or joined.
     """
     if ray.is_initialized():
         yield
@@ -89,14 +88,10 @@ def own_node_lives() -> bool:
 
 
 def share_resources(settings: Settings, num_trials: int) -> tuple[dict[str, float], int, str]:
-    """Share Ray's CPUs and GPUs among the trials that run at once.
+    """Share Ray's CPUs and GPUs among the trials that run at once; raise InputError if a trial asks for too much.
 
-    Returns:
-        The resources of a trial: one GPU if there are any, and an equal share of the CPUs; how many trials run at once;
-        and a line of text on both.
-
-    Raises:
-        InputError: a trial asks for more than is available.
+    Returns the resources of a trial (one GPU if there are any, and an equal share of the CPUs), how many trials run at
+    once, and a line of text on both.
     """
     total = ray.cluster_resources()
     cpus, gpus = int(total.get("CPU", 1)), int(total.get("GPU", 0))
