@@ -236,7 +236,7 @@ def finish(search: records.Search, dataset: Dataset | None) -> int:
         print("No trial has a model, so there is no best model.", file=sys.stderr)
         return 1
     print(report.recap_best(search, metrics))
-    return 0 if metrics["trial_id"] == search.ranking()[0].id else 1
+    return 0 if metrics["trial_id"] == search.ranking()[0].trial_id else 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:

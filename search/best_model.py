@@ -44,7 +44,7 @@ def evaluate_best_model(search: Search, dataset: Dataset, source: dict) -> dict 
     else:
         return None
     best = trial.best
-    metrics = {"trial_id": trial.id, "epoch": best.epoch}
+    metrics = {"trial_id": trial.trial_id, "epoch": best.epoch}
     metrics |= {f"val_{key}": getattr(best, key) for key in search.objective.shown} | score_on_test(model, dataset)
     probabilities = predict(model, evaluation_batches(dataset, "test", best_device()))
     show_best_model(search.folder, probabilities, dataset.test_labels, dataset.test_images, dataset.classes)
@@ -67,7 +67,7 @@ def read_best_model(search: Search) -> dict | None:
     if not metrics or not ranking:
         return None
     best = ranking[0]
-    return metrics if (metrics["trial_id"], metrics["epoch"]) == (best.id, best.best.epoch) else None
+    return metrics if (metrics["trial_id"], metrics["epoch"]) == (best.trial_id, best.best.epoch) else None
 
 
 def write_model(folder: Path, model: nn.Module, config: dict, dataset: Dataset, about: dict, metrics: dict) -> None:

@@ -5,7 +5,6 @@ import re
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -72,7 +71,7 @@ class TrialQueue(Searcher):
             return Searcher.FINISHED
         self.names[trial_id] = trial.name
         if not self.search.is_drawn(trial):
-            config = self.suggest_config(int(trial.id), self.outcomes())
+            config = self.suggest_config(int(trial.trial_id), self.outcomes())
             self.search.record("drawn", trial=trial.name, config=config, repeats=None)
         return trial.config
 
@@ -94,55 +93,46 @@ class TrialQueue(Searcher):
         return {}
 
 
-@dataclass(eq=False)  # hashed by identity
-class KnownTrial:
-    """A trial as the scheduler knows it, the same in all processes of a search."""
-
-    trial_id: str
-
-
 class ResumableScheduler(TrialScheduler):
     """Lets any Ray scheduler that never pauses trials continue where an earlier process of the search stopped.
 
-    It first replays the log to the scheduler, which must be new. Epochs that the scheduler has seen are not judged
-    again. early_stop returns why a trial ends by itself after its reports, or None; it alone ends trials that repeat
-    another one. `reasons` maps the names of trials that ended by themselves to why.
+    The log is first replayed to the scheduler, which must be new. It is told of records.Trial in place of Tune's, so
+    that its trials are the same in all processes. Epochs that it has seen are not judged again. early_stop returns why a
+    trial ends by itself after its reports, or None; it alone ends trials that repeat another one. `reasons` maps the
+    names of trials that ended by themselves to why.
     """
 
-    def __init__(
-        self, scheduler: TrialScheduler, search: Search, early_stop: Callable[[list[Report]], str | None]
-    ) -> None:
+    def __init__(self, scheduler: Any, search: Search, early_stop: Callable[[list[Report]], str | None]) -> None:
         super().__init__()
         self.scheduler, self.search, self.early_stop = scheduler, search, early_stop
         self.reasons = {}
-        self.known = {}  # name → KnownTrial
         self.judged = {}  # name → the last epoch that the scheduler has seen
         no_controller: Any = SimpleNamespace(get_live_trials=list, get_trials=list)  # Tune has not started
         for event in read_lines(search.folder / LOG_FILE)[0]:
             trial = search.trials.get(event.get("trial"))
             if event["event"] == "reported" and trial and not trial.repeats:
-                self.add(no_controller, trial.name)
+                self.add(no_controller, trial)
                 if event["end"] in (None, STOPPED):  # what Tune tells it of, besides the ends
-                    self.judge(no_controller, trial.name, event)
-                if trial.end and event["end"] and self.judged.get(trial.name) != math.inf:
+                    self.judge(no_controller, trial, event)
+                if trial.end and event["end"] and self.judged[trial.name] != math.inf:
                     self.judged[trial.name] = math.inf  # it completes once, even if a damaged log has two ends
-                    self.scheduler.on_trial_complete(no_controller, self.known[trial.name], event)
+                    self.scheduler.on_trial_complete(no_controller, trial, event)
 
-    def judge(self, controller: Any, name: str, result: dict) -> str:
-        """Tell the scheduler about a new epoch, and return its decision."""
-        if result["epoch"] <= self.judged.get(name, 0):
-            return self.CONTINUE
-        self.judged[name] = result["epoch"]
-        return self.scheduler.on_trial_result(controller, self.known[name], result)
-
-    def add(self, controller: Any, name: str) -> None:
+    def add(self, controller: Any, trial: Trial) -> None:
         """Tell the scheduler about a trial that it does not know yet."""
-        if name not in self.known:
-            self.known[name] = KnownTrial(name)
-            self.scheduler.on_trial_add(controller, self.known[name])
+        if trial.name not in self.judged:
+            self.judged[trial.name] = 0
+            self.scheduler.on_trial_add(controller, trial)
+
+    def judge(self, controller: Any, trial: Trial, result: dict) -> str:
+        """Tell the scheduler about a new epoch, and return its decision."""
+        if result["epoch"] <= self.judged[trial.name]:
+            return self.CONTINUE
+        self.judged[trial.name] = result["epoch"]
+        return self.scheduler.on_trial_result(controller, trial, result)
 
     def on_trial_add(self, controller: Any, trial: Any) -> None:
-        self.add(controller, str(trial))
+        self.add(controller, self.search.trials[str(trial)])
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict) -> str:
         known = self.search.trials[str(trial)]
@@ -152,17 +142,17 @@ class ResumableScheduler(TrialScheduler):
         if reason := self.early_stop([*known.reports, report]):
             self.reasons[known.name] = reason
             return self.STOP
-        return self.CONTINUE if known.repeats else self.judge(controller, known.name, result)
+        return self.CONTINUE if known.repeats else self.judge(controller, known, result)
 
     def on_trial_complete(self, controller: Any, trial: Any, result: dict) -> None:
         if not self.search.trials[str(trial)].repeats:
-            self.scheduler.on_trial_complete(controller, self.known[str(trial)], result)
+            self.scheduler.on_trial_complete(controller, self.search.trials[str(trial)], result)
 
     def on_trial_error(self, controller: Any, trial: Any) -> None:
-        self.scheduler.on_trial_error(controller, self.known[str(trial)])
+        self.scheduler.on_trial_error(controller, self.search.trials[str(trial)])
 
     def on_trial_remove(self, controller: Any, trial: Any) -> None:
-        self.scheduler.on_trial_remove(controller, self.known[str(trial)])
+        self.scheduler.on_trial_remove(controller, self.search.trials[str(trial)])
 
     def choose_trial_to_run(self, controller: Any) -> Any:
         return self.scheduler.choose_trial_to_run(controller)

@@ -55,7 +55,7 @@ class Objective:
         return max((report for report in reports if math.isfinite(report.loss)), key=self.score, default=None)
 
 
-@dataclass
+@dataclass(eq=False)  # so that schedulers can use it as a key
 class Trial:
     """The state of a trial."""
 
@@ -68,8 +68,8 @@ class Trial:
     error: str | None = None  # why it failed, in a sentence
 
     @property
-    def id(self) -> str:
-        """The trial's number, as text."""
+    def trial_id(self) -> str:
+        """The trial's number, as text (the name is Ray's)."""
         return self.name.removeprefix(TRIAL_PREFIX)
 
     @property

@@ -32,7 +32,7 @@ def write_results(search: Search) -> None:
     for trial in search.trials.values():
         config, best, last = parameters | trial.config, trial.best, trial.reports[-1] if trial.reports else None
         weights = best and weights_path(Path(trial.name), best.epoch)
-        row: dict[str, object] = {"trial_id": trial.id, "status": trial.status}
+        row: dict[str, object] = {"trial_id": trial.trial_id, "status": trial.status}
         row |= {"max_epochs" if name == "epochs" else name: value for name, value in config.items()}
         row |= {"epochs": last and last.epoch}
         row |= {f"best_{name}": best and getattr(best, name) for name in ("epoch", *search.objective.shown)}
@@ -50,7 +50,7 @@ def recap(search: Search) -> str:
     rows = []
     for trial in trials:
         last = trial.reports[-1] if trial.reports else None
-        row = {"trial": trial.id, "status": trial.status}
+        row = {"trial": trial.trial_id, "status": trial.status}
         row |= {name: cell(trial.config.get(name)) for name in names}
         row |= {"iter": cell(last and last.epoch), "time (s)": cell(last and last.seconds, ".0f")}
         rows.append(row | {name: cell(last and getattr(last, name), ".4f") for name in ("loss", "accuracy")})

@@ -8,7 +8,7 @@ import pytest
 from ray.tune.schedulers import FIFOScheduler, MedianStoppingRule
 
 from hparam_search import new_scheduler
-from search.hooks import KnownTrial, ResumableScheduler, early_stop, error_sentence, prune
+from search.hooks import ResumableScheduler, early_stop, error_sentence, prune
 from search.records import open_search
 from search.settings import Settings
 from search.trial import TRAINING_FILE, weights_path
@@ -47,7 +47,7 @@ def test_scheduler_decides_like_a_fresh_one(kind: str, interruptions: float, tmp
         levels = {name: generator.uniform(1, 2) for name in waiting}
         reference, told, running = SCHEDULERS[kind](), {}, []
         tested = ResumableScheduler(SCHEDULERS[kind](), search, early)
-        known = {name: KnownTrial(name) for name in waiting if not search.trials[name].repeats}
+        known = {name: search.trials[name] for name in waiting if not search.trials[name].repeats}
         while waiting or running:
             while waiting and len(running) < 3:
                 running.append(waiting.pop(0))

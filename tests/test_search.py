@@ -34,7 +34,7 @@ def evaluated(model: nn.Module, split: str) -> tuple[float, float]:
 
 def test_results_have_a_row_per_trial_with_its_best_epoch(finished: Finished) -> None:
     trials = list(finished.search.trials.values())
-    assert [row["trial_id"] for row in finished.rows] == [trial.id for trial in trials]
+    assert [row["trial_id"] for row in finished.rows] == [trial.trial_id for trial in trials]
     assert [row["h_2"] for row in finished.rows] == ["16", "32", "16", "32"]
     for trial, row in zip(trials, finished.rows, strict=True):
         assert [report.epoch for report in trial.reports] == list(range(1, int(row["epochs"]) + 1))
