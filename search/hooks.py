@@ -97,8 +97,8 @@ class ResumableScheduler(TrialScheduler):
     """Lets any Ray scheduler that never pauses trials continue where an earlier process of the search stopped.
 
     The log is first replayed to the scheduler, which must be new. It is told of records.Trial in place of Tune's, so
-    that its trials are the same in all processes. Epochs that it has seen are not judged again. early_stop returns why a
-    trial ends by itself after its reports, or None; it alone ends trials that repeat another one. `reasons` maps the
+    that its trials are the same in all processes. Epochs that it has seen are not judged again. early_stop returns why
+    a trial ends by itself after its reports, or None; it alone ends trials that repeat another one. `reasons` maps the
     names of trials that ended by themselves to why.
     """
 
