@@ -100,21 +100,16 @@ def draw(settings: Settings) -> tuple[list[records.Trial], dict]:
     entries, first = search_space(settings), [] if settings.quick else space.to_plain(first_trials)
     tpe = settings.sampler == "tpe"
     configs = sampler.draw_configs(entries, settings.num_samples, settings.seed, first, tpe)
-    trials = [records.Trial(f"{records.TRIAL_PREFIX}{i:05}", config) for i, config in enumerate(configs)]
-    return trials, space.summarize(entries) | {"first_trials": first}
+    return records.numbered(configs), space.summarize(entries) | {"first_trials": first}
 
 
 def with_defaults(settings: Settings) -> Settings:
-    """Return the settings of a new search, with scheduler defaults filled in and data_dir made absolute."""
-    settings = replace(settings, data_dir=str(Path(settings.data_dir).absolute()))
-    if settings.scheduler == "none":
-        return settings
-    max_epochs = search_space(settings)["epochs"]
-    grace_period = settings.grace_period or min(GRACE_PERIOD, max_epochs)
-    if grace_period > max_epochs:
-        raise InputError(f"--grace-period {grace_period} exceeds the {max_epochs} epochs of a trial; use at most that")
-    factor = settings.reduction_factor or REDUCTION_FACTOR
-    return replace(settings, grace_period=grace_period, reduction_factor=factor)
+    """Return the settings of a new search, with the scheduler's defaults filled in."""
+    epochs = search_space(settings)["epochs"]
+    grace_period, factor = settings.grace_period or min(GRACE_PERIOD, epochs), settings.reduction_factor
+    if grace_period > epochs:
+        raise InputError(f"--grace-period {grace_period} exceeds the {epochs} epochs of a trial; use at most that")
+    return replace(settings, grace_period=grace_period, reduction_factor=factor or REDUCTION_FACTOR)
 
 
 def image_source(settings: Settings) -> dict:
@@ -125,8 +120,7 @@ def image_source(settings: Settings) -> dict:
 
 def new_search(settings: Settings) -> int:
     """Run a new search, and return the exit code."""
-    objective = records.Objective(METRIC, MODE)
-    settings = with_defaults(settings)
+    objective, settings = records.Objective(METRIC, MODE), with_defaults(settings)
     trials, drawn_from = draw(settings)
     folder = records.new_folder(settings)
     dataset = read_images(**image_source(settings))

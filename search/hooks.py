@@ -254,7 +254,7 @@ def prune(search: Search, trials: list[Trial], models_kept: int) -> None:
 
     The models_kept best of all ended trials keep the weights of their best epoch.
     """
-    ranking = search.ranking(ended=True)
+    ranking = [trial for trial in search.ranking() if trial.end]
     for trial in (*trials, *ranking[models_kept : models_kept + 1]):  # the last may have been among the best until now
         folder = search.folder / trial.name
         (folder / TRAINING_FILE).unlink(missing_ok=True)

@@ -187,9 +187,9 @@ class Search:
         """Return whether any trial has neither ended nor failed."""
         return any(not trial.error for trial in self.unfinished())
 
-    def ranking(self, *, ended: bool = False) -> list[Trial]:
-        """Return the search's own trials, or only ended ones, best first; of equals, the one with the lower loss."""
-        trials = [trial for trial in (self.ended() if ended else self.own_trials()) if trial.best]
+    def ranking(self) -> list[Trial]:
+        """Return the search's own trials, best first; of equals, the one with the lower loss."""
+        trials = [trial for trial in self.own_trials() if trial.best]
         return sorted(trials, key=lambda trial: (-self.objective.score(trial.best), trial.best.loss))
 
     def time_left(self) -> float:
@@ -200,6 +200,11 @@ class Search:
         """Write search.json."""
         parts = {"objective": astuple(self.objective), "space": self.space, "images": self.images}
         write_json(self.folder / SEARCH_FILE, {"format": FORMAT, "settings": asdict(self.settings)} | parts)
+
+
+def numbered(configs: list[dict]) -> list[Trial]:
+    """Return trials that have these configs."""
+    return [Trial(f"{TRIAL_PREFIX}{i:05}", config) for i, config in enumerate(configs)]
 
 
 def new_folder(settings: Settings) -> Path:

@@ -101,7 +101,7 @@ def recap_best(search: Search, metrics: dict) -> str:
 def rungs(search: Search, ended: list[Trial]) -> list[str]:
     """Return lines about the scheduler: when trials ended, and how well its first rung predicted their final order."""
     first = search.settings.grace_period
-    if first is None or not ended:
+    if search.settings.scheduler == "none" or not ended:
         return []
     counts = sorted(Counter(len(trial.reports) for trial in ended).items())
     lines = [f"Epochs trained: {', '.join(f'{epoch} ({count} trials)' for epoch, count in counts)}."]

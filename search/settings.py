@@ -68,10 +68,8 @@ class Settings:
 
     def methods(self) -> tuple[str, str]:
         """Describe the sampler, and the scheduler with its settings, in a line of text each."""
-        figures = ""
-        if self.grace_period is not None:
-            figures = f", grace period {self.grace_period}, reduction factor {self.reduction_factor:g}"
-        return f"Sampler: {self.sampler}.", f"Scheduler: {self.scheduler}{figures}."
+        figures = f", grace period {self.grace_period}, reduction factor {self.reduction_factor:g}"
+        return f"Sampler: {self.sampler}.", f"Scheduler: {self.scheduler}{'' if self.scheduler == 'none' else figures}."
 
 
 class Parser(argparse.ArgumentParser):
@@ -105,7 +103,8 @@ def parse_args(argv: Sequence[str] | None, description: str) -> tuple[Settings, 
     for setting in fields(Settings):
         parser.add_argument(flag(setting.name), **setting.metadata)
     given = vars(parser.parse_args(argv))
-    settings = Settings(**((QUICK_DEFAULTS if given.get("quick") else {}) | given))
+    defaults = {"data_dir": absolute_path("data")} | (QUICK_DEFAULTS if given.get("quick") else {})
+    settings = Settings(**(defaults | given))
     try:
         check(settings, given)
     except ValueError as error:
