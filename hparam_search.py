@@ -100,7 +100,8 @@ def draw(settings: Settings) -> tuple[list[records.Trial], dict]:
     entries, first = search_space(settings), [] if settings.quick else space.to_plain(first_trials)
     tpe = settings.sampler == "tpe"
     configs = sampler.draw_configs(entries, settings.num_samples, settings.seed, first, tpe)
-    return records.numbered(configs), space.summarize(entries) | {"first_trials": first}
+    trials = [records.Trial(f"{records.TRIAL_PREFIX}{i:05}", config) for i, config in enumerate(configs)]
+    return trials, space.summarize(entries) | {"first_trials": first}
 
 
 def with_defaults(settings: Settings) -> Settings:

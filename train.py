@@ -36,16 +36,12 @@ SCHEDULES = {
 }
 
 
-def _is_whole(value: object) -> bool:
-    return type(value) is int and 1 <= value <= 1_000_000
-
-
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < math.inf
 
 
 # Valid values of a hyperparameter: a test, and words for error messages.
-WHOLE = (_is_whole, "a whole number from 1 to 1,000,000")
+WHOLE = (lambda v: type(v) is int and 1 <= v <= 1_000_000, "a whole number from 1 to 1,000,000")
 POSITIVE = (lambda v: _is_number(v) and v > 0, "a number above 0")
 NOT_NEGATIVE = (lambda v: _is_number(v) and v >= 0, "a number of at least 0")
 FRACTION = (lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 up to but not including 1")

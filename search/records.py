@@ -202,11 +202,6 @@ class Search:
         write_json(self.folder / SEARCH_FILE, {"format": FORMAT, "settings": asdict(self.settings)} | parts)
 
 
-def numbered(configs: list[dict]) -> list[Trial]:
-    """Return trials that have these configs."""
-    return [Trial(f"{TRIAL_PREFIX}{i:05}", config) for i, config in enumerate(configs)]
-
-
 def new_folder(settings: Settings) -> Path:
     """Return the folder of a new search; raise InputError if it exists or cannot be created."""
     name = settings.name or datetime.now().strftime("search_%Y-%m-%d_%H-%M-%S")
@@ -235,39 +230,30 @@ def open_search(folder: Path, changes: dict) -> Search:
 
     Raises InputError if it is damaged or from another version, or if a setting would shrink.
     """
-    path, damaged = folder / SEARCH_FILE, "is damaged, or from another version; start a new search"
+    path = folder / SEARCH_FILE
     try:
         content = loads(path.read_bytes())
-        if content.get("format") != FORMAT:
-            raise InputError(f"{path} is from another version; use that version, or start a new search")
-        settings, objective = extend(Settings(**content["settings"]), changes), Objective(*content["objective"])
-        search = Search(folder, settings, content["space"], content["images"], objective)
+        if content["format"] != FORMAT:
+            raise ValueError
+        settings, objective = Settings(**content["settings"]), Objective(*content["objective"])
     except OSError as error:
         raise InputError(f"no search found in {shown(folder)!r}; pass a search folder such as outputs/NAME") from error
-    except InputError:
-        raise
     except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{path} {damaged}") from error
-    events, search.damaged = read_lines(folder / LOG_FILE)
-    for event in events:
-        search.apply(event)
-    if search.damaged:
-        print(
-            f"Skipping unreadable lines of {folder / LOG_FILE} ({search.damaged}); their epochs are retrained.",
-            file=sys.stderr,
-        )
-    return search
-
-
-def extend(settings: Settings, changes: dict) -> Settings:
-    """Return settings with larger values, or moved images."""
+        raise InputError(f"{path} is damaged, or from another version; start a new search") from error
     for key in GROWABLE:
         before = getattr(settings, key)
         if key in changes and before is not None and changes[key] < before:
             raise InputError(f"{flag(key)} {changes[key]:g} is less than the search has; use at least {before:g}")
     if "data_dir" in changes and settings.dataset == "synthetic":
         raise InputError("--data-dir cannot be combined with synthetic images; remove it")
-    return replace(settings, **changes)
+    search = Search(folder, replace(settings, **changes), content["space"], content["images"], objective)
+    events, search.damaged = read_lines(folder / LOG_FILE)
+    for event in events:
+        search.apply(event)
+    if search.damaged:
+        sentence = f"Skipping {search.damaged} unreadable lines of {folder / LOG_FILE}; their epochs are retrained."
+        print(sentence, file=sys.stderr)
+    return search
 
 
 def check_unchanged(search: Search, space: dict, objective: Objective) -> None:

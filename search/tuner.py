@@ -35,6 +35,9 @@ def running_ray() -> Iterator[None]:
         return
     for name in LOGGERS:
         logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(REPEATED_MESSAGES))
+    # Trials get a copy of the code: from the working directory they might import another train.py, or none.
+    packages = {path.parent.name for path in CODE.glob("*/__init__.py")}
+    others = [f"/{path.name}" for path in CODE.iterdir() if path.suffix != ".py" and path.name not in packages]
     address, handler = cluster_address(), signal.getsignal(signal.SIGTERM)
     try:
         if address and (parts := re.fullmatch(r"\[?([^/]+?)\]?:(\d+)", address)):
@@ -42,7 +45,7 @@ def running_ray() -> Iterator[None]:
             socket.create_connection((parts[1], int(parts[2])), timeout=5).close()
         ray.init(
             **({"address": address} if address else local_options()),
-            runtime_env=code_of_trials(),
+            runtime_env={"working_dir": str(CODE), "excludes": others},
             log_to_driver=False,
             logging_level=logging.WARNING,
             include_dashboard=False,
@@ -59,16 +62,6 @@ def running_ray() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-
-
-def code_of_trials() -> dict:
-    """Return the runtime environment that gives each trial a copy of the code beside hparam_search.py.
-
-    Otherwise a trial would import from the working directory: another train.py, or none.
-    """
-    packages = {path.parent.name for path in CODE.glob("*/__init__.py")}
-    others = [path.name for path in CODE.iterdir() if path.suffix != ".py" and path.name not in packages]
-    return {"working_dir": str(CODE), "excludes": [f"/{name}" for name in others]}
 
 
 def local_options() -> dict:
