@@ -34,7 +34,10 @@ PICTURES_AT_ONCE = 50  # pictures that a thread reads before it reports
 MAX_PIXELS = 50_000_000  # per picture; 150 MB when decoded
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # quota of a container (cgroup v2)
 # What desktops, archives and network disks leave in folders, besides hidden files.
-LITTER = {"thumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "$recycle.bin", "lost+found"}
+LITTER = {
+    "thumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin",
+    "lost+found",
+}  # fmt: skip
 
 
 class InputError(ValueError):
@@ -115,7 +118,7 @@ def load_cifar100(data_dir: str | Path) -> Dataset:
     except (OSError, RuntimeError) as error:  # no network, or a failed checksum
         raise InputError(
             f"CIFAR-100 can neither be read from {Path(data_dir).resolve()} nor downloaded ({error}); "
-            f"put {CIFAR100.url} there, or use --dataset synthetic"
+            f"put an intact copy of {CIFAR100.url} there, or use --dataset synthetic"
         ) from error
     finally:
         socket.setdefaulttimeout(timeout)
@@ -157,14 +160,19 @@ def _list_pictures(folder: Path) -> dict[str, list[str]]:
     for name in _without_litter([path.name for path in folder.iterdir()]):
         if (folder / name).is_dir():
             files = found.setdefault(unicodedata.normalize("NFC", name), [])
-            for root, subfolders, names in os.walk(folder / name, followlinks=True):
+            for root, subfolders, names in os.walk(folder / name, onerror=_raise):
+                links = [each for each in subfolders if Path(root, each).is_symlink()]  # refused, as they may loop
                 subfolders[:] = _without_litter(subfolders)
-                files += [os.path.join(root, file) for file in _without_litter(names)]  # noqa: PTH118 (60,000 of them)
+                files += [f"{root}/{each}" for each in _without_litter(names + links)]
             if not files:
                 raise InputError(f"{folder / name} has no images; add some, or remove the folder")
     if not found:
         raise InputError(f"{folder} has no class folders; put the images into {folder}/<class>/")
     return found
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _without_litter(names: list[str]) -> list[str]:
@@ -200,8 +208,9 @@ def usable_cpus() -> int:
 def read_picture(path: str | Path) -> Tensor:
     """Read a picture in any format that Pillow opens as uint8 (32, 32, 3), resized if necessary.
 
-    16-bit grey levels are scaled to 8 bits, transparency becomes white, and EXIF orientation is applied. Raises
-    InputError if it is not an image, has over 50 million pixels, or floats or 32-bit integers of unknown range.
+    16-bit grey levels are scaled to 8 bits, transparency becomes white (except a PNG's transparent grey level), and
+    EXIF orientation is applied. Raises InputError if it is not an image, has over 50 million pixels, or floats or
+    32-bit integers of unknown range.
     """
     return torch.from_numpy(_read_picture(str(path))[0])
 
@@ -209,7 +218,7 @@ def read_picture(path: str | Path) -> Tensor:
 def _read_picture(path: str) -> tuple[np.ndarray, bool]:
     """Read a picture as read_picture does; return it, and whether it was resized."""
     if not os.path.isfile(path):  # noqa: PTH113 (opening a pipe would block)
-        raise InputError(f"{path} is not a regular file; remove or replace it")
+        raise InputError(f"{path} is not a regular file; check, remove or replace it")
     try:
         with Image.open(path) as opened:
             if math.prod(opened.size) > MAX_PIXELS:

@@ -14,6 +14,7 @@ from search.settings import PROGRAM, Settings, parse_args  # first: sets what Ra
 if __name__ == "__main__":
     parse_args(None, __doc__)  # answers --help and bad flags before the slow imports
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -107,10 +108,10 @@ def draw(settings: Settings) -> tuple[list[records.Trial], dict]:
 def with_defaults(settings: Settings) -> Settings:
     """Return the settings of a new search, with the scheduler's defaults filled in."""
     epochs = search_space(settings)["epochs"]
-    grace_period, factor = settings.grace_period or min(GRACE_PERIOD, epochs), settings.reduction_factor
+    grace_period = settings.grace_period or min(GRACE_PERIOD, epochs)
     if grace_period > epochs:
         raise InputError(f"--grace-period {grace_period} exceeds the {epochs} epochs of a trial; use at most that")
-    return replace(settings, grace_period=grace_period, reduction_factor=factor or REDUCTION_FACTOR)
+    return replace(settings, grace_period=grace_period, reduction_factor=settings.reduction_factor or REDUCTION_FACTOR)
 
 
 def image_source(settings: Settings) -> dict:
@@ -123,12 +124,12 @@ def new_search(settings: Settings) -> int:
     """Run a new search, and return the exit code."""
     objective, settings = records.Objective(METRIC, MODE), with_defaults(settings)
     trials, drawn_from = draw(settings)
-    folder = records.new_folder(settings)
+    records.new_folder(settings)  # refuses a folder before the images are read
     dataset = read_images(**image_source(settings))
     with tuner.running_ray():
         tuner.share_resources(settings, len(trials))  # refuses flags that exceed this machine
-        search = records.create_search(folder, settings, drawn_from, dataset, objective)
-        with records.locked(folder):
+        search = records.create_search(settings, drawn_from, dataset, objective)
+        with records.locked(search.folder):
             search.draw(trials)
             return run(search, dataset)
 
@@ -163,9 +164,10 @@ def run(search: records.Search, dataset: Dataset) -> int:
         fit(search, search.unfinished(), dataset)
         if not search.interrupted():
             fit(search, search.draw(search.repeats(REPEATED_TRIALS)), dataset)
-    except (KeyboardInterrupt, ConnectionError):
-        report.write_results(search)
+    except (KeyboardInterrupt, OSError):
         print(report.recap(search), report.best_so_far(search), sep="\n", flush=True)
+        with contextlib.suppress(OSError):  # the disk may be full
+            report.write_results(search)
         raise
     return finish(search, dataset)
 
@@ -211,7 +213,8 @@ def fit(search: records.Search, trials: list[records.Trial], dataset: Dataset) -
         try:
             console.run_in_thread(tuned.fit, recorder.interrupted)
         finally:
-            search.record("stopped")
+            with contextlib.suppress(OSError):
+                search.record("stopped")
 
 
 def finish(search: records.Search, dataset: Dataset | None) -> int:

@@ -162,10 +162,10 @@ def train_epochs(training: Training, config: dict, dataset: Dataset, device: tor
     restored training continues as if it had never been interrupted. Without validation images, loss and accuracy are
     NaN.
     """
-    images, labels = dataset.train_images.to(device), dataset.train_labels.to(device)
+    all_images, all_labels = dataset.train_images.to(device), dataset.train_labels.to(device)
     # A smaller last batch would add noise right before validation: see benchmarks/RESULTS.md.
     options = {"shuffle": True, "augment": config["augment"], "seed": config["seed"], "drop_last": True}
-    batches = Batches(images, labels, config["batch_size"], dataset.mean, dataset.std, **options)
+    batches = Batches(all_images, all_labels, config["batch_size"], dataset.mean, dataset.std, **options)
     validation = evaluation_batches(dataset, "val", device)
     torch.backends.cudnn.benchmark = True  # the shapes are always the same
     schedule = SCHEDULES[config["schedule"]]
@@ -304,7 +304,7 @@ def side_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def evaluation_batches(dataset: Dataset, split: str, device: torch.device) -> Batches:
-    """Return the images of a split (train, val or test) on the device, in order, not augmented."""
+    """Return the images of a split (val or test) on the device, in order, not augmented."""
     images, labels = (getattr(dataset, f"{split}_{part}").to(device) for part in ("images", "labels"))
     return Batches(images, labels, EVALUATION_BATCH_SIZE, dataset.mean, dataset.std)
 

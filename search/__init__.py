@@ -1,7 +1,6 @@
 """The parts of a search. This file sets the environment that Ray reads when it is imported."""
 
 import os
-import secrets
 import tempfile
 
 from search.settings import cluster_address
@@ -21,6 +20,3 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no reports to Ray's dev
 os.environ.setdefault("RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES", "")  # no message about .git
 if not cluster_address():
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # listen only on the loopback interface
-    # Otherwise Ray writes a token into the home folder, which may not be writable.
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))

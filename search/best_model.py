@@ -36,11 +36,12 @@ def evaluate_best_model(search: Search, dataset: Dataset, source: dict) -> dict 
     if folder.exists() and not read_metrics(folder):
         print(f"{shown(folder)} is damaged; rebuilding it.", file=sys.stderr)
     torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
-    for trial in search.ranking():
+    for i, trial in enumerate(search.ranking()):
         path = weights_path(search.folder / trial.name, trial.best.epoch)
         if model := load_model(path, trial.config, dataset.classes):
             break
-        print(f"{trial.name} was better, but its weights are damaged or missing.", file=sys.stderr)
+        if i == 0 or path.exists():
+            print(f"{trial.name} was better, but its weights are damaged or missing.", file=sys.stderr)
     else:
         return None
     best = trial.best

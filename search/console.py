@@ -32,10 +32,13 @@ def run_program(name: str, work: Callable[[], int]) -> int:
             return 2 if isinstance(error, InputError) else 1
         except KeyboardInterrupt:
             return 128 + signals[0]
+        finally:
+            out.discard_rest()
+            err.discard_rest()
 
 
 class SafeStream:
-    """A text stream that replaces what it cannot encode with "?", and drops what it cannot write."""
+    """A text stream that replaces what it cannot encode with "?", and ignores that it cannot write."""
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream or open(os.devnull, "w")  # noqa: PTH123, SIM115 (None: closed before Python started)
@@ -43,12 +46,21 @@ class SafeStream:
             self.stream.reconfigure(errors="replace")
 
     def write(self, text: str) -> int:
-        try:
+        with contextlib.suppress(OSError):  # the disk is full; a pipe or terminal is closed
             self.stream.write(text)
-            self.stream.flush()
-        except OSError:  # the disk is full; a pipe or terminal is closed
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # Python flushes it again as it exits
+        self.flush()
         return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+    def discard_rest(self) -> None:
+        """Discard what could not be written, at which Python would fail as it exits."""
+        try:
+            self.stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)

@@ -184,7 +184,7 @@ class Recorder(tune.Callback):
                 self.failure = ConnectionError("Ray died on this machine, perhaps out of memory; resume the search")
         if self.interrupted.is_set() or self.failure:
             self.on_experiment_end(trials)
-            raise self.failure or SystemExit
+            raise self.failure if self.failure else SystemExit
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: object) -> None:
         self.progress.update(self.search, running(trials))
@@ -236,12 +236,16 @@ class Recorder(tune.Callback):
         self.progress.erase()
 
     def record(self, kind: str, **details: object) -> bool:
-        """Record an event; if that fails, end the search at its next step (Tune would catch the error)."""
+        """Record an event; return False if that fails, which ends the search at its next step.
+
+        (Tune would take an error raised here for the trial's.)
+        """
         try:
             self.search.record(kind, **details)
         except OSError as error:
             self.failure = error
-        return not self.failure
+            return False
+        return True
 
 
 def running(trials: list) -> list[str]:

@@ -49,7 +49,7 @@ def block(search: Search, running: list[str]) -> list[str]:
     trials = search.trials.values()
     ended = sum(bool(trial.end or trial.error) and trial.name not in running for trial in trials)
     epochs, planned = sum(len(trial.reports) for trial in trials), sum(trial.config["epochs"] for trial in trials)
-    remaining = f", about {duration(round(time_left(search), -1))} left" if epochs else ""
+    remaining = f", about {duration(max(10, round(time_left(search), -1)))} left" if epochs else ""
     lines = [
         f"Trials: {ended} done, {len(running)} running, {len(trials) - ended - len(running)} waiting. "
         f"Epochs: {epochs} of at most {planned}.",

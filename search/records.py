@@ -55,7 +55,7 @@ class Objective:
         return max((report for report in reports if math.isfinite(report.loss)), key=self.score, default=None)
 
 
-@dataclass(eq=False)  # so that schedulers can use it as a key
+@dataclass(eq=False)  # hashed by identity, for schedulers
 class Trial:
     """The state of a trial."""
 
@@ -69,7 +69,7 @@ class Trial:
 
     @property
     def trial_id(self) -> str:
-        """The trial's number, as text (the name is Ray's)."""
+        """The trial's number, as text; schedulers read it by this name."""
         return self.name.removeprefix(TRIAL_PREFIX)
 
     @property
@@ -206,7 +206,7 @@ def new_folder(settings: Settings) -> Path:
     """Return the folder of a new search; raise InputError if it exists or cannot be created."""
     name = settings.name or datetime.now().strftime("search_%Y-%m-%d_%H-%M-%S")
     folder = Path(settings.output_dir).absolute() / name
-    if folder.exists():
+    if settings.name and folder.exists():
         raise InputError(f"{shown(folder)} already exists; choose another --name, or --resume it")
     parent = next(parent for parent in folder.parents if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
@@ -214,11 +214,15 @@ def new_folder(settings: Settings) -> Path:
     return folder
 
 
-def create_search(folder: Path, settings: Settings, space: dict, dataset: Dataset, objective: Objective) -> Search:
+def create_search(settings: Settings, space: dict, dataset: Dataset, objective: Objective) -> Search:
     """Create the folder of a new search, and return the search; raise InputError if that fails."""
+    folder = new_folder(settings)
     try:
         folder.mkdir(parents=True)
     except OSError as error:
+        if isinstance(error, FileExistsError) and not settings.name:  # two searches started in the same second
+            time.sleep(1)
+            return create_search(settings, space, dataset, objective)
         raise InputError(f"cannot create {folder} ({error.strerror}); choose another --name") from error
     search = Search(folder, settings, space, fingerprint(dataset), objective)
     search.write()
@@ -236,6 +240,10 @@ def open_search(folder: Path, changes: dict) -> Search:
         if content["format"] != FORMAT:
             raise ValueError
         settings, objective = Settings(**content["settings"]), Objective(*content["objective"])
+        search = Search(folder, settings, content["space"], content["images"], objective)
+        events, search.damaged = read_lines(folder / LOG_FILE)
+        for event in events:
+            search.apply(event)
     except OSError as error:
         raise InputError(f"no search found in {shown(folder)!r}; pass a search folder such as outputs/NAME") from error
     except (ValueError, TypeError, KeyError) as error:
@@ -246,10 +254,7 @@ def open_search(folder: Path, changes: dict) -> Search:
             raise InputError(f"{flag(key)} {changes[key]:g} is less than the search has; use at least {before:g}")
     if "data_dir" in changes and settings.dataset == "synthetic":
         raise InputError("--data-dir cannot be combined with synthetic images; remove it")
-    search = Search(folder, replace(settings, **changes), content["space"], content["images"], objective)
-    events, search.damaged = read_lines(folder / LOG_FILE)
-    for event in events:
-        search.apply(event)
+    search.settings = replace(settings, **changes)
     if search.damaged:
         sentence = f"Skipping {search.damaged} unreadable lines of {folder / LOG_FILE}; their epochs are retrained."
         print(sentence, file=sys.stderr)

@@ -40,6 +40,7 @@ def write_results(search: Search) -> None:
         row |= {"weights": weights if weights and (search.folder / weights).exists() else None}
         rows.append(row | {"ended_because": trial.error or trial.end, "repeats": trial.repeats})
     with atomic_write(search.folder / "results.csv") as temporary:
+        # Of objects, or None would turn whole numbers into floats.
         pandas.DataFrame(rows, dtype=object).to_csv(temporary, index=False)
 
 

@@ -32,7 +32,7 @@ PROGRAM = "python -m search.retrain"
 def parse_value(text: str) -> object:
     """Return a hyperparameter's value from its text: a number, True or False, or a word."""
     try:
-        return ast.literal_eval(text)
+        return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
     except (ValueError, SyntaxError):
         return text
 
@@ -72,7 +72,7 @@ def retrain(given: dict) -> int:
     check_space(config)
     name = given.get("name") or datetime.now().strftime("retrained_%Y-%m-%d_%H-%M-%S")
     output_dir = given.get("output_dir", "outputs")
-    new_folder(Settings(output_dir=output_dir, name=name))
+    folder = new_folder(Settings(output_dir=output_dir, name=name))
     source = about["images"] | ({"data_dir": str(Path(given["data_dir"]).resolve())} if "data_dir" in given else {})
     dataset = read_images(**source)
     if given.get("full"):
@@ -97,7 +97,6 @@ def retrain(given: dict) -> int:
         metrics |= {"val_loss": kept.loss, "val_accuracy": kept.accuracy}
         print(f"validation accuracy: {kept.accuracy:.4f}, at epoch {kept.epoch}")
     metrics |= score_on_test(model, dataset)
-    folder = Path(output_dir).resolve() / name
     write_model(folder, model, config, dataset, {"images": source, "objective": about["objective"]}, metrics)
     print(f"test accuracy: {metrics['test_accuracy']:.4f}", f"Model: {shown(folder)}", sep="\n")
     return 0

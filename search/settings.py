@@ -37,39 +37,49 @@ def folder_name(text: str) -> str:
     return text
 
 
-def option(default: Any, text: str, metavar: str | None = None, **options: Any) -> Any:
+METAVARS = {int: "N", float: "F", seconds: "T", absolute_path: "PATH"}
+
+
+def option(default: Any, text: str, **options: Any) -> Any:
     """Define a setting, whose flag has the same name: data_dir → --data-dir; options are those of add_argument."""
-    text += f" (default: {default})" if default else ""
-    return field(default=default, metadata={"help": text, **({"metavar": metavar} if metavar else {}), **options})
+    if default:
+        text += f" (default: {default})"
+    if "type" in options:
+        options["metavar"] = METAVARS.get(options["type"])
+    return field(default=default, metadata={"help": text, **options})
 
 
 @dataclass(frozen=True)
 class Settings:
     """The settings of a search, or with `resume` what to change in those of an existing one."""
 
-    num_samples: int = option(3, "random samples per grid point", "N", type=int)
+    num_samples: int = option(3, "random samples per grid point", type=int)
     sampler: str = option("random", "how to draw configs; tpe needs optuna", choices=("random", "tpe"))
-    max_epochs: int | None = option(None, 'epochs of a trial (default: param_space["epochs"])', "N", type=int)
-    seed: int = option(0, "random seed of draws, weights and batches (default: 0)", "N", type=int)
-    repeats: int | None = option(None, "train the best 3 configs again with N other random seeds each", "N", type=int)
-    time_budget: float | None = option(None, "stop cleanly after this long, e.g. 90s, 30m, 2h", "T", type=seconds)
+    max_epochs: int | None = option(None, 'epochs of a trial (default: param_space["epochs"])', type=int)
+    seed: int = option(0, "random seed of draws, weights and batches (default: 0)", type=int)
+    repeats: int | None = option(None, "train the best 3 configs again with N other random seeds each", type=int)
+    time_budget: float | None = option(None, "stop cleanly after this long, e.g. 90s, 30m, 2h", type=seconds)
     quick: bool = option(False, "a one-minute demo on two cores, on synthetic images", action="store_true")
     scheduler: str = option("asha", "what stops poor trials early", choices=("asha", "none"))
-    grace_period: int | None = option(None, "epochs before a trial can be stopped (default: 2)", "N", type=int)
-    reduction_factor: float | None = option(None, "keep 1 in F trials at each rung (default: 3)", "F", type=float)
+    grace_period: int | None = option(None, "epochs before a trial can be stopped (default: 2)", type=int)
+    reduction_factor: float | None = option(None, "keep 1 in F trials at each rung (default: 3)", type=float)
     dataset: str = option("cifar100", "image source", choices=("cifar100", "folder", "synthetic"))
-    data_dir: str = option("data", "folder of CIFAR-100, or with train/ and test/", "PATH", type=absolute_path)
-    cpus_per_trial: int | None = option(None, "CPU cores per trial (default: an equal share)", "N", type=int)
-    gpus_per_trial: float | None = option(None, "e.g. 0.5 (default: 1 if there are GPUs)", "F", type=float)
-    output_dir: str = option("outputs", "parent of all search folders", "PATH", type=absolute_path)
+    data_dir: str = option("data", "folder of CIFAR-100, or with train/ and test/", type=absolute_path)
+    cpus_per_trial: int | None = option(None, "CPU cores per trial (default: an equal share)", type=int)
+    gpus_per_trial: float | None = option(None, "GPUs per trial, e.g. 0.5 (default: 1 if any)", type=float)
+    output_dir: str = option("outputs", "parent of all search folders", type=absolute_path)
     name: str | None = option(None, "name of the search folder (default: search_<date>_<time>)", type=folder_name)
-    resume: str | None = option(None, "continue the search in this folder", "PATH", type=absolute_path)
+    resume: str | None = option(
+        None, "continue it; with higher --num-samples, --repeats, --time-budget", type=absolute_path
+    )
     list: bool = option(False, "list all searches in --output-dir and their status", action="store_true")
 
     def methods(self) -> tuple[str, str]:
         """Describe the sampler, and the scheduler with its settings, in a line of text each."""
-        figures = f", grace period {self.grace_period}, reduction factor {self.reduction_factor:g}"
-        return f"Sampler: {self.sampler}.", f"Scheduler: {self.scheduler}{'' if self.scheduler == 'none' else figures}."
+        scheduler = self.scheduler
+        if scheduler != "none":
+            scheduler += f", grace period {self.grace_period}, reduction factor {self.reduction_factor:g}"
+        return f"Sampler: {self.sampler}.", f"Scheduler: {scheduler}."
 
 
 class Parser(argparse.ArgumentParser):

@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from tensorboard.plugins.hparams import summary_v2 as hp  # plugins.hparams.api would import TensorFlow
@@ -127,17 +128,11 @@ def show_best_model(folder: Path, probabilities: Tensor, labels: Tensor, images:
     wrong = wrong[confidence[wrong].argsort(descending=True)][:MISTAKES_SHOWN]
     captions = [f"is {classes[labels[i]]}\nseen as {classes[predicted[i]]} {confidence[i]:.2f}" for i in wrong]
     with SummaryWriter(str(folder)) as writer:
-        writer.add_image("best_model/confusion_matrix", pixels(confusion_matrix(shares, classes)), dataformats="HWC")
+        writer.add_image("best_model/confusion_matrix", np.array(confusion_matrix(shares, classes)), dataformats="HWC")
         table = "\n".join(f"| {name} | {share:.3f} |" for share, name in rows)
         writer.add_text("best_model/accuracy_by_class", f"| class | accuracy |\n| --- | --- |\n{table}")
         mistakes = captioned(images[wrong], captions)
-        writer.add_image("best_model/most_confident_mistakes", pixels(mistakes), dataformats="HWC")
-
-
-def pixels(picture: Image.Image) -> Tensor:
-    """Return a picture as uint8 (H, W, 3)."""
-    values = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-    return values.view(picture.height, picture.width, 3)
+        writer.add_image("best_model/most_confident_mistakes", np.array(mistakes), dataformats="HWC")
 
 
 def confusion_matrix(shares: Tensor, classes: tuple) -> Image.Image:

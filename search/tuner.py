@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -20,15 +21,20 @@ from search.settings import Settings, cluster_address
 CODE = Path(__file__).resolve().parents[1]
 LONGEST_TEMP_DIR = 40  # bytes; the paths of Ray's sockets below it are limited to 107
 # Ray's messages that the search replaces with its own.
-LOGGERS = ("ray.tune.tune", "ray.tune.analysis.experiment_analysis")
-REPEATED_MESSAGES = ("Trials did not complete", "Failed to fetch metrics")
+LOGGERS = (
+    "ray.tune.tune",
+    "ray.tune.analysis.experiment_analysis",
+    "ray._private.authentication.authentication_token_setup",
+)
+REPEATED_MESSAGES = ("Trials did not complete", "Token authentication", "Failed to fetch metrics")
 
 
 @contextlib.contextmanager
 def running_ray() -> Iterator[None]:
-    """Start Ray, or join the cluster at RAY_ADDRESS, for the duration of the block; use a Ray that already runs.
+    """Start Ray, or join the cluster at RAY_ADDRESS, for the duration of the block.
 
-    Raises InputError if it cannot be started or joined.
+    A Ray that this process has already started must have this program's code. Raises InputError if Ray cannot be
+    started or joined.
     """
     if ray.is_initialized():
         yield
@@ -50,6 +56,9 @@ def running_ray() -> Iterator[None]:
             logging_level=logging.WARNING,
             include_dashboard=False,
         )
+    except SystemExit:  # from the handler of SIGTERM that Ray sets as it starts
+        signal.signal(signal.SIGTERM, handler)
+        signal.raise_signal(signal.SIGTERM)
     except (OSError, OverflowError, ValueError) as error:
         if address:
             raise InputError(
@@ -66,6 +75,9 @@ def running_ray() -> Iterator[None]:
 
 def local_options() -> dict:
     """Return the arguments of ray.init that start a local Ray."""
+    if "RAY_AUTH_MODE" not in os.environ:
+        # Otherwise Ray writes a token into the home folder, which a container user may lack.
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     if len(os.fsencode(folder)) > LONGEST_TEMP_DIR:
         folder = "/tmp"
