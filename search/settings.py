@@ -69,9 +69,7 @@ class Settings:
     gpus_per_trial: float | None = option(None, "GPUs per trial, e.g. 0.5 (default: 1 if any)", type=float)
     output_dir: str = option("outputs", "parent of all search folders", type=absolute_path)
     name: str | None = option(None, "name of the search folder (default: search_<date>_<time>)", type=folder_name)
-    resume: str | None = option(
-        None, "continue it; with higher --num-samples, --repeats, --time-budget", type=absolute_path
-    )
+    resume: str | None = option(None, "continue the search in this folder (see README)", type=absolute_path)
     list: bool = option(False, "list all searches in --output-dir and their status", action="store_true")
 
     def methods(self) -> tuple[str, str]:
