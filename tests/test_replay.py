@@ -30,16 +30,12 @@ def test_asha_on_curves_that_can_be_reckoned_by_hand() -> None:
         assert play(curves, asha, None, at_once) == epochs
 
 
-def test_without_a_scheduler_all_run_to_their_end_or_until_they_stop_by_themselves() -> None:
+def test_without_a_scheduler_all_run_to_their_end_or_stop_by_themselves_and_what_that_costs_is_told() -> None:
     curves = [curve(loss) for loss in (1.0, 2.0, 3.0)]
     assert play(curves, FIFOScheduler(), None, 2) == [4, 4, 4]
     assert play(curves, FIFOScheduler(), partial(early_stop, 4, 2, 0.1, 100), 2) == [3, 3, 3]
-
-
-def test_what_was_spent_and_lost() -> None:
-    curves = [curve(loss) for loss in (1.0, 2.0)]  # 0.9 and 0.8 in the end
-    assert judge(curves, [4, 4]) == {"spent": 1.0, "found": 1.0, "lost_at": None}
-    judged = judge(curves, [2, 4])
+    assert judge(curves, [4, 4, 1]) == {"spent": 0.75, "found": 1.0, "lost_at": None}
+    judged = judge(curves, [2, 4, 3])  # 0.9, 0.8 and 0.7 in the end
     assert judged == {"spent": 0.75, "found": pytest.approx(0.8 / 0.9), "lost_at": 2}
 
 

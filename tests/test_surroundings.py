@@ -57,21 +57,14 @@ def test_search_from_another_folder_and_without_an_output_finds_the_same(finishe
     assert not list(folder.glob(".*"))
 
 
-@pytest.mark.usefixtures("small_search")
-def test_ray_that_cannot_be_joined_is_refused(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    def init(address: str, **options: object) -> None:
-        assert ":" not in address[5:], "Ray would wait for minutes"
-        raise ValueError("as Ray does with what is not an address")
-
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray, "init", init)
-    for address in ("nonsense", "http://there", "127.0.0.1:1", "127.0.0.1:99999"):
-        monkeypatch.setenv("RAY_ADDRESS", address)
-        assert run_search(tmp_path / "it") == 2
+def test_ray_that_cannot_be_joined_is_refused(ray_started: str, tmp_path: Path) -> None:
+    for i, address in enumerate(("nonsense", "http://there", "127.0.0.1:1", "127.0.0.1:99999")):
+        output = tmp_path / f"output_{i}.txt"
+        process = conftest.start(address, quick(tmp_path / "it"), output)
+        process.join(30)  # Ray alone would wait for minutes
+        assert process.exitcode == 2, output.read_text()
         sentence = f"no Ray cluster answers at RAY_ADDRESS {address!r}; start one there, or unset it."
-        assert capsys.readouterr().err == f"hparam_search.py: {sentence}\n"
+        assert output.read_text().endswith(f"\nhparam_search.py: {sentence}\n")
 
 
 def test_home_is_replaced_in_a_container_without_one() -> None:
