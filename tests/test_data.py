@@ -100,14 +100,12 @@ def test_synthetic_images_are_learnable_but_not_by_a_linear_model() -> None:
     counts = [torch.bincount(labels).tolist() for labels in (dataset.train_labels, dataset.test_labels)]
     assert counts == [[200] * 6, [50] * 6]
 
-    def flat(images: torch.Tensor) -> torch.Tensor:
-        return images.flatten(1).double() / 255 - 0.5
-
     # Ridge regression on the pixels, at the best of several strengths.
-    x, y, linear = flat(dataset.train_images), F.one_hot(dataset.train_labels).double(), []
+    x, val = (images.flatten(1).double() / 255 - 0.5 for images in (dataset.train_images, dataset.val_images))
+    y, linear = F.one_hot(dataset.train_labels).double(), []
     for strength in (1.0, 100.0, 10_000.0):
         weights = x.T @ torch.linalg.solve(x @ x.T + strength * torch.eye(len(x)), y)
-        linear.append((flat(dataset.val_images) @ weights).argmax(1).eq(dataset.val_labels).double().mean())
+        linear.append((val @ weights).argmax(1).eq(dataset.val_labels).double().mean())
 
     def accuracies(h_2: int, lr: float, epochs: int) -> list[float]:
         config = CONFIG | {"h_1": 16, "h_2": h_2, "p_drop": 0.1, "lr": lr, "seed": 0}  # four epochs
@@ -200,7 +198,7 @@ def test_ctrl_c_stops_reading(make_folder: Callable, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Image, "open", open_and_interrupt)
     with pytest.raises(KeyboardInterrupt):
         load_folder(folder)
-    assert len(opened) < 3000
+    assert len(opened) < 2900
 
 
 def test_cpus_are_those_that_may_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,21 +279,19 @@ def test_cifar100_is_downloaded_once_and_a_damaged_archive_again(
 ) -> None:
     """A small archive in CIFAR-100's format is served where torchvision looks for it."""
     rng, served = np.random.default_rng(0), tmp_path / "served"
-    contents, sums = {"meta": {"fine_label_names": [f"class {i:02}" for i in range(100)]}}, {}
+    contents = {"meta": {"fine_label_names": [f"class {i:02}" for i in range(100)]}}
     for split, per_class in (("train", 5), ("test", 1)):
         pixels = rng.integers(0, 256, (100 * per_class, 3072), dtype=np.uint8)
         labels = rng.permutation(np.repeat(np.arange(100), per_class)).tolist()
-        contents[split] = {"data": pixels, "fine_labels": labels, "coarse_labels": [0] * len(labels)}
+        contents[split] = {"data": pixels, "fine_labels": labels}
+        monkeypatch.setattr(CIFAR100, f"{split}_list", [[split, None]])
     served.mkdir()
     with tarfile.open(served / CIFAR100.filename, "w:gz") as archive:
         for name, content in contents.items():
             (served / name).write_bytes(pickle.dumps(content, protocol=2))
-            sums[name] = hashlib.md5((served / name).read_bytes()).hexdigest()
             archive.add(served / name, f"{CIFAR100.base_folder}/{name}")
     monkeypatch.setattr(CIFAR100, "tgz_md5", hashlib.md5((served / CIFAR100.filename).read_bytes()).hexdigest())
-    monkeypatch.setattr(CIFAR100, "train_list", [["train", sums["train"]]])
-    monkeypatch.setattr(CIFAR100, "test_list", [["test", sums["test"]]])
-    monkeypatch.setattr(CIFAR100, "meta", CIFAR100.meta | {"md5": sums["meta"]})
+    monkeypatch.setattr(CIFAR100, "meta", CIFAR100.meta | {"md5": None})
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=served)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()

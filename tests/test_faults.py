@@ -20,10 +20,10 @@ from data import make_synthetic
 from hparam_search import main
 from search import best_model, records
 from search.files import append_lines, read_lines
-from search.records import LOG_FILE
+from search.records import LOG_FILE, open_search
 from search.trial import TRAINING_FILE, train_cifar, weights_path
 from tests import conftest
-from tests.conftest import EXAMPLE, Finished, epochs_saved, figures, opened, read_csv, run_search
+from tests.conftest import EXAMPLE, Finished, epochs_saved, figures, read_csv, run_search
 from tests.helpers import disk_full_after
 
 pytestmark = pytest.mark.usefixtures("small_search")
@@ -47,7 +47,7 @@ def faulty(config: dict, **others: object) -> None:
 
 def curve(folder: Path, number: int) -> list[tuple]:
     """Return what a trial reported, without what a clock measured."""
-    reports = opened(folder).trials[f"train_cifar_{number:05}"].reports
+    reports = open_search(folder, {}).trials[f"train_cifar_{number:05}"].reports
     return [(each.epoch, each.loss, each.accuracy, each.train_loss, each.lr) for each in reports]
 
 
@@ -74,7 +74,7 @@ def test_trials_that_fail_leave_the_others_alone_and_are_tried_again_on_resume(
     assert all(f"train_cifar_0000{i} failed: {because[i]}.\n" in printed.err for i in (2, 3))
     assert because[3] in (path.parent / "error.txt").read_text()
     assert not list(folder.glob("train_cifar_00001/*.pt"))
-    assert [len(trial.reports) for trial in opened(folder).trials.values()] == [4, 1, 2, 0]
+    assert [len(trial.reports) for trial in open_search(folder, {}).trials.values()] == [4, 1, 2, 0]
 
     before = read_lines(folder / LOG_FILE)[0]
     assert main(["--resume", str(folder)]) == 0

@@ -19,9 +19,10 @@ import hparam_search
 from data import make_synthetic
 from hparam_search import main
 from search.best_model import load_model, read_best_model, read_model
+from search.records import open_search
 from search.sampler import suggest_config
 from search.trial import weights_path
-from tests.conftest import REPOSITORY, SMALL_IMAGES, Finished, figures, make_small, opened, read_csv, run_search
+from tests.conftest import REPOSITORY, SMALL_IMAGES, Finished, figures, make_small, read_csv, run_search
 from train import evaluate, evaluation_batches
 
 pytestmark = pytest.mark.usefixtures("small_search")
@@ -231,7 +232,7 @@ def for_the_lowest_loss(ray_started: str, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.skipif(not find_spec("optuna"), reason="optuna is not installed")
 def test_tpe_draws_each_trial_by_the_outcomes_before_it(for_the_lowest_loss: Path) -> None:
-    search, outcomes = opened(for_the_lowest_loss), []
+    search, outcomes = open_search(for_the_lowest_loss, {}), []
     space = hparam_search.search_space(search.settings)
     for i, trial in enumerate(search.trials.values()):
         assert trial.config == suggest_config(space, 0, i, outcomes, startup=1)
@@ -242,7 +243,7 @@ def test_tpe_draws_each_trial_by_the_outcomes_before_it(for_the_lowest_loss: Pat
 
 
 def test_models_are_those_of_the_lowest_losses(for_the_lowest_loss: Path) -> None:
-    search, rows = opened(for_the_lowest_loss), read_csv(for_the_lowest_loss)
+    search, rows = open_search(for_the_lowest_loss, {}), read_csv(for_the_lowest_loss)
     trials = sorted(search.trials.values(), key=lambda trial: min(report.loss for report in trial.reports))
     most_accurate = [max(trial.reports, key=lambda report: report.accuracy).loss for trial in trials]
     lowest = [min(report.loss for report in trial.reports) for trial in trials]

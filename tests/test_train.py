@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from data import Batches
 from model import SmallResNet
@@ -16,6 +17,15 @@ OTHER = PLAIN | {"nesterov": True, "weight_decay": 0.1, "label_smoothing": 0.3, 
 def float32_and_small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("train.autocast_dtype", lambda device: None)
     monkeypatch.setattr("train.EVALUATION_BATCH_SIZE", 7)  # the last batch is smaller
+
+
+def test_model_has_the_size_that_its_docstring_names() -> None:
+    for (h_1, h_2), parameters, flops in (((64, 512), 5.2e6, 0.42e9), ((128, 1024), 20.5e6, 1.51e9)):
+        model = SmallResNet(h_1, h_2, 0.1)
+        with FlopCounterMode(display=False) as counter:
+            assert model(torch.randn(1, 3, 32, 32)).shape == (1, 100)
+        assert counter.get_total_flops() == pytest.approx(flops, rel=0.01)
+        assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(parameters, rel=0.01)
 
 
 @pytest.mark.parametrize("config", [PLAIN, OTHER])
