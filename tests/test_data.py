@@ -46,31 +46,25 @@ def test_statistics_are_those_of_the_float_images() -> None:
     assert std == pytest.approx([*pixels.std(0, correction=0)[:2].tolist(), 1 / 255])  # never 0, to divide by it
 
 
-@pytest.mark.parametrize(
-    ("batch_size", "sizes", "rest"),
-    [(1, [1] * 10, []), (4, [4, 4], [2]), (5, [5, 5], []), (9, [9], [1]), (64, [10], [])],
-)
-def test_batches_are_normalised_images_in_order_or_shuffled_without_a_smaller_one(
-    batch_size: int, sizes: list[int], rest: list[int]
-) -> None:
-    images, labels, orders = NOISE[:10], torch.arange(10), set()
-    parts = list(Batches(images, labels, batch_size, MEAN, STD).epoch())
-    assert [len(x) for x, _ in parts] == sizes + rest
-    assert all(x.is_contiguous(memory_format=torch.channels_last) for x, _ in parts)
+def test_batches_are_normalised_images_in_order_or_shuffled_without_a_smaller_one() -> None:
+    images, labels = NOISE[:10], torch.arange(10)
     expected = torch.stack([normalize(to_tensor(image.numpy()), MEAN, STD) for image in images])
-    torch.testing.assert_close(torch.cat([x for x, _ in parts]), expected)
-    assert torch.equal(torch.cat([y for _, y in parts]), labels)
-
-    for seed, epoch in itertools.product(range(2), range(15)):
-        batches = Batches(images, labels, batch_size, MEAN, STD, shuffle=True, seed=seed, drop_last=True)
-        parts = list(batches.epoch(epoch))
-        assert [len(x) for x, _ in parts] == [len(y) for _, y in parts] == sizes
-        orders.add(tuple(torch.cat([y for _, y in parts]).tolist()))
-        assert len(batches) == len(sizes)
-        assert batches.count == sum(sizes)
-    assert len(orders) == 30  # the seed and the epoch matter
-    assert all(len(set(order)) == sum(sizes) for order in orders)
-    assert set().union(*orders) == set(range(10))  # what one epoch skips comes in another
+    for size, whole, rest in ((1, [1] * 10, []), (4, [4, 4], [2]), (5, [5, 5], []), (9, [9], [1]), (64, [10], [])):
+        parts = list(Batches(images, labels, size, MEAN, STD).epoch())
+        assert [len(x) for x, _ in parts] == whole + rest
+        assert all(x.is_contiguous(memory_format=torch.channels_last) for x, _ in parts)
+        torch.testing.assert_close(torch.cat([x for x, _ in parts]), expected)
+        assert torch.equal(torch.cat([y for _, y in parts]), labels)
+        orders = set()
+        for seed, epoch in itertools.product(range(2), range(15)):
+            batches = Batches(images, labels, size, MEAN, STD, shuffle=True, seed=seed, drop_last=True)
+            parts = list(batches.epoch(epoch))
+            assert [len(x) for x, _ in parts] == [len(y) for _, y in parts] == whole
+            assert (len(batches), batches.count) == (len(whole), sum(whole))
+            orders.add(tuple(torch.cat([y for _, y in parts]).tolist()))
+        assert len(orders) == 30  # the seed and the epoch matter
+        assert all(len(set(order)) == sum(whole) for order in orders)
+        assert set().union(*orders) == set(range(10))  # what one epoch skips comes in another
 
 
 def test_augmented_images_are_flipped_crops_of_the_reflected_image() -> None:
@@ -219,19 +213,16 @@ def grey(bits: int) -> np.ndarray:
     return (RAMP * (2**bits - 1)).round().astype("uint8" if bits == 8 else "uint16")
 
 
-def tiff_of_12_bits() -> bytes:
-    levels = grey(12).reshape(-1, 2).T
-    pixels = np.stack([levels[0] >> 4, (levels[0] & 15) << 4 | levels[1] >> 8, levels[1] & 255], -1).astype("uint8")
-    tags = {256: 32, 257: 32, 258: 12, 259: 1, 262: 1, 273: 122, 277: 1, 278: 32, 279: pixels.size}
-    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
-    return struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + entries + bytes(4) + pixels.tobytes()
-
-
 def test_grey_levels_are_scaled_by_their_depth(tmp_path: Path) -> None:
     for name, bits in (("a.png", 8), ("b.png", 16), ("c.tif", 16), ("d.jp2", 16)):
         Image.fromarray(grey(bits)).save(tmp_path / name)
     (tmp_path / "e.pgm").write_bytes(b"P5 32 32 1023\n" + grey(10).astype(">u2").tobytes())
-    (tmp_path / "f.tif").write_bytes(tiff_of_12_bits())
+    levels = grey(12).reshape(-1, 2).T  # a TIFF with two of these in three bytes
+    pixels = np.stack([levels[0] >> 4, (levels[0] & 15) << 4 | levels[1] >> 8, levels[1] & 255], -1).astype("uint8")
+    tags = {256: 32, 257: 32, 258: 12, 259: 1, 262: 1, 273: 122, 277: 1, 278: 32, 279: pixels.size}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    header = struct.pack("<2sHIH", b"II", 42, 8, len(tags))
+    (tmp_path / "f.tif").write_bytes(header + entries + bytes(4) + pixels.tobytes())
     expected = torch.from_numpy((RAMP * 255).round()).unsqueeze(-1).expand(-1, -1, 3)
     for path in sorted(tmp_path.iterdir()):
         read = read_picture(path)
@@ -274,9 +265,7 @@ def test_exif_says_which_side_is_up(tmp_path: Path) -> None:
 # --- CIFAR-100 --------------------------------------------------------------------------------------------------------
 
 
-def test_cifar100_is_downloaded_once_and_a_damaged_archive_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cifar100_is_downloaded_once_and_if_damaged_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A small archive in CIFAR-100's format is served where torchvision looks for it."""
     rng, served = np.random.default_rng(0), tmp_path / "served"
     contents = {"meta": {"fine_label_names": [f"class {i:02}" for i in range(100)]}}

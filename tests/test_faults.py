@@ -178,9 +178,7 @@ def kill_at(moment: int) -> None:
         setattr(owner, name, deadly(getattr(owner, name)))
 
 
-def test_search_killed_at_any_moment_of_its_end_ends_on_resume(
-    finished: Finished, ray_started: str, tmp_path: Path
-) -> None:
+def test_search_killed_as_it_ends_does_so_on_resume(finished: Finished, ray_started: str, tmp_path: Path) -> None:
     folder, output = shutil.copytree(finished.folder, tmp_path / "it"), tmp_path / "output.txt"
     shutil.rmtree(folder / "best_model")
     (folder / "results.csv").unlink()

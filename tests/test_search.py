@@ -132,7 +132,7 @@ def test_terminal_shows_the_recap_and_why_each_trial_ended(finished: Finished) -
     ]
 
 
-def test_resuming_or_listing_a_finished_search_trains_nothing(
+def test_finished_search_is_resumed_and_listed_without_training_or_refused(
     finished: Finished, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     before = {path: path.read_bytes() for path in finished.folder.rglob("*") if path.is_file()}
@@ -150,10 +150,7 @@ def test_resuming_or_listing_a_finished_search_trains_nothing(
     validation, test = finished.metrics["val_accuracy"], finished.metrics["test_accuracy"]
     assert re.search(rf"\nit +finished +4/4 +{validation:.4f} +{test:.4f}\n", capsys.readouterr().out)
 
-
-def test_another_space_or_objective_is_refused_on_resume(
-    finished: Finished, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+    # It is not continued with another space or objective.
     for name, value, words in (
         ("QUICK_SPACE", {**hparam_search.QUICK_SPACE, "lr": tune.loguniform(1e-3, 1e-1)}, "'lr' is {'lower': 0.001"),
         ("MODE", "min", "'mode' is min, but was max when the search began"),
