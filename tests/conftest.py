@@ -76,13 +76,11 @@ def small_search(ray_started: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_small(setattr: Callable) -> None:
-    setattr(hparam_search, "QUICK_IMAGES", SMALL_IMAGES)
-    space = {"h_1": 4, "h_2": hparam_search.tune.grid_search([16, 32])}
-    setattr(hparam_search, "QUICK_SPACE", hparam_search.QUICK_SPACE | space)
-    setattr(hparam_search, "PATIENCE", 1000)  # the loss on few images is rough
-    setattr(hparam_search, "SAVE_PERIOD", 0)  # as if epochs were long
-    setattr(hparam_search, "MODELS_KEPT", 2)
-    setattr(hparam_search, "REPEATED_TRIALS", 1)
+    space = hparam_search.QUICK_SPACE | {"h_1": 4, "h_2": hparam_search.tune.grid_search([16, 32])}
+    values = {"QUICK_IMAGES": SMALL_IMAGES, "QUICK_SPACE": space, "MODELS_KEPT": 2, "REPEATED_TRIALS": 1}
+    values |= {"PATIENCE": 1000, "SAVE_PERIOD": 0}  # the loss on few images is rough; as if epochs were long
+    for name, value in values.items():
+        setattr(hparam_search, name, value)
 
 
 class Finished(NamedTuple):
@@ -103,7 +101,7 @@ def finished(ray_started: str, tmp_path_factory: pytest.TempPathFactory) -> Fini
         make_small(patch.setattr)
         assert run_search(folder, *EXAMPLE) == 0
     metrics = json.loads((folder / "best_model" / "metrics.json").read_text())
-    return Finished(folder, out.getvalue(), err.getvalue(), opened(folder), read_csv(folder), metrics)
+    return Finished(folder, out.getvalue(), err.getvalue(), open_search(folder, {}), read_csv(folder), metrics)
 
 
 def run_search(folder: Path, *flags: object) -> int:
@@ -114,10 +112,6 @@ def quick(folder: Path, *flags: object) -> list[str]:
     """Return the arguments of a quick search in a folder."""
     where = ["--output-dir", str(folder.parent), "--name", folder.name, "--gpus-per-trial", "0"]
     return ["--quick", *where, *map(str, flags)]
-
-
-def opened(folder: Path) -> Search:
-    return open_search(folder, {})
 
 
 def read_csv(folder: Path) -> list[dict[str, str]]:
@@ -169,16 +163,14 @@ def start(
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.conftest"])
-    environment = {"RAY_AUTH_TOKEN": os.environ["RAY_AUTH_TOKEN"], "RAY_AUTH_MODE": "token"}
-    environment |= {"RAY_ADDRESS": address} if address else {}
-    arguments = (environment, arguments, output, prepare, values)
+    arguments = (address, arguments, output, prepare, values)
     process = context.Process(target=in_a_process, args=arguments, name=str(output))
     process.start()
     return process
 
 
 def in_a_process(
-    environment: dict[str, str], arguments: list[str], output: Path, prepare: Callable | None, values: tuple
+    address: str | None, arguments: list[str], output: Path, prepare: Callable | None, values: tuple
 ) -> None:
     """Run a search; what it prints goes into a file."""
     for number in (signal.SIGINT, signal.SIGHUP):  # ignored where the tests run in the background or under nohup
@@ -186,7 +178,7 @@ def in_a_process(
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    os.environ |= environment
+    os.environ |= {"RAY_ADDRESS": address} if address else {}
     make_small(setattr)
     if prepare:
         prepare(*values)

@@ -4,11 +4,11 @@ import http.server
 import itertools
 import os
 import pickle
-import signal
+import shutil
 import struct
 import tarfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,15 +21,11 @@ from torchvision.transforms.functional import normalize, to_tensor
 
 import data
 from data import Batches, InputError, fingerprint, load_cifar100, load_folder, make_synthetic, read_picture
-from hparam_search import param_space
+from tests.helpers import CONFIG, CPU, DAMAGES
 from train import new_training, train_epochs
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
-
-
-def random_images(count: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(256, (count, 32, 32, 3), generator=generator, dtype=torch.uint8)
+NOISE = torch.randint(256, (300, 32, 32, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
 
 def test_split_is_stratified_disjoint_and_always_the_same() -> None:
@@ -42,7 +38,7 @@ def test_split_is_stratified_disjoint_and_always_the_same() -> None:
 
 
 def test_statistics_are_those_of_the_float_images() -> None:
-    images = random_images(50)
+    images = NOISE.clone()
     images[..., 2] = 128
     mean, std = data.channel_statistics(images)
     pixels = images.reshape(-1, 3).double() / 255
@@ -50,38 +46,34 @@ def test_statistics_are_those_of_the_float_images() -> None:
     assert std == pytest.approx([*pixels.std(0, correction=0)[:2].tolist(), 1 / 255])  # never 0, to divide by it
 
 
-def test_plain_batches_are_what_torchvision_makes() -> None:
-    images = random_images(10)
-    batches = Batches(images, torch.arange(10), 4, MEAN, STD)
-    parts = list(batches.epoch())
-    assert len(batches) == 3
-    assert [len(x) for x, _ in parts] == [4, 4, 2]
-    assert all(x.is_contiguous(memory_format=torch.channels_last) for x, _ in parts)
+def test_batches_are_normalised_images_in_order_or_shuffled_without_a_smaller_one() -> None:
+    images, labels = NOISE[:10], torch.arange(10)
     expected = torch.stack([normalize(to_tensor(image.numpy()), MEAN, STD) for image in images])
-    torch.testing.assert_close(torch.cat([x for x, _ in parts]), expected)
-    assert torch.cat([y for _, y in parts]).tolist() == list(range(10))
-
-
-@pytest.mark.parametrize(("batch_size", "sizes"), [(1, [1] * 10), (4, [4, 4]), (5, [5, 5]), (9, [9]), (64, [10])])
-def test_drop_last_makes_batches_of_one_size(batch_size: int, sizes: list[int]) -> None:
-    batches = Batches(random_images(10), torch.arange(10), batch_size, MEAN, STD, shuffle=True, drop_last=True)
-    seen = set()
-    for epoch in range(30):
-        parts = list(batches.epoch(epoch))
-        assert [len(x) for x, _ in parts] == [len(y) for _, y in parts] == sizes
-        drawn = set(torch.cat([y for _, y in parts]).tolist())
-        assert len(drawn) == batches.count == sum(sizes)
-        seen |= drawn
-    assert len(batches) == len(sizes)
-    assert seen == set(range(10))  # what one epoch skips comes in another
+    for size, whole, rest in ((1, [1] * 10, []), (4, [4, 4], [2]), (5, [5, 5], []), (9, [9], [1]), (64, [10], [])):
+        parts = list(Batches(images, labels, size, MEAN, STD).epoch())
+        assert [len(x) for x, _ in parts] == whole + rest
+        assert all(x.is_contiguous(memory_format=torch.channels_last) for x, _ in parts)
+        torch.testing.assert_close(torch.cat([x for x, _ in parts]), expected)
+        assert torch.equal(torch.cat([y for _, y in parts]), labels)
+        orders = set()
+        for seed, epoch in itertools.product(range(2), range(15)):
+            batches = Batches(images, labels, size, MEAN, STD, shuffle=True, seed=seed, drop_last=True)
+            parts = list(batches.epoch(epoch))
+            assert [len(x) for x, _ in parts] == [len(y) for _, y in parts] == whole
+            assert (len(batches), batches.count) == (len(whole), sum(whole))
+            orders.add(tuple(torch.cat([y for _, y in parts]).tolist()))
+        assert len(orders) == 30  # the seed and the epoch matter
+        assert all(len(set(order)) == sum(whole) for order in orders)
+        assert set().union(*orders) == set(range(10))  # what one epoch skips comes in another
 
 
 def test_augmented_images_are_flipped_crops_of_the_reflected_image() -> None:
-    images, count = random_images(300), 300
-    batches = Batches(images, torch.arange(count), 64, (0, 0, 0), (1 / 255,) * 3, shuffle=True, augment=True, seed=3)
-    padded = F.pad(images.permute(0, 3, 1, 2).float(), (4, 4, 4, 4), mode="reflect")
+    count = len(NOISE)
+    batches = Batches(NOISE, torch.arange(count), 64, (0, 0, 0), (1 / 255,) * 3, shuffle=True, augment=True, seed=3)
+    padded = F.pad(NOISE.permute(0, 3, 1, 2).float(), (4, 4, 4, 4), mode="reflect")
     seen, crops = [], []
-    for batch, labels in batches.epoch(1):
+    for (batch, labels), (again, _) in zip(batches.epoch(1), batches.epoch(1), strict=True):
+        assert torch.equal(batch, again)
         for image, label in zip(batch, labels.tolist(), strict=True):
             windows = padded[label].unfold(1, 32, 1).unfold(2, 32, 1).permute(1, 2, 0, 3, 4)  # (9, 9, 3, 32, 32)
             both = torch.stack([windows, windows.flip(-1)])
@@ -95,19 +87,6 @@ def test_augmented_images_are_flipped_crops_of_the_reflected_image() -> None:
     assert {row for _, row, _ in crops} == {column for _, _, column in crops} == set(range(9))
 
 
-def test_batches_depend_on_seed_and_epoch_alone() -> None:
-    images, labels = random_images(40), torch.arange(40)
-
-    def epoch(seed: int, number: int) -> torch.Tensor:
-        batches = Batches(images, labels, 16, MEAN, STD, shuffle=True, augment=True, seed=seed)
-        torch.rand(int(torch.randint(5, (1,))))  # the global generator must not matter
-        return torch.cat([x for x, _ in batches.epoch(number)])
-
-    assert torch.equal(epoch(0, 1), epoch(0, 1))
-    different = [epoch(0, 1), epoch(0, 2), epoch(1, 1), epoch(1, 2)]
-    assert not any(torch.equal(a, b) for i, a in enumerate(different) for b in different[:i])
-
-
 def test_synthetic_images_are_learnable_but_not_by_a_linear_model() -> None:
     dataset = make_synthetic(num_train=1500, num_test=300, num_classes=6)
     assert fingerprint(dataset) == fingerprint(make_synthetic(1500, 300, 6))
@@ -115,20 +94,16 @@ def test_synthetic_images_are_learnable_but_not_by_a_linear_model() -> None:
     counts = [torch.bincount(labels).tolist() for labels in (dataset.train_labels, dataset.test_labels)]
     assert counts == [[200] * 6, [50] * 6]
 
-    def flat(images: torch.Tensor) -> torch.Tensor:
-        return images.flatten(1).double() / 255 - 0.5
-
     # Ridge regression on the pixels, at the best of several strengths.
-    x, y, linear = flat(dataset.train_images), F.one_hot(dataset.train_labels).double(), []
+    x, val = (images.flatten(1).double() / 255 - 0.5 for images in (dataset.train_images, dataset.val_images))
+    y, linear = F.one_hot(dataset.train_labels).double(), []
     for strength in (1.0, 100.0, 10_000.0):
         weights = x.T @ torch.linalg.solve(x @ x.T + strength * torch.eye(len(x)), y)
-        linear.append((flat(dataset.val_images) @ weights).argmax(1).eq(dataset.val_labels).double().mean())
+        linear.append((val @ weights).argmax(1).eq(dataset.val_labels).double().mean())
 
     def accuracies(h_2: int, lr: float, epochs: int) -> list[float]:
-        """Return the validation accuracies after the first epochs of four."""
-        config = {"epochs": 4, "h_1": 16, "h_2": h_2, "p_drop": 0.1, "lr": lr, "batch_size": 32, "seed": 0}
-        config, device = param_space | config, torch.device("cpu")
-        trained = train_epochs(new_training(config, 6, device), config, dataset, device)
+        config = CONFIG | {"h_1": 16, "h_2": h_2, "p_drop": 0.1, "lr": lr, "seed": 0}  # four epochs
+        trained = train_epochs(new_training(config, 6, CPU), config, dataset, CPU)
         return [report.accuracy for report in itertools.islice(trained, epochs)]
 
     good = accuracies(64, 0.01, 4)
@@ -154,16 +129,23 @@ def test_dataset_is_mapped_not_copied(tmp_path: Path) -> None:
 # --- folders ----------------------------------------------------------------------------------------------------------
 
 
-def test_folder_is_read_in_order_of_class_and_name(make_folder: Callable, capsys: pytest.CaptureFixture) -> None:
-    folder = make_folder({"train": {"ant": 5, "bee": 9, "bee/deep": 1, "cat": 5}, "test": {"cat": 2, "bee": 1}})
-    Image.new("RGB", (90, 40), (200, 100, 50)).save(folder / "test" / "cat" / "large.webp", lossless=True)
-    (folder / "train" / "cat").rename(folder / "elsewhere")
-    (folder / "train" / "cat").symlink_to(folder / "elsewhere")
+def test_folder_is_read_in_order_without_litter(make_folder: Callable, capsys: pytest.CaptureFixture) -> None:
+    composed, decomposed = "caf\u00e9", "cafe\u0301"  # as Linux and macOS write it
+    train = {"ant": 5, "bee": 9, "bee/deep": 1, decomposed: 4, "bee/.thumbs": 2, "bee/deep/@eaDir/x": 2}
+    litter = {".ipynb_checkpoints": 3, "@eaDir": 3, "__MACOSX": 3, "$RECYCLE.BIN": 1}
+    folder = make_folder({"train": train | litter, "test": {composed: 2, "bee": 1, ".Trash-0": 1}})
+    for name in (".DS_Store", "._000.png", "Thumbs.db", "thumbs.db", "Desktop.ini", "Icon\r"):
+        (folder / "train" / "bee" / name).write_text("left by a desktop")
+    (folder / "train" / composed).mkdir(exist_ok=True)  # on macOS, the same folder
+    Image.new("RGB", (32, 32)).save(folder / "train" / composed / "x.png")
+    Image.new("RGB", (90, 40), (200, 100, 50)).save(folder / "test" / composed / "large.webp", lossless=True)
+    (folder / "train" / "ant").rename(folder / "elsewhere")
+    (folder / "train" / "ant").symlink_to(folder / "elsewhere")
     dataset = data.read_images("folder", folder, {})
-    assert dataset.classes == ("ant", "bee", "cat")
+    assert dataset.classes == ("ant", "bee", composed)
     assert dataset.val_labels.tolist() == [0, 1, 1, 2]
     assert dataset.test_labels.tolist() == [1, 2, 2, 2]  # numbered as in train/, though test/ has no ants
-    files = [folder / "test" / name for name in ("bee/000.png", "cat/000.png", "cat/001.png")]
+    files = [folder / "test" / name for name in ("bee/000.png", f"{composed}/000.png", f"{composed}/001.png")]
     assert np.array_equal(dataset.test_images[:3].numpy(), np.stack([np.array(Image.open(file)) for file in files]))
     assert (dataset.test_images[3] == torch.tensor([200, 100, 50])).all()
     printed = capsys.readouterr()
@@ -171,65 +153,30 @@ def test_folder_is_read_in_order_of_class_and_name(make_folder: Callable, capsys
     assert printed.err == f"{folder}/test: 1 of 4 images resized to 32×32.\n"
 
 
-def test_litter_is_ignored_and_unicode_forms_are_one_class(make_folder: Callable) -> None:
-    composed, decomposed = "caf\u00e9", "cafe\u0301"
-    classes = {"a": 5, decomposed: 5, ".ipynb_checkpoints": 3, "@eaDir": 3, "__MACOSX": 3, "$RECYCLE.BIN": 1}
-    classes |= {"a/.thumbs": 2, "a/deep": 1, "a/deep/@eaDir/x": 2}
-    folder = make_folder({"train": classes, "test": {composed: 2, "a": 1, ".Trash-0": 1}})
-    for name in (".DS_Store", "._000.png", "Thumbs.db", "thumbs.db", "Desktop.ini", "Icon\r"):
-        (folder / "train" / "a" / name).write_text("left by a desktop")
-    (folder / "train" / composed).mkdir(exist_ok=True)  # on macOS, the same folder
-    Image.new("RGB", (32, 32)).save(folder / "train" / composed / "x.png")
-    dataset = load_folder(folder)
-    assert dataset.classes == ("a", composed)
-    assert torch.bincount(torch.cat([dataset.train_labels, dataset.val_labels])).tolist() == [6, 6]
-    assert dataset.test_labels.tolist() == [0, 1, 1]
+BAD = "train/a/02.png"  # read before others, but not first
 
 
 @pytest.mark.parametrize(
-    ("splits", "words"),
+    ("spoil", "words"),
     [
-        ({}, "train is not a folder"),
-        ({"train": {"a": 5, "b": 5}}, "test is not a folder"),
-        ({"train": {".hidden": 1}, "test": {"a": 1}}, "train has no class folders"),
-        ({"train": {"images/a": 5, "images/b": 5}, "test": {"images/a": 1}}, "only the class folder 'images'"),
-        ({"train": {"a": 5, "b": 5, "c": 0}, "test": {"b": 1}}, "c has no images"),
-        ({"train": {"a": 5, "b": 4}, "test": {"b": 1}}, "b has 4 images, but a class needs at least 5"),
-        ({"train": {"a": 5, "b": 5}, "test": {"a": 1, "zebra": 1}}, "the class 'zebra', which .* lacks"),
+        (lambda folder: shutil.rmtree(folder / "test"), "test is not a folder"),
+        (lambda folder: shutil.rmtree(folder / "test/a"), "test has no class folders"),
+        (lambda folder: (folder / "test/a").rename(folder / "test/zebra"), "the class 'zebra', which .* lacks"),
+        (lambda folder: shutil.rmtree(folder / "train/b"), "only the class folder 'a'"),
+        (lambda folder: (folder / "train/c").mkdir(), "c has no images"),
+        (lambda folder: (folder / "train/b/note.txt").unlink(), "b has 4 images, but a class needs at least 5"),
+        (lambda folder: os.mkfifo(folder / BAD), f"{BAD} is not a regular file"),
+        (lambda folder: (folder / BAD).symlink_to("nowhere"), f"{BAD} is not a regular file"),
+        (lambda folder: (folder / BAD).write_text("no image"), f"{BAD} cannot be read as an image"),
+        (lambda folder: Image.new("1", (10_000, 5_001)).save(folder / BAD), f"{BAD} has more than 50,000,000 pixels"),
+        (lambda folder: DAMAGES[0](shutil.copy(folder / "train/a/000.png", folder / BAD)), f"{BAD} cannot be read"),
     ],
 )
-def test_bad_folders_are_refused(splits: dict, words: str, make_folder: Callable) -> None:
-    with pytest.raises(InputError, match=words):
-        load_folder(make_folder(splits))
-
-
-def put_large(path: Path) -> None:
-    Image.new("1", (10_000, 5_001)).save(path)
-
-
-def put_damaged(path: Path) -> None:
-    content = bytearray(path.with_name("000.png").read_bytes())
-    content[1000] ^= 16
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize(
-    ("put", "words"),
-    [
-        (put_damaged, "cannot be read as an image"),
-        (put_large, "has more than 50,000,000 pixels"),
-        (lambda path: path.write_text("no image"), "cannot be read as an image"),
-        (os.mkfifo, "is not a regular file"),
-        (lambda path: path.symlink_to("nowhere"), "is not a regular file"),
-    ],
-)
-def test_files_that_are_not_images_are_named(put: Callable, words: str, make_folder: Callable) -> None:
-    folder = make_folder({"train": {"a": 60, "b": 6}, "test": {"a": 2}})
+def test_what_is_wrong_with_a_folder_is_named(spoil: Callable, words: str, make_folder: Callable) -> None:
+    folder = make_folder({"train": {"a": 60, "b": 4}, "test": {"a": 2}})
     (folder / "train" / "b" / "note.txt").write_text("no image")  # the first one is named
-    path = folder / "train" / "a" / "055.png"
-    path.unlink()
-    put(path)
-    with pytest.raises(InputError, match=f"{path} {words}"):
+    spoil(folder)
+    with pytest.raises(InputError, match=words):
         load_folder(folder)
 
 
@@ -239,17 +186,13 @@ def test_ctrl_c_stops_reading(make_folder: Callable, monkeypatch: pytest.MonkeyP
     def open_and_interrupt(path: str) -> Image.Image:
         opened.append(path)
         if len(opened) == 100:
-            os.kill(os.getpid(), signal.SIGINT)
+            raise KeyboardInterrupt  # reaches the main thread where Ctrl-C does: as it waits for the readers
         return open_image(path)
 
     monkeypatch.setattr(Image, "open", open_and_interrupt)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if the tests run in the background
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            load_folder(folder)
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert len(opened) < 3000
+    with pytest.raises(KeyboardInterrupt):
+        load_folder(folder)
+    assert len(opened) < 2900
 
 
 def test_cpus_are_those_that_may_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,19 +213,16 @@ def grey(bits: int) -> np.ndarray:
     return (RAMP * (2**bits - 1)).round().astype("uint8" if bits == 8 else "uint16")
 
 
-def tiff_of_12_bits() -> bytes:
-    levels = grey(12).reshape(-1, 2).T
-    pixels = np.stack([levels[0] >> 4, (levels[0] & 15) << 4 | levels[1] >> 8, levels[1] & 255], -1).astype("uint8")
-    tags = {256: 32, 257: 32, 258: 12, 259: 1, 262: 1, 273: 122, 277: 1, 278: 32, 279: pixels.size}
-    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
-    return struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + entries + bytes(4) + pixels.tobytes()
-
-
 def test_grey_levels_are_scaled_by_their_depth(tmp_path: Path) -> None:
     for name, bits in (("a.png", 8), ("b.png", 16), ("c.tif", 16), ("d.jp2", 16)):
         Image.fromarray(grey(bits)).save(tmp_path / name)
     (tmp_path / "e.pgm").write_bytes(b"P5 32 32 1023\n" + grey(10).astype(">u2").tobytes())
-    (tmp_path / "f.tif").write_bytes(tiff_of_12_bits())
+    levels = grey(12).reshape(-1, 2).T  # a TIFF with two of these in three bytes
+    pixels = np.stack([levels[0] >> 4, (levels[0] & 15) << 4 | levels[1] >> 8, levels[1] & 255], -1).astype("uint8")
+    tags = {256: 32, 257: 32, 258: 12, 259: 1, 262: 1, 273: 122, 277: 1, 278: 32, 279: pixels.size}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    header = struct.pack("<2sHIH", b"II", 42, 8, len(tags))
+    (tmp_path / "f.tif").write_bytes(header + entries + bytes(4) + pixels.tobytes())
     expected = torch.from_numpy((RAMP * 255).round()).unsqueeze(-1).expand(-1, -1, 3)
     for path in sorted(tmp_path.iterdir()):
         read = read_picture(path)
@@ -295,36 +235,28 @@ def test_grey_levels_are_scaled_by_their_depth(tmp_path: Path) -> None:
 
 
 def test_what_is_transparent_shows_white(tmp_path: Path) -> None:
-    black, alpha = np.zeros((32, 32), "uint8"), np.zeros((32, 32), "uint8")
+    alpha = np.zeros((32, 32), "uint8")
     alpha[4:9, 5:20], alpha[20:, 20:] = 255, 128
-    icon = Image.fromarray(np.stack([black, black, black, alpha], -1), "RGBA")
-    icon.save(tmp_path / "rgba.png")
-    icon.save(tmp_path / "rgba.webp", lossless=True)
-    icon.convert("LA").save(tmp_path / "la.png")
+    icon = Image.merge("LA", [Image.new("L", (32, 32)), Image.fromarray(alpha)])
+    icon.save(tmp_path / "la.png")
+    icon.convert("RGBA").save(tmp_path / "rgba.webp", lossless=True)
     for path in tmp_path.iterdir():
         assert torch.equal(read_picture(path), torch.from_numpy(255 - alpha).unsqueeze(-1).expand(-1, -1, 3)), path
     opaque = Image.fromarray(np.where(alpha == 255, 0, 200).astype("uint8"))
     opaque.save(tmp_path / "grey.png", transparency=200)
-    opaque.convert("P").save(tmp_path / "palette.png", transparency=200)
     opaque.convert("P").save(tmp_path / "palette.gif", transparency=200)
     opaque.convert("RGB").save(tmp_path / "rgb.png", transparency=(200, 200, 200))
-    for name in ("grey.png", "palette.png", "palette.gif", "rgb.png"):
+    for name in ("grey.png", "palette.gif", "rgb.png"):
         assert np.array_equal(read_picture(tmp_path / name)[..., 0], np.where(alpha == 255, 0, 255)), name
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_says_which_side_is_up(orientation: int, tmp_path: Path) -> None:
-    upright = np.zeros((32, 32, 3), "uint8")
-    upright[:16, :16], upright[:16, 16:] = 255, 160  # all eight orientations differ
-    stored = {
-        1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1],
-        5: upright.transpose(1, 0, 2), 6: np.rot90(upright), 7: upright[::-1, ::-1].transpose(1, 0, 2),
-        8: np.rot90(upright, -1),
-    }[orientation]  # fmt: skip
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "phone.jpg", exif=exif, quality=100, subsampling=0)
-    Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "phone.png", exif=exif)
+def test_exif_says_which_side_is_up(tmp_path: Path) -> None:
+    upright, exif = np.zeros((32, 32, 3), "uint8"), Image.Exif()
+    upright[:16, :16], upright[:16, 16:] = 255, 160  # no two sides are alike
+    exif[0x0112] = 6  # taken with the camera upright
+    stored = Image.fromarray(np.rot90(upright).copy())
+    stored.save(tmp_path / "phone.jpg", exif=exif, quality=100, subsampling=0)
+    stored.save(tmp_path / "phone.png", exif=exif)
     Image.fromarray(upright).save(tmp_path / "damaged.png", exif=b"Exif\0\0damaged!")
     for path in tmp_path.iterdir():
         assert (read_picture(path).int() - torch.from_numpy(upright).int()).abs().max() <= 8, path
@@ -333,58 +265,43 @@ def test_exif_says_which_side_is_up(orientation: int, tmp_path: Path) -> None:
 # --- CIFAR-100 --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def cifar_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[np.ndarray, list[int]]]:
-    """Serve a small archive in CIFAR-100's format where torchvision looks for it; yields its test images and labels."""
-    rng = np.random.default_rng(0)
-    contents, sums = {"meta": {"fine_label_names": [f"class {i:02}" for i in range(100)]}}, {}
+def test_cifar100_is_downloaded_once_and_if_damaged_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small archive in CIFAR-100's format is served where torchvision looks for it."""
+    rng, served = np.random.default_rng(0), tmp_path / "served"
+    contents = {"meta": {"fine_label_names": [f"class {i:02}" for i in range(100)]}}
     for split, per_class in (("train", 5), ("test", 1)):
         pixels = rng.integers(0, 256, (100 * per_class, 3072), dtype=np.uint8)
         labels = rng.permutation(np.repeat(np.arange(100), per_class)).tolist()
-        contents[split] = {"data": pixels, "fine_labels": labels, "coarse_labels": [0] * len(labels)}
-    served = tmp_path / "served"
+        contents[split] = {"data": pixels, "fine_labels": labels}
+        monkeypatch.setattr(CIFAR100, f"{split}_list", [[split, None]])
     served.mkdir()
     with tarfile.open(served / CIFAR100.filename, "w:gz") as archive:
         for name, content in contents.items():
-            pickled = pickle.dumps(content, protocol=2)
-            sums[name] = hashlib.md5(pickled).hexdigest()
-            (served / name).write_bytes(pickled)
+            (served / name).write_bytes(pickle.dumps(content, protocol=2))
             archive.add(served / name, f"{CIFAR100.base_folder}/{name}")
     monkeypatch.setattr(CIFAR100, "tgz_md5", hashlib.md5((served / CIFAR100.filename).read_bytes()).hexdigest())
-    monkeypatch.setattr(CIFAR100, "train_list", [["train", sums["train"]]])
-    monkeypatch.setattr(CIFAR100, "test_list", [["test", sums["test"]]])
-    monkeypatch.setattr(CIFAR100, "meta", CIFAR100.meta | {"md5": sums["meta"]})
+    monkeypatch.setattr(CIFAR100, "meta", CIFAR100.meta | {"md5": None})
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=served)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        monkeypatch.setattr(CIFAR100, "url", f"http://127.0.0.1:{server.server_port}/{CIFAR100.filename}")
-        threading.Thread(target=server.serve_forever).start()
-        yield contents["test"]["data"], contents["test"]["fine_labels"]
-        server.shutdown()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(CIFAR100, "url", f"http://127.0.0.1:{server.server_port}/{CIFAR100.filename}")
 
-
-def test_cifar100_is_downloaded_once(cifar_server: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data_dir = tmp_path / "data"
-    dataset = load_cifar100(data_dir)
-    assert (len(dataset.train_images), len(dataset.val_images), len(dataset.test_images)) == (400, 100, 100)
-    assert torch.bincount(dataset.val_labels).tolist() == [1] * 100
-    assert dataset.classes[42] == "class 42"
-    pixels, labels = cifar_server
-    assert np.array_equal(dataset.test_images.numpy(), pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-    assert dataset.test_labels.tolist() == labels
-    monkeypatch.setattr(CIFAR100, "url", "http://127.0.0.1:9/nobody")
-    assert fingerprint(load_cifar100(data_dir)) == fingerprint(dataset)
-
-
-def test_damaged_archive_is_downloaded_again_or_refused(
-    cifar_server: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    archive = tmp_path / CIFAR100.filename
+    local = tmp_path / CIFAR100.filename
     words = f"can neither be read from {tmp_path} nor downloaded .*; put http.*gz there, or use --dataset synthetic"
     for attribute, value in (("tgz_md5", "0" * 32), ("url", f"http://127.0.0.1:9/{CIFAR100.filename}")):
-        archive.write_bytes(b"half of an archive")
+        local.write_bytes(b"half of an archive")
         with monkeypatch.context() as patch:
             patch.setattr(CIFAR100, attribute, value)
             with pytest.raises(InputError, match=words):
                 data.read_images("cifar100", tmp_path, {})
-    assert archive.read_bytes() == b"half of an archive"
-    assert len(load_cifar100(tmp_path).train_images) == 400
+    assert local.read_bytes() == b"half of an archive"
+
+    dataset = load_cifar100(tmp_path)
+    assert (len(dataset.train_images), len(dataset.val_images), len(dataset.test_images)) == (400, 100, 100)
+    assert torch.bincount(dataset.val_labels).tolist() == [1] * 100
+    assert dataset.classes[42] == "class 42"
+    assert np.array_equal(dataset.test_images.numpy(), pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+    assert dataset.test_labels.tolist() == labels
+    server.shutdown()
+    server.server_close()
+    assert fingerprint(load_cifar100(tmp_path)) == fingerprint(dataset)

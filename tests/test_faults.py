@@ -1,10 +1,10 @@
 """Searches that are killed, starved and damaged: nothing that was reported may be lost, and no figure may be wrong."""
 
+import contextlib
 import itertools
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -20,42 +20,37 @@ from data import make_synthetic
 from hparam_search import main
 from search import best_model, records
 from search.files import append_lines, read_lines
-from search.records import LOG_FILE
+from search.records import LOG_FILE, open_search
 from search.trial import TRAINING_FILE, train_cifar, weights_path
 from tests import conftest
-from tests.conftest import EXAMPLE, Finished, epochs_saved, figures, opened, read_csv, run_search
+from tests.conftest import EXAMPLE, Finished, epochs_saved, figures, read_csv, run_search
+from tests.helpers import disk_full_after
+
+pytestmark = pytest.mark.usefixtures("small_search")
 
 
 def faulty(config: dict, **others: object) -> None:
     """Train as train_cifar does, with a fault of its own in each trial but the first."""
     number, report_to_ray = tune.get_context().get_trial_name()[-1], tune.report
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def killed_in_epoch_3(metrics: dict) -> None:
         if metrics.get("epoch") == 3:
             os.kill(os.getpid(), signal.SIGKILL)
         report_to_ray(metrics)
 
-    if number == "1":
-        config = config | {"lr": 1e4}
-    if number == "2":
-        tune.report = killed_in_epoch_3
-    if number == "3":  # no room for weights
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-    try:
-        train_cifar(config, **others)
-    finally:
-        tune.report = report_to_ray
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    no_room = disk_full_after(1000) if number == "3" else contextlib.nullcontext()
+    with pytest.MonkeyPatch.context() as patch, no_room:
+        if number == "2":
+            patch.setattr(tune, "report", killed_in_epoch_3)
+        train_cifar(config | ({"lr": 1e4} if number == "1" else {}), **others)
 
 
 def curve(folder: Path, number: int) -> list[tuple]:
     """Return what a trial reported, without what a clock measured."""
-    reports = opened(folder).trials[f"train_cifar_{number:05}"].reports
+    reports = open_search(folder, {}).trials[f"train_cifar_{number:05}"].reports
     return [(each.epoch, each.loss, each.accuracy, each.train_loss, each.lr) for each in reports]
 
 
-@pytest.mark.usefixtures("small_search")
 def test_trials_that_fail_leave_the_others_alone_and_are_tried_again_on_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -79,7 +74,7 @@ def test_trials_that_fail_leave_the_others_alone_and_are_tried_again_on_resume(
     assert all(f"train_cifar_0000{i} failed: {because[i]}.\n" in printed.err for i in (2, 3))
     assert because[3] in (path.parent / "error.txt").read_text()
     assert not list(folder.glob("train_cifar_00001/*.pt"))
-    assert [len(trial.reports) for trial in opened(folder).trials.values()] == [4, 1, 2, 0]
+    assert [len(trial.reports) for trial in open_search(folder, {}).trials.values()] == [4, 1, 2, 0]
 
     before = read_lines(folder / LOG_FILE)[0]
     assert main(["--resume", str(folder)]) == 0
@@ -91,7 +86,6 @@ def test_trials_that_fail_leave_the_others_alone_and_are_tried_again_on_resume(
     assert new == [(None, None), *killed, *starved, (None, None)]
 
 
-@pytest.mark.usefixtures("small_search")
 def test_log_on_a_full_disk_ends_the_search_which_continues_on_resume(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -115,25 +109,6 @@ def test_log_on_a_full_disk_ends_the_search_which_continues_on_resume(
     assert f"--resume {folder}\n" in printed.out
     assert main(["--resume", str(folder)]) == 0
     assert figures(folder) == figures(finished.folder)
-
-
-@pytest.mark.usefixtures("small_search")
-def test_search_whose_trials_all_fail_says_why(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    def failing(config: dict, **others: object) -> None:
-        raise RuntimeError("the reason why")
-
-    monkeypatch.setattr(hparam_search, "train_cifar", failing)
-    monkeypatch.setattr(hparam_search, "MAX_FAILURES_PER_TRIAL", 0)
-    monkeypatch.setattr(hparam_search, "QUICK_SPACE", hparam_search.QUICK_SPACE | {"h_2": 16})
-    assert run_search(tmp_path / "it", "--num-samples", 1) == 1
-    assert capsys.readouterr().err.splitlines() == [
-        "train_cifar_00000 failed: RuntimeError: the reason why.",
-        "No trial has a model, so there is no best model.",
-    ]
-    assert [row["status"] for row in read_csv(tmp_path / "it")] == ["ERROR"]
-    assert not (tmp_path / "it" / "best_model").exists()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -203,9 +178,7 @@ def kill_at(moment: int) -> None:
         setattr(owner, name, deadly(getattr(owner, name)))
 
 
-def test_search_killed_at_any_moment_of_its_end_ends_on_resume(
-    finished: Finished, ray_started: str, tmp_path: Path
-) -> None:
+def test_search_killed_as_it_ends_does_so_on_resume(finished: Finished, ray_started: str, tmp_path: Path) -> None:
     folder, output = shutil.copytree(finished.folder, tmp_path / "it"), tmp_path / "output.txt"
     shutil.rmtree(folder / "best_model")
     (folder / "results.csv").unlink()
@@ -247,7 +220,6 @@ DAMAGES: dict[str, Callable[[bytes, random.Random], bytes | None]] = {
 }
 
 
-@pytest.mark.usefixtures("small_search")
 @pytest.mark.parametrize("ended", [True, False])
 def test_any_damage_ends_in_a_sentence_and_in_no_figure_that_was_not_reported(
     ended: bool, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -18,25 +17,18 @@ import torch
 from benchmarks.recipes import BASELINE_RECIPE
 from data import Batches, Dataset, make_synthetic
 from hparam_search import main, param_space
+from search.best_model import load_model
 from search.files import read_lines
 from search.hooks import error_sentence
 from search.trial import restore_training, save_training, save_weights, weights_path
 from tests.conftest import REPOSITORY, figures, read_csv
-from train import (
-    EAGER_STEPS,
-    Report,
-    Training,
-    TrainStep,
-    evaluate,
-    evaluation_batches,
-    new_model,
-    new_training,
-    train_epochs,
-)
+from tests.helpers import CPU
+from train import EAGER_STEPS, Report, Training, TrainStep, evaluate, evaluation_batches, new_training, train_epochs
 
 pytestmark = pytest.mark.gpu
 
-CPU, GPU = torch.device("cpu"), torch.device("cuda")
+GPU = torch.device("cuda")
+IMAGES = make_synthetic(num_train=375, num_test=100, num_classes=5)  # 300 for training, 75 for validation
 # At this low learning rate, rounding errors do not make two trainings diverge.
 CONFIG = param_space | {"epochs": 3, "h_1": 8, "h_2": 32, "p_drop": 0.3, "lr": 5e-4, "batch_size": 24, "seed": 5}
 RECIPES = {
@@ -48,27 +40,12 @@ RECIPES = {
 }
 
 
-@pytest.fixture(scope="session")
-def small_dataset() -> Dataset:
-    """300 training, 75 validation and 100 test images of 5 classes."""
-    return make_synthetic(num_train=375, num_test=100, num_classes=5)
-
-
 @pytest.fixture
 def replays(monkeypatch: pytest.MonkeyPatch) -> list:
     """A list that has an entry for every launch of a graph."""
     launched, replay = [], torch.cuda.CUDAGraph.replay
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: launched.append(replay(graph)))
     return launched
-
-
-@pytest.fixture
-def little_memory() -> Iterator[None]:
-    """Leave this process a hundredth of the GPU's memory."""
-    torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(0.01)
-    yield
-    torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +67,7 @@ class Result(NamedTuple):
     notes: list[str]
 
 
-def run(config: dict, dataset: Dataset) -> Result:
+def run(config: dict, dataset: Dataset = IMAGES) -> Result:
     """Train from start to end."""
     training = new_training(config, len(dataset.classes), GPU)
     before = weights(training)
@@ -108,31 +85,30 @@ def assert_losses_alike(reports: list[Report], others: list[Report]) -> None:
         assert (one.loss, one.train_loss) == pytest.approx((other.loss, other.train_loss), rel=0.004)
 
 
-def two_batches(dataset: Dataset) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    images, labels = dataset.train_images.to(GPU), dataset.train_labels.to(GPU)
-    return list(itertools.islice(Batches(images, labels, 24, dataset.mean, dataset.std).epoch(), 2))
+def batches(**options: bool) -> Batches:
+    """Return the training images on the GPU."""
+    images, labels = IMAGES.train_images.to(GPU), IMAGES.train_labels.to(GPU)
+    return Batches(images, labels, 24, IMAGES.mean, IMAGES.std, drop_last=True, **options)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_captured_steps_are_the_eager_ones(
-    recipe: str, small_dataset: Dataset, replays: list, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_captured_steps_are_the_eager_ones(recipe: str, replays: list, monkeypatch: pytest.MonkeyPatch) -> None:
     config = RECIPES[recipe]
-    captured = run(config, small_dataset)
-    steps = config["epochs"] * max(1, len(small_dataset.train_images) // config["batch_size"])
+    captured = run(config)
+    steps = config["epochs"] * max(1, len(IMAGES.train_images) // config["batch_size"])
     assert captured.notes == []
     assert len(replays) == steps - EAGER_STEPS >= 5
     monkeypatch.setattr(TrainStep, "replay", TrainStep.descend)
-    assert_alike(captured, run(config, small_dataset))
+    assert_alike(captured, run(config))
     assert len(replays) == steps - EAGER_STEPS
 
 
-def test_captured_steps_are_exactly_the_eager_ones(small_dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_captured_steps_are_exactly_the_eager_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("train.autocast_dtype", lambda device: None)  # rounding is then far below a bug's effect
-    training, batches = new_training(CONFIG, 5, GPU), two_batches(small_dataset)
+    training, two_batches = new_training(CONFIG, 5, GPU), list(itertools.islice(batches().epoch(), 2))
     step = TrainStep(training, CONFIG, GPU)
     for _ in range(EAGER_STEPS):
-        step(*batches[0], 0.01)
+        step(*two_batches[0], 0.01)
     momentum = [state["momentum_buffer"] for state in training.optimizer.state.values()]
     state = [*training.model.state_dict().values(), *training.averaged.state_dict().values(), *momentum]
     before = [tensor.clone() for tensor in state]
@@ -142,7 +118,7 @@ def test_captured_steps_are_exactly_the_eager_ones(small_dataset: Dataset, monke
         for tensor, value in zip(state, before, strict=True):
             tensor.copy_(value)
         torch.manual_seed(7)  # dropout
-        for batch, lr in zip(batches, (0.01, 0.02), strict=True):
+        for batch, lr in zip(two_batches, (0.01, 0.02), strict=True):
             step(*batch, lr)
         return [(tensor - value).float() for tensor, value in zip(state, before, strict=True)]
 
@@ -154,11 +130,8 @@ def test_captured_steps_are_exactly_the_eager_ones(small_dataset: Dataset, monke
         assert (one - other).norm() <= 0.01 * other.norm()
 
 
-def test_dropout_draws_anew_at_every_replay(
-    small_dataset: Dataset, replays: list, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    batch = two_batches(small_dataset)[0]
-    training = new_training(CONFIG, 5, GPU)
+def test_dropout_draws_anew_at_every_replay(replays: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, training = next(batches().epoch()), new_training(CONFIG, 5, GPU)
     step = TrainStep(training, CONFIG, GPU)
 
     def losses(count: int) -> list[float]:
@@ -181,7 +154,7 @@ def test_dropout_draws_anew_at_every_replay(
 
 def print_failed_captures() -> None:
     """Train twice in one process, with a failed capture in the first; print the results and replay count as JSON."""
-    dataset, descend, replays = make_synthetic(num_train=375, num_test=100, num_classes=5), TrainStep.descend, []
+    descend, replays = TrainStep.descend, []
 
     def waiting(step: TrainStep, images: torch.Tensor, labels: torch.Tensor) -> None:
         descend(step, images, labels)
@@ -190,37 +163,34 @@ def print_failed_captures() -> None:
     torch.backends.cudnn.deterministic = True
     torch.cuda.CUDAGraph.replay = lambda graph: replays.append(graph)
     TrainStep.descend = waiting
-    first = run(CONFIG, dataset)
+    first = run(CONFIG)
     TrainStep.descend = descend  # which could be captured
-    second = run(CONFIG, dataset)
+    second = run(CONFIG)
     trainings = [[[asdict(report) for report in each.reports], each.notes] for each in (first, second)]
     print(json.dumps([*trainings, len(replays)]), flush=True)
     os._exit(0)  # the failed capture may break cleanup
 
 
-def test_failed_capture_is_told_and_the_process_trains_eagerly(small_dataset: Dataset) -> None:
+def test_failed_capture_is_told_and_the_process_trains_eagerly() -> None:
     # In a subprocess: a failed capture leaves torch's memory pools unusable (torch 2.11).
     command = [sys.executable, "-c", "from tests.test_gpu import print_failed_captures as it; it()"]
     *trainings, replays = json.loads(subprocess.check_output(command, text=True, cwd=REPOSITORY).splitlines()[-1])
     assert replays == 0
-    expected = run(CONFIG, small_dataset)
+    expected = run(CONFIG)
     for reports, notes in trainings:
         assert len(notes) == 1
         assert notes[0].startswith("CUDA graph capture failed (")
         assert_losses_alike([Report(**each) for each in reports], expected.reports)
 
 
-def test_no_wait_for_the_gpu_within_an_epoch(small_dataset: Dataset) -> None:
-    data = small_dataset
-    training = new_training(CONFIG, 5, GPU)
+def test_no_wait_for_the_gpu_within_an_epoch() -> None:
+    training, shuffled = new_training(CONFIG, 5, GPU), batches(shuffle=True, augment=True)
     step = TrainStep(training, CONFIG, GPU)
-    images, labels = data.train_images.to(GPU), data.train_labels.to(GPU)
-    batches = Batches(images, labels, 24, data.mean, data.std, shuffle=True, augment=True, drop_last=True)
     training.model.train()
     for epoch in (1, 2):  # in the first one the step is captured
         torch.cuda.set_sync_debug_mode("error" if epoch == 2 else "default")
         try:
-            for batch in batches.epoch(epoch):
+            for batch in shuffled.epoch(epoch):
                 step(*batch, 0.01)
         finally:
             torch.cuda.set_sync_debug_mode("default")
@@ -228,48 +198,42 @@ def test_no_wait_for_the_gpu_within_an_epoch(small_dataset: Dataset) -> None:
     assert step.graph
 
 
-def test_restored_in_mid_run_and_loads_on_a_cpu(small_dataset: Dataset, tmp_path: Path) -> None:
-    data = small_dataset
-    expected = run(CONFIG, data)
-    training = new_training(CONFIG, 5, GPU)
-    epochs = train_epochs(training, CONFIG, data, GPU)
-    first = next(epochs)
-    path = weights_path(tmp_path, 1)
+def test_restored_in_mid_run_and_loads_on_a_cpu(tmp_path: Path) -> None:
+    expected, training, path = run(CONFIG), new_training(CONFIG, 5, GPU), weights_path(tmp_path, 1)
+    first = next(train_epochs(training, CONFIG, IMAGES, GPU))
     save_weights(training, path)
     save_training(training, CONFIG, tmp_path)
     restored = restore_training(CONFIG, 5, GPU, tmp_path)
     assert restored.notes == []
-    reports = [first, *train_epochs(restored, CONFIG, data, GPU)]
+    reports = [first, *train_epochs(restored, CONFIG, IMAGES, GPU)]
     assert [report.epoch for report in reports] == [1, 2, 3]
     assert_alike(expected._replace(reports=reports, after=weights(restored)), expected)
 
     load = f"import torch; print(torch.load({str(path)!r}, weights_only=True)['classifier.bias'].device)"
     blind = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     assert subprocess.check_output([sys.executable, "-c", load], text=True, env=blind).strip() == "cpu"
-    model = new_model(CONFIG, 5)
-    model.load_state_dict(torch.load(path, weights_only=True))
-    loss, _ = evaluate(model, evaluation_batches(data, "val", CPU))
+    loss, _ = evaluate(load_model(path, CONFIG, IMAGES.classes), evaluation_batches(IMAGES, "val", CPU))
     assert loss == pytest.approx(first.loss, rel=0.05)
 
 
-def test_gpu_without_bfloat16(small_dataset: Dataset, replays: list, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = run(CONFIG, small_dataset)
+def test_gpu_without_bfloat16(replays: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = run(CONFIG)
     replays.clear()
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
-    result = run(CONFIG, small_dataset)
+    result = run(CONFIG)
     assert replays
     assert result.notes == []
     assert result.reports[0].train_loss == pytest.approx(expected.reports[0].train_loss, rel=0.05)
     assert torch.isfinite(result.after).all()
 
 
-def test_trials_in_a_row_leave_no_memory_taken(small_dataset: Dataset) -> None:
+def test_trials_in_a_row_leave_no_memory_taken() -> None:
     gc.disable()  # nothing may have to wait for it
     taken = []
     try:
         for _ in range(10):
             training = new_training(CONFIG, 5, GPU)
-            epochs = train_epochs(training, CONFIG, small_dataset, GPU)
+            epochs = train_epochs(training, CONFIG, IMAGES, GPU)
             next(epochs)  # stopped after the first epoch
             del training, epochs
             torch.cuda.synchronize()
@@ -280,16 +244,20 @@ def test_trials_in_a_row_leave_no_memory_taken(small_dataset: Dataset) -> None:
     assert taken[-1][1] <= 1.1 * taken[1][1]
 
 
-@pytest.mark.usefixtures("little_memory")
-def test_out_of_memory_is_a_sentence_and_the_next_trial_trains(small_dataset: Dataset) -> None:
+def test_out_of_memory_is_a_sentence_and_the_next_trial_trains() -> None:
     large = CONFIG | {"h_1": 256, "h_2": 2048, "batch_size": 3000}
-    many = make_synthetic(num_train=5000, num_test=10, num_classes=5)
-    with pytest.raises(torch.OutOfMemoryError) as error:
-        run(large, many)
-    text = "Failure # 1 (occurred at)\n" + "".join(traceback.format_exception(error.value))
-    assert error_sentence(text, large).startswith("out of memory with batch_size 3000, h_1 256, h_2 2048; reduce these")
-    del error
-    result = run(CONFIG, small_dataset)
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(0.01)
+    try:
+        with pytest.raises(torch.OutOfMemoryError) as error:
+            run(large, make_synthetic(num_train=5000, num_test=10, num_classes=5))
+        text = "Failure # 1 (occurred at)\n" + "".join(traceback.format_exception(error.value))
+        sentence = "out of memory with batch_size 3000, h_1 256, h_2 2048; reduce these"
+        assert error_sentence(text, large).startswith(sentence)
+        del error
+        result = run(CONFIG)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
     assert len(result.reports) == 3
     assert result.notes == []
 

@@ -8,11 +8,10 @@ from tests.conftest import REPOSITORY
 ORDER = ["model", "data", "train", "search", "hparam_search"]
 
 
-def imports() -> dict[str, set[str]]:
-    """Return each module of the program → the modules of it that it imports, within functions too."""
+def test_no_circle_and_no_import_against_the_arrows() -> None:
     files = [*REPOSITORY.glob("*.py"), *REPOSITORY.glob("search/*.py")]
     names = {".".join(file.relative_to(REPOSITORY).with_suffix("").parts): file for file in files}
-    found = {}
+    graph = {}  # module → the modules that it imports, within functions too
     for name, file in names.items():
         imported = set()
         for node in ast.walk(ast.parse(file.read_text())):
@@ -20,12 +19,7 @@ def imports() -> dict[str, set[str]]:
                 imported |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 imported |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-        found[name] = imported & names.keys()
-    return found
-
-
-def test_no_circle_and_no_import_against_the_arrows() -> None:
-    graph = imports()
+        graph[name] = imported & names.keys()
     assert graph["hparam_search"] >= {"data", "search.records", "search.trial"}
     list(TopologicalSorter(graph).static_order())  # raises CycleError
     for name, imported in graph.items():

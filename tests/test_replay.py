@@ -11,51 +11,31 @@ from benchmarks.samplers import best_after, nearest, search
 from search.hooks import early_stop
 
 
-def curve(loss: float, number: int = 0, epochs: int = 4) -> list[dict]:
+def curve(loss: float, number: int = 0, epochs: int = 4, pace: float = 1.0) -> list[dict]:
     """Return a config's curve: its loss stays, its accuracy grows."""
     drawn = {"config": number, "h_1": 8, "h_2": 32, "p_drop": 0.1, "lr": 0.01 * (number + 1), "train_accuracy": 0.5}
-    return [
-        drawn
-        | {"epoch": e, "loss": loss, "train_loss": loss, "accuracy": (1 - loss / 10) * e / epochs, "seconds": float(e)}
-        for e in range(1, epochs + 1)
-    ]
+    drawn |= {"loss": loss, "train_loss": loss}
+    accuracies = [(1 - loss / 10) * e / epochs for e in range(1, epochs + 1)]
+    return [drawn | {"epoch": e, "accuracy": each, "seconds": pace * e} for e, each in enumerate(accuracies, 1)]
 
 
-def asha() -> ASHAScheduler:
-    """Return one that looks after 1, 2 and 4 epochs, and lets pass what is no worse than the median of those before."""
-    return ASHAScheduler(time_attr="epoch", metric="loss", mode="min", max_t=4, grace_period=1, reduction_factor=2)
+def test_asha_on_curves_that_can_be_reckoned_by_hand() -> None:
+    curves = [curve(loss, pace=pace) for loss, pace in ((1.0, 1000.0), (2.0, 100.0), (0.5, 10.0), (3.0, 1.0))]
+    for at_once, epochs in (
+        (1, [4, 1, 4, 1]),  # the first passes; 2.0 is worse than 1.0; 0.5 is better than 1.5; 3.0 is worse than 1.0
+        (4, [4, 1, 4, 4]),  # the fastest, 3.0, is now the first; then come 0.5; 2.0, worse than 1.75; 1.0
+    ):
+        # It looks after 1, 2 and 4 epochs, and lets pass what is no worse than the median of those before.
+        asha = ASHAScheduler("epoch", "loss", "min", max_t=4, grace_period=1, reduction_factor=2)
+        assert play(curves, asha, None, at_once) == epochs
 
 
-@pytest.mark.parametrize(
-    ("losses", "at_once", "epochs"),
-    [
-        # The first passes; 2.0 is worse than 1.0; 0.5 is better than 1.5; 3.0 is worse than 1.0.
-        ([1.0, 2.0, 0.5, 3.0], 1, [4, 1, 4, 1]),
-        # In the worst order everybody passes.
-        ([3.0, 2.0, 1.0, 0.5], 1, [4, 4, 4, 4]),
-        # Two at once: 2.0 and 3.0 report after 1.0 does.
-        ([1.0, 2.0, 0.5, 3.0], 2, [4, 1, 4, 1]),
-        # All at once, they report in turn: 3.0 passes as the first, then each is better than those before.
-        ([3.0, 2.0, 1.0, 0.5], 4, [4, 4, 4, 4]),
-        # And here each is worse than the first.
-        ([0.5, 1.0, 2.0, 3.0], 4, [4, 1, 1, 1]),
-    ],
-)
-def test_asha_on_curves_that_can_be_reckoned_by_hand(losses: list[float], at_once: int, epochs: list[int]) -> None:
-    assert play([curve(loss) for loss in losses], asha(), None, at_once) == epochs
-
-
-def test_without_a_scheduler_all_run_to_their_end_or_until_they_stop_by_themselves() -> None:
+def test_without_a_scheduler_all_run_to_their_end_or_stop_by_themselves_and_what_that_costs_is_told() -> None:
     curves = [curve(loss) for loss in (1.0, 2.0, 3.0)]
     assert play(curves, FIFOScheduler(), None, 2) == [4, 4, 4]
-    stop = partial(early_stop, 4, 2, 0.1, 100)
-    assert play(curves, FIFOScheduler(), stop, 2) == [3, 3, 3]
-
-
-def test_what_was_spent_and_lost() -> None:
-    curves = [curve(loss) for loss in (1.0, 2.0)]  # 0.9 and 0.8 in the end
-    assert judge(curves, [4, 4]) == {"spent": 1.0, "found": 1.0, "lost_at": None}
-    judged = judge(curves, [2, 4])
+    assert play(curves, FIFOScheduler(), partial(early_stop, 4, 2, 0.1, 100), 2) == [3, 3, 3]
+    assert judge(curves, [4, 4, 1]) == {"spent": 0.75, "found": 1.0, "lost_at": None}
+    judged = judge(curves, [2, 4, 3])  # 0.9, 0.8 and 0.7 in the end
     assert judged == {"spent": 0.75, "found": pytest.approx(0.8 / 0.9), "lost_at": 2}
 
 

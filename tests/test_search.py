@@ -19,11 +19,13 @@ import hparam_search
 from data import make_synthetic
 from hparam_search import main
 from search.best_model import load_model, read_best_model, read_model
+from search.records import open_search
 from search.sampler import suggest_config
 from search.trial import weights_path
-from tests.conftest import REPOSITORY, SMALL_IMAGES, Finished, figures, make_small, opened, read_csv, run_search
+from tests.conftest import REPOSITORY, SMALL_IMAGES, Finished, figures, make_small, read_csv, run_search
 from train import evaluate, evaluation_batches
 
+pytestmark = pytest.mark.usefixtures("small_search")
 DATA = make_synthetic(**SMALL_IMAGES)
 
 
@@ -45,9 +47,7 @@ def test_results_have_a_row_per_trial_with_its_best_epoch(finished: Finished) ->
         assert (row["lr"], row["status"], row["max_epochs"]) == (str(trial.config["lr"]), "TERMINATED", "10")
         assert row["ended_because"] == ("all epochs done" if row["epochs"] == "10" else "stopped by the scheduler")
     assert {row["ended_because"] for row in finished.rows} == {"all epochs done", "stopped by the scheduler"}
-
-
-def test_disk_holds_the_two_best_models_and_no_training_states(finished: Finished) -> None:
+    # The two best models are on the disk, and no training states.
     kept = sorted(str(path.relative_to(finished.folder)) for path in finished.folder.glob("*/weights_*.pt"))
     assert kept == sorted(row["weights"] for row in finished.rows if row["weights"])
     assert len(kept) == 2
@@ -132,8 +132,8 @@ def test_terminal_shows_the_recap_and_why_each_trial_ended(finished: Finished) -
     ]
 
 
-def test_resuming_or_listing_a_finished_search_trains_nothing(
-    finished: Finished, small_search: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+def test_finished_search_is_resumed_and_listed_without_training_or_refused(
+    finished: Finished, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     before = {path: path.read_bytes() for path in finished.folder.rglob("*") if path.is_file()}
     monkeypatch.setattr(hparam_search.tuner, "running_ray", lambda: pytest.fail("Ray was started"))
@@ -150,11 +150,7 @@ def test_resuming_or_listing_a_finished_search_trains_nothing(
     validation, test = finished.metrics["val_accuracy"], finished.metrics["test_accuracy"]
     assert re.search(rf"\nit +finished +4/4 +{validation:.4f} +{test:.4f}\n", capsys.readouterr().out)
 
-
-@pytest.mark.usefixtures("small_search")
-def test_another_space_or_objective_is_refused_on_resume(
-    finished: Finished, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+    # It is not continued with another space or objective.
     for name, value, words in (
         ("QUICK_SPACE", {**hparam_search.QUICK_SPACE, "lr": tune.loguniform(1e-3, 1e-1)}, "'lr' is {'lower': 0.001"),
         ("MODE", "min", "'mode' is min, but was max when the search began"),
@@ -178,14 +174,16 @@ class OverInTheFirstTrial(tune.Stopper):
         return self.epochs == 3
 
 
-@pytest.mark.usefixtures("small_search")
 def test_search_grown_step_by_step_ends_as_if_asked_for_everything_at_first(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     folder = tmp_path / "it"
     # A budget that is spent at once: nothing has been trained.
     assert run_search(folder, "--max-epochs", 10, "--num-samples", 1, "--time-budget", "0.001s") == 1
-    assert re.search(rf"budget is spent\. To resume: .* --resume {folder} --time-budget ", capsys.readouterr().out)
+    printed = capsys.readouterr()
+    assert re.search(rf"budget is spent\. To resume: .* --resume {folder} --time-budget ", printed.out)
+    assert printed.err.endswith("No trial has a model, so there is no best model.\n")
+    assert not (folder / "best_model").exists()
     assert main(["--resume", str(folder)]) == 1
     assert "The time budget is spent. To resume: " in capsys.readouterr().out
 
@@ -230,8 +228,8 @@ def for_the_lowest_loss(ray_started: str, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.skipif(not find_spec("optuna"), reason="optuna is not installed")
-def test_tpe_draws_each_trial_by_the_outcomes_before_it(for_the_lowest_loss: Path, small_search: None) -> None:
-    search, outcomes = opened(for_the_lowest_loss), []
+def test_tpe_draws_each_trial_by_the_outcomes_before_it(for_the_lowest_loss: Path) -> None:
+    search, outcomes = open_search(for_the_lowest_loss, {}), []
     space = hparam_search.search_space(search.settings)
     for i, trial in enumerate(search.trials.values()):
         assert trial.config == suggest_config(space, 0, i, outcomes, startup=1)
@@ -242,7 +240,7 @@ def test_tpe_draws_each_trial_by_the_outcomes_before_it(for_the_lowest_loss: Pat
 
 
 def test_models_are_those_of_the_lowest_losses(for_the_lowest_loss: Path) -> None:
-    search, rows = opened(for_the_lowest_loss), read_csv(for_the_lowest_loss)
+    search, rows = open_search(for_the_lowest_loss, {}), read_csv(for_the_lowest_loss)
     trials = sorted(search.trials.values(), key=lambda trial: min(report.loss for report in trial.reports))
     most_accurate = [max(trial.reports, key=lambda report: report.accuracy).loss for trial in trials]
     lowest = [min(report.loss for report in trial.reports) for trial in trials]

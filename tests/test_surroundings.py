@@ -14,8 +14,9 @@ from ray import tune
 import hparam_search
 from hparam_search import main
 from search.files import read_lines
+from search.records import open_search
 from tests import conftest
-from tests.conftest import EXAMPLE, NAMESPACE, REPOSITORY, Finished, figures, node, opened, quick, read_csv, run_search
+from tests.conftest import EXAMPLE, NAMESPACE, REPOSITORY, Finished, figures, node, quick, read_csv, run_search
 
 # A notebook somewhere else, or a script, that calls the search.
 CALLER = """
@@ -52,26 +53,20 @@ def test_search_from_another_folder_and_without_an_output_finds_the_same(finishe
     folder = tmp_path / "my outputs" / "it"
     assert figures(folder) == figures(finished.folder)
     if hasattr(os, "sched_setaffinity"):
-        assert opened(folder).resources == "1/1 CPUs, 0/0 GPUs"
+        assert open_search(folder, {}).resources == "1/1 CPUs, 0/0 GPUs"
     assert not (tmp_path / "~").exists()
     assert not list(folder.glob(".*"))
 
 
-@pytest.mark.usefixtures("small_search")
-def test_ray_that_cannot_be_joined_is_refused(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    def init(address: str, **options: object) -> None:
-        assert ":" not in address[5:], "Ray would wait for minutes"
-        raise ValueError("as Ray does with what is not an address")
-
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray, "init", init)
-    for address in ("nonsense", "http://there", "127.0.0.1:1", "127.0.0.1:99999"):
-        monkeypatch.setenv("RAY_ADDRESS", address)
-        assert run_search(tmp_path / "it") == 2
+def test_ray_that_cannot_be_joined_is_refused(ray_started: str, tmp_path: Path) -> None:
+    for i, address in enumerate(("nonsense", "http://there", "127.0.0.1:1", "127.0.0.1:99999")):
+        output = tmp_path / f"output_{i}.txt"
+        process = conftest.start(address, quick(tmp_path / "it"), output)
+        process.join(30)  # Ray alone would wait for minutes
+        process.kill()
+        assert process.exitcode == 2, output.read_text()
         sentence = f"no Ray cluster answers at RAY_ADDRESS {address!r}; start one there, or unset it."
-        assert capsys.readouterr().err == f"hparam_search.py: {sentence}\n"
+        assert output.read_text().endswith(f"\nhparam_search.py: {sentence}\n")
 
 
 def test_home_is_replaced_in_a_container_without_one() -> None:
@@ -140,7 +135,7 @@ def test_node_that_does_not_see_the_folder_fails_its_trials_with_a_sentence(clus
         process = conftest.start(cluster, quick(folder, *flags), output, wait_for_node, "blind", 1, 0)
         process.join(120)
     assert process.exitcode == 0, output.read_text()
-    (failed,) = [trial for trial in opened(folder).trials.values() if trial.error]
+    (failed,) = [trial for trial in open_search(folder, {}).trials.values() if trial.error]
     sentence = f"this machine does not see {folder}; pass an --output-dir on a disk that all machines share"
     assert failed.error == f"OSError: {sentence}"
     assert f"{failed.name} failed: OSError: {sentence}.\n" in output.read_text()

@@ -1,11 +1,12 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from data import Batches
 from model import SmallResNet
 from tests.helpers import CONFIG, CPU, IMAGES, VALIDATION
-from train import SCHEDULES, evaluate, evaluation_batches, new_training, predict, train_epochs
+from train import SCHEDULES, evaluation_batches, new_training, predict, train_epochs
 
 PLAIN = CONFIG | {"nesterov": False, "weight_decay": 0.0, "augment": False, "schedule": "constant", "p_drop": 0.0}
 PLAIN |= {"ema_decay": 0.0, "lr": 0.01}
@@ -13,8 +14,18 @@ OTHER = PLAIN | {"nesterov": True, "weight_decay": 0.1, "label_smoothing": 0.3, 
 
 
 @pytest.fixture(autouse=True)
-def float32(monkeypatch: pytest.MonkeyPatch) -> None:
+def float32_and_small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("train.autocast_dtype", lambda device: None)
+    monkeypatch.setattr("train.EVALUATION_BATCH_SIZE", 7)  # the last batch is smaller
+
+
+def test_model_has_the_size_that_its_docstring_names() -> None:
+    for (h_1, h_2), parameters, flops in (((64, 512), 5.2e6, 0.42e9), ((128, 1024), 20.5e6, 1.51e9)):
+        model = SmallResNet(h_1, h_2, 0.1)
+        with FlopCounterMode(display=False) as counter:
+            assert model(torch.randn(1, 3, 32, 32)).shape == (1, 100)
+        assert counter.get_total_flops() == pytest.approx(flops, rel=0.01)
+        assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(parameters, rel=0.01)
 
 
 @pytest.mark.parametrize("config", [PLAIN, OTHER])
@@ -68,12 +79,9 @@ def test_schedules_peak_at_the_given_rate_and_anneal() -> None:
     assert rates == pytest.approx([0.05 * SCHEDULES["one_cycle"](t) for t in (1 / 8, 3 / 8, 5 / 8, 7 / 8)])
 
 
-def test_evaluation_and_prediction_count_every_image_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, labels = new_training(CONFIG, 5, CPU).model, IMAGES.val_labels
-    monkeypatch.setattr("train.EVALUATION_BATCH_SIZE", 7)  # the last batch is smaller
-    batches = evaluation_batches(IMAGES, "val", CPU)
+def test_each_image_has_one_prediction() -> None:
+    model = new_training(CONFIG, 5, CPU).model
+    predicted = predict(model, evaluation_batches(IMAGES, "val", CPU))
     with torch.no_grad():
         logits = torch.cat([model.eval()(image[None]) for image in next(VALIDATION.epoch())[0]])
-    expected = F.cross_entropy(logits, labels).item(), (logits.argmax(1) == labels).float().mean().item()
-    assert evaluate(model, batches) == pytest.approx(expected, rel=1e-4)
-    torch.testing.assert_close(predict(model, batches), logits.softmax(1), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(predicted, logits.softmax(1), rtol=1e-3, atol=1e-4)
