@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from search.console import run_program
+from tests.helpers import disk_full_after
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"])
@@ -49,3 +50,15 @@ def test_output_that_fails_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
         with contextlib.suppress(AttributeError):
             stream.flush()  # as Python does when it exits
     assert ascii_bytes.getvalue().endswith(b"??? 32?32\nto stderr\n")
+
+
+def test_output_continues_once_a_full_disk_has_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def work() -> int:
+        with disk_full_after(10):
+            print("a long line", flush=True)
+        return bool(print("room again"))
+
+    with (tmp_path / "log").open("w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert run_program("it", work) == 0
+    assert (tmp_path / "log").read_text().endswith("\nroom again\n")

@@ -167,6 +167,7 @@ BAD = "train/a/02.png"  # read before others, but not first
         (lambda folder: (folder / "train/b/note.txt").unlink(), "b has 4 images, but a class needs at least 5"),
         (lambda folder: os.mkfifo(folder / BAD), f"{BAD} is not a regular file"),
         (lambda folder: (folder / BAD).symlink_to("nowhere"), f"{BAD} is not a regular file"),
+        (lambda folder: (folder / BAD).symlink_to(folder), f"{BAD} is not a regular file"),  # a loop
         (lambda folder: (folder / BAD).write_text("no image"), f"{BAD} cannot be read as an image"),
         (lambda folder: Image.new("1", (10_000, 5_001)).save(folder / BAD), f"{BAD} has more than 50,000,000 pixels"),
         (lambda folder: DAMAGES[0](shutil.copy(folder / "train/a/000.png", folder / BAD)), f"{BAD} cannot be read"),
@@ -287,7 +288,7 @@ def test_cifar100_is_downloaded_once_and_if_damaged_again(tmp_path: Path, monkey
     monkeypatch.setattr(CIFAR100, "url", f"http://127.0.0.1:{server.server_port}/{CIFAR100.filename}")
 
     local = tmp_path / CIFAR100.filename
-    words = f"can neither be read from {tmp_path} nor downloaded .*; put http.*gz there, or use --dataset synthetic"
+    words = f"can neither be read from {tmp_path} nor downloaded .*; put an intact copy of http.*gz there, or use"
     for attribute, value in (("tgz_md5", "0" * 32), ("url", f"http://127.0.0.1:9/{CIFAR100.filename}")):
         local.write_bytes(b"half of an archive")
         with monkeypatch.context() as patch:

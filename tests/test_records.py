@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from data import InputError
-from search.files import dumps
+from search.files import dumps, read_lines
 from search.records import FORMAT, open_search
 from search.settings import Settings
 from tests.helpers import END, NAN, add, disk_full_after, report, search_in, tell
@@ -81,11 +81,16 @@ def test_best_epochs_and_trials_are_those_of_the_objective(metric: str, mode: st
 
 
 def test_only_an_intact_search_is_resumed_and_settings_only_grow(tmp_path: Path) -> None:
-    search_in(tmp_path, num_samples=3)
+    add(search_in(tmp_path, num_samples=3), 0.5)
     assert open_search(tmp_path, {"num_samples": 4, "repeats": 2}).settings == Settings(num_samples=4, repeats=2)
     with pytest.raises(InputError, match="--num-samples 2 is less than the search has; use at least 3"):
         open_search(tmp_path, {"num_samples": 2})
-    damaged = (tmp_path / "search.json").read_text().replace("3", "4")
+    damaged, log = (tmp_path / "search.json").read_text().replace("3", "4"), tmp_path / "log.jsonl"
+    drawn, reported = read_lines(log)[0]
+    del reported["train_loss"]
+    log.write_text(dumps(drawn) + "\n" + dumps(reported) + "\n")
+    with pytest.raises(InputError, match="another version"):
+        open_search(tmp_path, {})
     for text in (dumps({"format": FORMAT - 1}), damaged):
         (tmp_path / "search.json").write_text(text)
         with pytest.raises(InputError, match=r"json is damaged, or from another version; start a new search"):

@@ -69,6 +69,13 @@ def test_ray_that_cannot_be_joined_is_refused(ray_started: str, tmp_path: Path) 
         assert output.read_text().endswith(f"\nhparam_search.py: {sentence}\n")
 
 
+@pytest.mark.usefixtures("small_search")
+def test_sigterm_while_ray_starts_is_a_signal_like_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **options: sys.exit(15))  # as the handler that Ray has set by then
+    assert run_search(tmp_path / "it") == 143
+
+
 def test_home_is_replaced_in_a_container_without_one() -> None:
     command = [sys.executable, "-c", "import search; from pathlib import Path; print(Path.home())"]
     home = subprocess.check_output(command, cwd=REPOSITORY, env=os.environ | {"HOME": "~"}, text=True)

@@ -3,7 +3,7 @@ import ray
 
 from data import InputError
 from search.settings import Settings
-from search.tuner import local_options, share_resources
+from search.tuner import share_resources
 
 
 def test_resources_are_shared_equally_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -17,10 +17,3 @@ def test_resources_are_shared_equally_or_refused(monkeypatch: pytest.MonkeyPatch
         assert share_resources(Settings(**flags), num_trials) == ({"cpu": shared[0], "gpu": shared[1]}, *shared[2:])
     with pytest.raises(InputError, match="--gpus-per-trial 3 exceeds the 2 available; use at most that"):
         share_resources(Settings(gpus_per_trial=3), 2)
-
-
-def test_sockets_lie_where_their_paths_are_short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RAY_TMPDIR", raising=False)
-    for folder, chosen in (("/var/tmp", "/var/tmp/ray"), ("/tmp/" + "long" * 20, "/tmp/ray")):
-        monkeypatch.setattr("tempfile.gettempdir", lambda folder=folder: folder)
-        assert local_options()["_temp_dir"] == chosen
