@@ -184,7 +184,7 @@ class Recorder(tune.Callback):
                 self.failure = ConnectionError("Ray died on this machine, perhaps out of memory; resume the search")
         if self.interrupted.is_set() or self.failure:
             self.on_experiment_end(trials)
-            raise self.failure if self.failure else SystemExit
+            raise SystemExit
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: object) -> None:
         self.progress.update(self.search, running(trials))
@@ -234,9 +234,11 @@ class Recorder(tune.Callback):
     def on_experiment_end(self, trials: list, **info: object) -> None:
         self.board.close_all()
         self.progress.erase()
+        if self.failure:
+            raise self.failure
 
     def record(self, kind: str, **details: object) -> bool:
-        """Record an event; return False if that fails, which ends the search at its next step.
+        """Record an event; return False if that fails, which ends the search at its next step or its end.
 
         (Tune would take an error raised here for the trial's.)
         """
