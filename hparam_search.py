@@ -129,14 +129,14 @@ def new_search(settings: Settings) -> int:
     with tuner.running_ray():
         tuner.share_resources(settings, len(trials))  # refuses flags that exceed this machine
         search = records.create_search(settings, drawn_from, dataset, objective)
-        with records.locked(search.folder):
+        with records.lock_search(search.folder):
             search.draw(trials)
             return run(search, dataset)
 
 
 def resume_search(folder: Path, changes: dict) -> int:
     """Continue the search in a folder, with changed settings, and return the exit code."""
-    with records.locked(folder):
+    with records.lock_search(folder):
         search = records.open_search(folder, changes)
         missing = [trial for trial in search.repeats(REPEATED_TRIALS) if trial.name not in search.trials]
         complete = search.trials and not (search.unfinished() or missing or search.damaged or "num_samples" in changes)

@@ -16,7 +16,7 @@ from torch import nn
 from data import Dataset, InputError, usable_cpus
 from model import SmallResNet
 from search.files import atomic_write, load_tensors, loads, write_json
-from search.records import Search, shown
+from search.records import Search, short_path
 from search.space import check_space
 from search.tensorboard import show_best_model
 from search.trial import weights_path
@@ -34,7 +34,7 @@ def evaluate_best_model(search: Search, dataset: Dataset, source: dict) -> dict 
     """
     folder = search.folder / BEST_MODEL
     if folder.exists() and not read_metrics(folder):
-        print(f"{shown(folder)} is damaged; rebuilding it.", file=sys.stderr)
+        print(f"{short_path(folder)} is damaged; rebuilding it.", file=sys.stderr)
     torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
     for i, trial in enumerate(search.ranking()):
         path = weights_path(search.folder / trial.name, trial.best.epoch)

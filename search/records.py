@@ -207,7 +207,7 @@ def new_folder(settings: Settings) -> Path:
     name = settings.name or datetime.now().strftime("search_%Y-%m-%d_%H-%M-%S")
     folder = Path(settings.output_dir).absolute() / name
     if settings.name and folder.exists():
-        raise InputError(f"{shown(folder)} already exists; choose another --name, or --resume it")
+        raise InputError(f"{short_path(folder)} already exists; choose another --name, or --resume it")
     parent = next(parent for parent in folder.parents if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"{parent} is not a writable folder; choose another --output-dir")
@@ -245,7 +245,7 @@ def open_search(folder: Path, changes: dict) -> Search:
         for event in events:
             search.apply(event)
     except OSError as error:
-        raise InputError(f"no search found in {shown(folder)!r}; pass a search folder such as outputs/NAME") from error
+        raise InputError(f"no search found in {short_path(folder)!r}; pass a folder such as outputs/NAME") from error
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path} is damaged, or from another version; start a new search") from error
     for key in GROWABLE:
@@ -282,13 +282,13 @@ def check_same_images(search: Search, dataset: Dataset) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def lock_search(folder: Path) -> Iterator[None]:
     """Keep other processes from running the search in a folder; if this one is interrupted, say how to resume.
 
     Raises InputError if another process is running it, or there is no such folder.
     """
     if not folder.is_dir():
-        raise InputError(f"no search found in {shown(folder)!r}; pass a search folder such as outputs/NAME")
+        raise InputError(f"no search found in {short_path(folder)!r}; pass a folder such as outputs/NAME")
     with lock(folder) as free:
         if not free:
             raise InputError("another process is running this search; wait for it to finish, or stop it")
@@ -304,9 +304,9 @@ def locked(folder: Path) -> Iterator[None]:
 def resume_command(folder: Path) -> str:
     """Return the command that continues the search in a folder."""
     script = Path(__file__).resolve().parents[1] / "hparam_search.py"
-    return shlex.join(["python", shown(script), "--resume", shown(folder)])
+    return shlex.join(["python", short_path(script), "--resume", short_path(folder)])
 
 
-def shown(path: Path) -> str:
+def short_path(path: Path) -> str:
     """Return an absolute path as one would type it: relative if it is below the working directory."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

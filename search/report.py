@@ -15,7 +15,7 @@ import pandas
 from data import InputError
 from search.best_model import BEST_MODEL, read_best_model
 from search.files import atomic_write, lock
-from search.records import SEARCH_FILE, TRIAL_PREFIX, Search, Trial, open_search, shown
+from search.records import SEARCH_FILE, TRIAL_PREFIX, Search, Trial, open_search, short_path
 from search.space import end_of_range
 from search.trial import weights_path
 
@@ -90,8 +90,8 @@ def recap_best(search: Search, metrics: dict) -> str:
         *(f'    "{name}": {best.config[name]!r},' for name in search.searched),
         *(f"  validation {key}: {metrics[f'val_{key}']:.4f}" for key in search.objective.shown),
         f"  test accuracy: {metrics['test_accuracy']:.4f}",
-        f"Best model: {shown(search.folder / BEST_MODEL)}",
-        f"TensorBoard: {shlex.join(['tensorboard', '--logdir', shown(search.folder.parent)])}",
+        f"Best model: {short_path(search.folder / BEST_MODEL)}",
+        f"TensorBoard: {shlex.join(['tensorboard', '--logdir', short_path(search.folder.parent)])}",
         f"Early stopping saved {saved} of {planned} epochs.",
         *rungs(search, ended),
         *importance(search, ended),
@@ -195,7 +195,7 @@ def list_searches(output_dir: Path) -> str:
             row |= {"validation": cell(ranking[0].best.accuracy if ranking else None, ".4f")}
             row |= {"test": cell(metrics.get("test_accuracy"), ".4f")}
         rows.append(row)
-    return table(rows) if rows else f"No searches found in {shown(output_dir)}."
+    return table(rows) if rows else f"No searches found in {short_path(output_dir)}."
 
 
 def cell(value: object, digits: str = ".3g") -> str:

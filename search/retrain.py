@@ -21,7 +21,7 @@ import torch
 from data import Dataset, InputError, read_images, usable_cpus
 from search.best_model import read_model, score_on_test, write_model
 from search.console import run_program
-from search.records import Objective, new_folder, shown
+from search.records import Objective, new_folder, short_path
 from search.settings import Parser, Settings, flag, folder_name
 from search.space import check_space
 from train import CONFIG_KEYS, best_device, new_training, train_epochs
@@ -98,7 +98,7 @@ def retrain(given: dict) -> int:
         print(f"validation accuracy: {kept.accuracy:.4f}, at epoch {kept.epoch}")
     metrics |= score_on_test(model, dataset)
     write_model(folder, model, config, dataset, {"images": source, "objective": about["objective"]}, metrics)
-    print(f"test accuracy: {metrics['test_accuracy']:.4f}", f"Model: {shown(folder)}", sep="\n")
+    print(f"test accuracy: {metrics['test_accuracy']:.4f}", f"Model: {short_path(folder)}", sep="\n")
     return 0
 
 

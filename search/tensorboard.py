@@ -128,14 +128,14 @@ def show_best_model(folder: Path, probabilities: Tensor, labels: Tensor, images:
     wrong = wrong[confidence[wrong].argsort(descending=True)][:MISTAKES_SHOWN]
     captions = [f"is {classes[labels[i]]}\nseen as {classes[predicted[i]]} {confidence[i]:.2f}" for i in wrong]
     with SummaryWriter(str(folder)) as writer:
-        writer.add_image("best_model/confusion_matrix", np.array(confusion_matrix(shares, classes)), dataformats="HWC")
+        writer.add_image("best_model/confusion_matrix", np.array(draw_confusion(shares, classes)), dataformats="HWC")
         table = "\n".join(f"| {name} | {share:.3f} |" for share, name in rows)
         writer.add_text("best_model/accuracy_by_class", f"| class | accuracy |\n| --- | --- |\n{table}")
-        mistakes = captioned(images[wrong], captions)
+        mistakes = draw_mistakes(images[wrong], captions)
         writer.add_image("best_model/most_confident_mistakes", np.array(mistakes), dataformats="HWC")
 
 
-def confusion_matrix(shares: Tensor, classes: tuple) -> Image.Image:
+def draw_confusion(shares: Tensor, classes: tuple) -> Image.Image:
     """Draw a confusion matrix, float (C, C) from 0 to 1: a row per true class, a column per predicted one."""
     cell = max(10, min(40, 900 // len(classes)))
     font = ImageFont.load_default(min(14, cell))
@@ -152,7 +152,7 @@ def confusion_matrix(shares: Tensor, classes: tuple) -> Image.Image:
     return picture
 
 
-def captioned(images: Tensor, captions: list[str]) -> Image.Image:
+def draw_mistakes(images: Tensor, captions: list[str]) -> Image.Image:
     """Draw enlarged images, uint8 (N, 32, 32, 3), in rows of 5, each above its caption of two lines."""
     font, side = ImageFont.load_default(11), 96
     width = math.ceil(max([side, *(font.getlength(line) for text in captions for line in text.splitlines())])) + 12
