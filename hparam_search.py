@@ -213,7 +213,7 @@ def fit(search: records.Search, trials: list[records.Trial], dataset: Dataset) -
         try:
             console.run_in_thread(tuned.fit, recorder.interrupted)
         finally:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # a full disk has ended the search, and must not hide why
                 search.record("stopped")
 
 

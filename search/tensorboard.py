@@ -34,7 +34,7 @@ class Board:
 
     def __init__(self, search: Search) -> None:
         self.search = search
-        self.writers: dict[str, Any] = {}  # folder → SummaryWriter, while it is written to
+        self.writers: dict[str, Any] = {}  # a trial's name, or "" for the search → SummaryWriter
 
     def write(self, trial: Trial, num_running: int) -> None:
         """Write a trial's latest report, and the search's progress; raise OSError if they cannot be written."""
