@@ -13,6 +13,7 @@ import multiprocessing
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -49,6 +50,12 @@ def prepare(images: Dataset) -> None:
     torch.set_num_threads(1)
 
 
+def first_images(dataset: Dataset, count: int) -> Dataset:
+    """Return a dataset with only the first training images of each class."""
+    kept = torch.cat([(dataset.train_labels == i).nonzero()[:count, 0] for i in range(len(dataset.classes))])
+    return replace(dataset, train_images=dataset.train_images[kept], train_labels=dataset.train_labels[kept])
+
+
 def read_curves(path: Path) -> dict[int, list[dict]]:
     """Read a CSV that main wrote: config → its rows, one per epoch in order, with the keys of COLUMNS."""
     curves = {}
@@ -71,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dataset", choices=("cifar100", "folder", "synthetic"), default="cifar100")
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--classes", type=int, help="train on only the first N classes, to save time", metavar="N")
+    parser.add_argument("--images", type=int, help="train on only N images of each class, to save time", metavar="N")
     parser.add_argument("--h-1", type=int, nargs="+", help="widths to use (default: those of param_space)")
     parser.add_argument("--h-2", type=int, nargs="+", help="widths to use (default: those of param_space)")
     parser.add_argument("--epochs", type=int, default=param_space["epochs"])
@@ -82,6 +90,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     images = read_images(args.dataset, args.data_dir, {})
     if args.classes:
         images = first_classes(images, args.classes)
+    if args.images:
+        images = first_images(images, args.images)
     widths = {key: tune.grid_search(values) for key, values in (("h_1", args.h_1), ("h_2", args.h_2)) if values}
     args.output.mkdir(parents=True, exist_ok=True)
     for recipe in args.recipe or RECIPES:

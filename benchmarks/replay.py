@@ -1,11 +1,11 @@
-"""What a scheduler spends and loses: Ray's own schedulers on recorded curves, in hundreds of random searches.
+"""What a scheduler spends and loses: the search's own and Ray's on recorded curves, in hundreds of random searches.
 
     python -m benchmarks.curves …     # records benchmarks/curves/default.csv
     python -m benchmarks.replay       # prints a table; with --plot FILE.png, draws it with matplotlib
 
 A search draws some of the recorded configs, in random order, and trains several at once; an epoch takes as long as it
-took when it was recorded. The accuracy found is compared with the best that training all drawn configs to the end would
-have found. The winner, the trial with that accuracy, is lost if it was stopped before reaching it.
+took when it was recorded. The winner, the trial with the best accuracy if all were trained to the end, is lost if it
+was stopped before reaching that.
 """
 
 import argparse
@@ -15,8 +15,9 @@ import importlib.util
 import itertools
 import math
 import random
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,11 +25,21 @@ import numpy as np
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
 from benchmarks.curves import FOLDER, read_curves
-from hparam_search import GRACE_PERIOD, MAX_SECONDS_PER_TRIAL, MIN_DELTA, PATIENCE, REDUCTION_FACTOR
+from hparam_search import (
+    GRACE_PERIOD,
+    KEEP,
+    MAX_SECONDS_PER_TRIAL,
+    MIN_DELTA,
+    PATIENCE,
+    REDUCTION_FACTOR,
+    new_scheduler,
+)
+from search.halving import Promotion
 from search.hooks import early_stop
+from search.records import TRIAL_PREFIX, Trial
+from search.settings import Settings
 
 Curve = list[dict]  # the reports of a config, one per epoch, with the keys of curves.COLUMNS
-GOOD_LR = 0.01  # a config that one would try first has half to twice this learning rate
 
 
 class Controller:
@@ -38,13 +49,13 @@ class Controller:
         return []
 
 
-class Trial:
-    """The part of a trial that these schedulers use."""
+@dataclass
+class Played:
+    """What a simulated search did."""
 
-    status = "RUNNING"
-
-    def __init__(self, number: int) -> None:
-        self.trial_id = str(number)
+    order: list[Trial]  # the trials that reported, an entry per epoch
+    idle: float  # seconds in which workers had nothing to do, until the last trial ended, summed over the workers
+    states: int  # the most trials that were paused or running at a time, each with a training state on disk
 
 
 def own_early_stop(max_epochs: int) -> Callable[[list], str | None]:
@@ -52,171 +63,173 @@ def own_early_stop(max_epochs: int) -> Callable[[list], str | None]:
     return functools.partial(early_stop, max_epochs, PATIENCE, MIN_DELTA, MAX_SECONDS_PER_TRIAL)
 
 
+def new_trials(count: int) -> list[Trial]:
+    """Return the trials of a search that has not begun."""
+    return [Trial(f"{TRIAL_PREFIX}{i:05}") for i in range(count)]
+
+
 def play(
-    curves: Iterable[Curve], scheduler: TrialScheduler, stop: Callable[[list], str | None] | None, at_once: int,
-    ended: dict[int, int] | None = None,
-) -> list[int]:  # fmt: skip
-    """Simulate a search, and return for how many epochs each of its trials was trained.
+    trials: Sequence[Trial], curve_of: Callable[[Trial], Curve], scheduler: TrialScheduler,
+    stop: Callable[[list], str | None] | None, at_once: int,
+) -> Played:  # fmt: skip
+    """Simulate a search, in which the trials get their reports.
 
     Args:
-        curves: the curves of its trials, in starting order, consumed as trials start.
-        scheduler: a new Ray scheduler with epochs as its time.
+        trials: its trials, in starting order.
+        curve_of: returns the curve of a trial; called when the trial starts.
+        scheduler: a new scheduler with epochs as its time, for these trials: Ray's, or Promotion.
         stop: see early_stop, or None; called before the scheduler.
         at_once: how many trials run at once.
-        ended: filled with number → epochs of the trials as they end, so that `curves` may depend on it.
     """
-    controller, waiting = Controller(), enumerate(curves)
-    ended = {} if ended is None else ended
-    running = []  # a heap of (time of the next report, number, trial, curve, epochs reported)
+    controller, curves = Controller(), {}
+    running = []  # a heap of (time of the next report, name, trial)
+    played, now = Played([], 0.0, 0), 0.0
 
-    def begin(now: float) -> None:
-        for i, curve in itertools.islice(waiting, 1):
-            trial = Trial(i)
-            scheduler.on_trial_add(controller, trial)
-            heapq.heappush(running, (now + curve[0]["seconds"], i, trial, curve, 0))
+    def take() -> Trial | None:
+        busy = [trial for *_, trial in running]
+        waiting = [trial for trial in trials if not trial.end and trial not in busy]
+        return scheduler.choose(waiting) if isinstance(scheduler, Promotion) else next(iter(waiting), None)
 
-    for _ in range(at_once):
-        begin(0.0)
-    while running:
-        now, i, trial, curve, epochs = heapq.heappop(running)
-        row, epochs = curve[epochs], epochs + 1
-        stopped = stop is not None and stop([SimpleNamespace(**each) for each in curve[:epochs]])
-        stopped = stopped or scheduler.on_trial_result(controller, trial, row) == TrialScheduler.STOP
-        if stopped or epochs == len(curve):
-            scheduler.on_trial_complete(controller, trial, row)
-            ended[i] = epochs
-            begin(now)
-        else:
-            heapq.heappush(running, (now + curve[epochs]["seconds"] - row["seconds"], i, trial, curve, epochs))
-    return [ended[i] for i in sorted(ended)]
+    def run(trial: Trial) -> None:
+        curve, epochs = curves[trial], len(trial.reports)
+        seconds = curve[epochs]["seconds"] - (curve[epochs - 1]["seconds"] if epochs else 0.0)
+        heapq.heappush(running, (now + seconds, trial.name, trial))
+
+    while True:
+        while len(running) < at_once and (trial := take()):
+            if trial not in curves:
+                curves[trial] = curve_of(trial)
+                scheduler.on_trial_add(controller, trial)
+            trial.paused = False
+            run(trial)
+        if not running:
+            return played
+        played.states = max(played.states, len(running) + sum(trial.paused for trial in trials))
+        played.idle += (at_once - len(running)) * (running[0][0] - now)
+        now, _, trial = heapq.heappop(running)
+        report = SimpleNamespace(**curves[trial][len(trial.reports)])
+        stopped = stop is not None and stop([*trial.reports, report])
+        decision = TrialScheduler.STOP if stopped else scheduler.on_trial_result(controller, trial, vars(report))
+        trial.reports.append(report)
+        played.order.append(trial)
+        trial.paused = decision == TrialScheduler.PAUSE
+        if decision == TrialScheduler.STOP or len(trial.reports) == len(curves[trial]):
+            trial.end = "ended"
+            scheduler.on_trial_complete(controller, trial, vars(report))
+        elif not trial.paused:
+            run(trial)
+        if isinstance(scheduler, Promotion):
+            for beaten in scheduler.beaten():
+                beaten.paused, beaten.end = False, "ended"
 
 
-def judge(curves: list[Curve], epochs: list[int]) -> dict:
-    """Return the outcome of a search: spent (share of all epochs), found (share of the best accuracy), lost_at.
-
-    lost_at is the epoch at which the winner was stopped before its best epoch, or None.
-    """
-    best_of_each = [max(row["accuracy"] for row in curve) for curve in curves]
-    found = max(max(row["accuracy"] for row in curve[:n]) for curve, n in zip(curves, epochs, strict=True))
-    winner = int(np.argmax(best_of_each))
-    reached = max(row["accuracy"] for row in curves[winner][: epochs[winner]])
-    return {
-        "spent": sum(epochs) / sum(map(len, curves)),
-        "found": found / max(best_of_each),
-        "lost_at": None if reached == max(best_of_each) else epochs[winner],
-    }
-
-
-def schedulers(max_epochs: int) -> dict[str, Callable[[], TrialScheduler]]:
-    """Return name → a function that builds a new scheduler."""
+def new_schedulers(max_epochs: int) -> dict[str, Callable[[list[Trial]], TrialScheduler]]:
+    """Return name → a function that builds a new scheduler for some trials."""
     loss = {"time_attr": "epoch", "metric": "loss", "mode": "min"}
-    accuracy = {"time_attr": "epoch", "metric": "accuracy", "mode": "max"}
-    made = {"none": FIFOScheduler}
-    graces = [grace for grace in (1, 2, 3, 5) if grace <= max_epochs]
-    for judged_by, grace, factor in itertools.product((loss, accuracy), graces, (2, 3, 4)):
-        figures = judged_by | {"max_t": max_epochs, "grace_period": grace, "reduction_factor": factor}
-        name = f"asha, {judged_by['metric']}, grace {grace}, factor {factor}"
-        made[name] = functools.partial(ASHAScheduler, **figures)
-    for grace in graces:
-        figures = loss | {"grace_period": grace, "min_time_slice": math.inf}
-        made[f"median, loss, grace {grace}"] = functools.partial(MedianStoppingRule, **figures)
+    made = {"none": lambda trials: FIFOScheduler()}
+    for grace, factor in itertools.product((1, 2, 3), (2, 3, 4)):
+        asha = functools.partial(ASHAScheduler, **loss, max_t=max_epochs, grace_period=grace, reduction_factor=factor)
+        made[f"asha, grace {grace}, factor {factor}"] = lambda trials, asha=asha: asha()
+        for keep in (1, 2, 3):
+            settings = Settings(grace_period=grace, reduction_factor=factor, keep=keep)
+            promote = functools.partial(new_scheduler, settings, max_epochs=max_epochs)
+            made[f"promote, grace {grace}, factor {factor}, keep {keep}"] = promote
+    median = functools.partial(MedianStoppingRule, **loss, grace_period=3, min_time_slice=math.inf)
+    made["median, grace 3"] = lambda trials: median()
     return made
 
 
-def replay(
-    curves: list[Curve], new_scheduler: Callable[[], TrialScheduler], early_stopping: bool, at_once: int, trials: int,
-    searches: int, first: list[Curve],
-) -> list[dict]:  # fmt: skip
-    """Return the outcomes of random searches (see judge).
+def replay(curves: list[Curve], scheduler: str, early_stopping: bool, at_once: int, trials: int, searches: int) -> dict:
+    """Return the outcome of random searches: means of epochs, found (accuracy), lost (0 or 1), idle, and most states.
 
     Args:
         curves: the curves of all recorded configs.
-        new_scheduler: builds a new scheduler.
+        scheduler: a key of new_schedulers.
         early_stopping: whether trials also end by themselves, as in a real search.
         at_once: how many trials run at once.
         trials: how many trials a search has.
         searches: how many searches to simulate.
-        first: curves of which one comes first in every search; if empty, any curve may come first.
     """
+    max_epochs = len(curves[0])
+    stop = own_early_stop(max_epochs) if early_stopping else None
     results = []
     for seed in range(searches):
-        rng = random.Random(seed)
-        drawn = rng.sample(curves, trials)
-        if first:
-            beginning = rng.choice(first)
-            drawn = [beginning, *(curve for curve in drawn if curve is not beginning)][:trials]
-        stop = own_early_stop(len(drawn[0])) if early_stopping else None
-        results.append(judge(drawn, play(drawn, new_scheduler(), stop, at_once)))
-    return results
-
-
-def row(name: str, results: list[dict]) -> str:
-    """Return a row of the table."""
-    found, spent = ([result[key] for result in results] for key in ("found", "spent"))
-    lost = Counter(result["lost_at"] for result in results if result["lost_at"])
-    at = ", ".join(f"{epoch}: {count / len(results):.0%}" for epoch, count in sorted(lost.items())[:4])
-    low, middle, high = np.percentile(found, [25, 50, 75])
-    return (
-        f"| {name} | {np.mean(spent):.2f} | {middle:.3f} ({low:.3f} to {high:.3f}) | {1 - np.mean(found):.4f} | "
-        f"{lost.total() / len(results):.1%} | {at} |"
-    )
+        drawn, waiting = random.Random(seed).sample(curves, trials), new_trials(trials)
+        curve_of = dict(zip(waiting, drawn, strict=True))
+        played = play(waiting, curve_of.__getitem__, new_schedulers(max_epochs)[scheduler](waiting), stop, at_once)
+        possible = [max(row["accuracy"] for row in curve) for curve in drawn]
+        reached = [max(report.accuracy for report in trial.reports) for trial in waiting]
+        winner = int(np.argmax(possible))
+        lost = reached[winner] < possible[winner]
+        results.append((len(played.order), max(reached), lost, played.idle, played.states))
+    epochs, found, lost, idle, states = np.array(results, dtype=float).T
+    return {
+        "epochs": epochs.mean(),
+        "found": found.mean(),
+        "lost": lost.mean(),
+        "idle": idle.mean(),
+        "states": int(states.max()),
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print a table of all schedulers, for several numbers of trials at once, with and without what may help them."""
+    """Print a table of all schedulers, for several numbers of trials, and of trials at once."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--curves", type=Path, default=FOLDER / "default.csv")
-    parser.add_argument("--trials", type=int, default=12, help="trials per search (default: %(default)s)")
+    parser.add_argument("--trials", type=int, nargs="+", default=[12, 24, 48], help="trials per search")
     parser.add_argument("--searches", type=int, default=400)
-    parser.add_argument("--at-once", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--at-once", type=int, nargs="+", default=[1, 2, 4, 16])
+    parser.add_argument("--only", default="", help="only schedulers whose name begins with this")
+    parser.add_argument("--early-stopping", action="store_true", help="let trials also end by themselves")
     parser.add_argument("--plot", type=Path, help="PNG file to draw the table into; needs matplotlib")
     args = parser.parse_args(argv)
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs the package matplotlib; run pip install matplotlib")
     curves = list(read_curves(args.curves).values())
-    if len(curves) < args.trials:
-        parser.error(f"{args.curves} has {len(curves)} configs, fewer than the {args.trials} of a search; record more")
-    good = [curve for curve in curves if GOOD_LR / 2 <= curve[0]["lr"] <= GOOD_LR * 2]
-    print(f"{len(curves)} recorded configs, {args.searches} searches of {args.trials} trials.\n")
-    print("| scheduler | epochs spent | accuracy found ÷ best (quartiles) | mean regret | winner lost | at epoch |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    if len(curves) < max(args.trials):
+        most = max(args.trials)
+        parser.error(f"{args.curves} has {len(curves)} configs, fewer than the {most} of a search; record more")
+    print(f"{len(curves)} recorded configs, {args.searches} searches per row.\n")
+    print("| scheduler | trials | at once | epochs | share | accuracy | winner lost | idle | states |")
+    print("| --- |" + " --- |" * 8)
     points = {}
-    for name, new_scheduler in schedulers(len(curves[0])).items():
-        for at_once in args.at_once if name != "none" else args.at_once[:1]:
-            for early_stopping in (False, True):
-                for first in ([], good) if good and name != "none" else ([],):
-                    parts = [name, f"{at_once} at once"]
-                    parts += [f"patience {PATIENCE}"] if early_stopping else []
-                    parts += ["good first"] if first else []
-                    results = replay(curves, new_scheduler, early_stopping, at_once, args.trials, args.searches, first)
-                    print(row(", ".join(parts), results), flush=True)
-                    lost = np.mean([result["lost_at"] is not None for result in results])
-                    points[", ".join(parts)] = (np.mean([result["spent"] for result in results]), lost)
+    names = [name for name in new_schedulers(len(curves[0])) if name.startswith(args.only)]
+    rows = list(itertools.product(args.trials, names, args.at_once))
+    with ProcessPoolExecutor() as pool:
+        futures = [
+            pool.submit(replay, curves, name, args.early_stopping, at_once, trials, args.searches)
+            for trials, name, at_once in rows
+        ]
+        for (trials, name, at_once), future in zip(rows, futures, strict=True):
+            found = future.result()
+            share = found["epochs"] / trials / len(curves[0])
+            points[trials, name, at_once] = share, found["lost"]
+            print(
+                f"| {name} | {trials} | {at_once} | {found['epochs']:.0f} | {share:.3f} | {found['found']:.4f} | "
+                f"{found['lost']:.1%} | {found['idle']:.0f} s | {found['states']} |",
+                flush=True,
+            )
     if args.plot:
-        plot(points, args.plot)
+        plot({key[1:]: point for key, point in points.items() if key[0] == args.trials[0]}, args.plot)
 
 
-def plot(points: dict[str, tuple[float, float]], path: Path) -> None:
-    """Draw winners lost against epochs spent into a PNG, with a dot per row of the table without patience."""
+def plot(points: dict[tuple[str, int], tuple[float, float]], path: Path) -> None:
+    """Draw winners lost against epochs spent into a PNG, with a dot per scheduler and number of trials at once."""
     import matplotlib.pyplot as plt  # here, since nothing else needs it
 
     figure, axes = plt.subplots(figsize=(8, 5))
-    for kind in ("none", "median", "asha, loss", "asha, accuracy"):
-        for first, marker in (("", "o"), (", good first", "^")):
-            dots = [
-                point
-                for name, point in points.items()
-                if name.startswith(kind) and "patience" not in name and ("good first" in name) == bool(first)
-            ]
-            if dots:
-                axes.scatter(*zip(*dots, strict=True), s=14, marker=marker, label=kind + first)
-    own = ("the default", GRACE_PERIOD, REDUCTION_FACTOR)
-    for height, (words, grace, factor) in ((50, ("the baseline's", 3, 2)), (80, own)):
-        name = f"asha, loss, grace {grace}, factor {factor:g}, 1 at once"
-        if name in points:
-            axes.annotate(
-                words, points[name], (50, height), textcoords="offset points", arrowprops={"arrowstyle": "->"}
-            )
+    for kind in ("none", "median", "asha", "promote"):
+        dots = [point for (name, _), point in points.items() if name.startswith(kind)]
+        if dots:
+            axes.scatter(*zip(*dots, strict=True), s=14, label=kind)
+    default = f"promote, grace {GRACE_PERIOD}, factor {REDUCTION_FACTOR:g}, keep {KEEP}"
+    for height, words, name in (
+        (50, "the default", default),
+        (80, "the baseline's", "asha, grace 3, factor 2"),
+    ):
+        if (name, 1) in points:
+            arrow = {"arrowstyle": "->"}
+            axes.annotate(words, points[name, 1], (50, height), textcoords="offset points", arrowprops=arrow)
     axes.set(xlabel="epochs spent, as a share of all", ylabel="searches that stopped the winner, as a share")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -3,13 +3,13 @@
     python -m benchmarks.samplers     # prints a table; needs the curves of benchmarks.curves
 
 A drawn config is assumed to train as the nearest recorded config of the same widths did, by the logarithms of learning
-rate and dropout. One trial runs at a time, under the search's own scheduler and early stopping. The samplers are
-compared by the best accuracy found after a given number of epochs.
+rate and dropout. One trial runs at a time, with the search's own early stopping.
 """
 
 import argparse
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -18,12 +18,13 @@ import numpy as np
 from ray import tune
 
 from benchmarks.curves import FOLDER, read_curves
-from benchmarks.replay import Curve, own_early_stop, play
-from hparam_search import GRACE_PERIOD, REDUCTION_FACTOR, new_scheduler, param_space
-from search.sampler import draw_configs, suggest_config
+from benchmarks.replay import Curve, new_trials, own_early_stop, play
+from hparam_search import GRACE_PERIOD, KEEP, METRIC, MODE, REDUCTION_FACTOR, new_scheduler, param_space
+from search.records import Objective, Trial
+from search.sampler import draw_configs, outcomes, suggest_config
 from search.settings import Settings
 
-BUDGETS = (60, 120, 240, 480, 960)  # epochs
+TRIALS = (12, 24, 48)
 RANGES = ("p_drop", "lr")
 SAMPLERS = {"random": None, "TPE after 4": 4, "TPE after 10": 10}  # → trials drawn at random first
 
@@ -43,51 +44,34 @@ def nearest(recorded: list[Curve], config: dict) -> Curve:
     return min(widths, key=distance)
 
 
-def best_accuracy(curve: Curve, epochs: int) -> float:
-    """Return the best accuracy that a trial found in its first epochs; 0 for epochs that diverged."""
-    return max(row["accuracy"] if math.isfinite(row["loss"]) else 0.0 for row in curve[:epochs])
-
-
-def best_after(curves: list[Curve], epochs: list[int], budget: int) -> float:
-    """Return the best accuracy of trials, trained one after the other, once `budget` epochs are spent."""
-    found = 0.0
-    for curve, trained in zip(curves, epochs, strict=True):
-        found = max(found, best_accuracy(curve, min(trained, budget)))
-        budget -= trained
-        if budget <= 0:
-            break
-    return found
-
-
-def search(recorded: list[Curve], startup: int | None, seed: int) -> list[float]:
-    """Simulate a search, and return the best accuracy found after each of BUDGETS.
+def search(recorded: list[Curve], scheduler: str, startup: int | None, trials: int, seed: int) -> tuple[int, float]:
+    """Simulate a search, and return for how many epochs it trained, and the best accuracy.
 
     Args:
         recorded: the curves of all recorded configs.
+        scheduler: promote or asha, with the search's own knobs.
         startup: how many trials are drawn at random before TPE draws; None for all.
+        trials: how many trials the search has.
         seed: random seed of the draws.
     """
     max_epochs = len(recorded[0])
     widths = {key: tune.choice(sorted({curve[0][key] for curve in recorded})) for key in ("h_1", "h_2")}
     space = param_space | {"seed": seed} | widths
-    at_random = draw_configs(space, max(BUDGETS), seed)  # each takes at least one epoch
-    configs, curves, ended = [], [], {}  # those of the drawn trials; ended: number → epochs
+    at_random = draw_configs(space, trials, seed)
+    waiting = new_trials(trials)
+    settings = Settings(scheduler=scheduler, grace_period=GRACE_PERIOD, reduction_factor=REDUCTION_FACTOR, keep=KEEP)
+    chosen = new_scheduler(settings, waiting, max_epochs)
 
-    def draws() -> Iterator[Curve]:
-        while sum(ended.values()) < max(BUDGETS):
-            if startup is None:
-                config = at_random[len(configs)]
-            else:
-                found = [(config, best_accuracy(curves[i], ended[i])) for i, config in enumerate(configs)]
-                config = suggest_config(space, seed, len(configs), found, startup)
-            configs.append(config)
-            curves.append(nearest(recorded, config))
-            yield curves[-1]
+    def draw(trial: Trial) -> Curve:
+        number = int(trial.trial_id)
+        trial.config = at_random[number]
+        if startup is not None:
+            told = outcomes(waiting, Objective(METRIC, MODE), GRACE_PERIOD if scheduler == "promote" else None)
+            trial.config = suggest_config(space, seed, number, told, startup)
+        return nearest(recorded, trial.config)
 
-    settings = Settings(grace_period=min(GRACE_PERIOD, max_epochs), reduction_factor=REDUCTION_FACTOR)
-    scheduler = new_scheduler(settings, max_epochs)
-    epochs = play(draws(), scheduler, own_early_stop(max_epochs), at_once=1, ended=ended)
-    return [best_after(curves, epochs, budget) for budget in BUDGETS]
+    played = play(waiting, draw, chosen, own_early_stop(max_epochs), at_once=1)
+    return len(played.order), max(report.accuracy for trial in waiting for report in trial.reports)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -97,16 +81,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--searches", type=int, default=300)
     args = parser.parse_args(argv)
     recorded = list(read_curves(args.curves).values())
-    best = max(best_accuracy(curve, len(curve)) for curve in recorded)
-    print(f"{len(recorded)} recorded configs, the best {best:.4f}; {args.searches} searches.\n")
-    print("| best accuracy, mean (quartiles), after | " + " | ".join(f"{budget} epochs" for budget in BUDGETS) + " |")
-    print("| --- |" + " --- |" * len(BUDGETS))
+    print(
+        f"{len(recorded)} recorded configs, {args.searches} searches per cell: epochs, best accuracy ± standard error.\n"
+    )
+    print("| sampler | scheduler | " + " | ".join(f"{trials} trials" for trials in TRIALS) + " |")
+    print("| --- | --- |" + " --- |" * len(TRIALS))
     with ProcessPoolExecutor() as pool:
-        for name, startup in SAMPLERS.items():
-            found = np.array(list(pool.map(partial(search, recorded, startup), range(args.searches), chunksize=10)))
-            low, high = np.percentile(found, [25, 75], axis=0)
-            cells = [f"{m:.4f} ({a:.3f} to {b:.3f})" for m, a, b in zip(found.mean(0), low, high, strict=True)]
-            print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+        for (name, startup), scheduler in itertools.product(SAMPLERS.items(), ("promote", "asha")):
+            cells = []
+            for trials in TRIALS:
+                one = partial(search, recorded, scheduler, startup, trials)
+                epochs, found = np.array(list(pool.map(one, range(args.searches), chunksize=10))).T
+                error = found.std() / math.sqrt(len(found))
+                cells.append(f"{epochs.mean():.0f}, {found.mean():.4f} ± {error:.4f}")
+            print(f"| {name} | {scheduler} | " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What Ray Tune calls while a search runs: a queue of trials, a scheduler that can be resumed, and a recorder."""
 
+import contextlib
 import math
 import re
 import threading
@@ -14,6 +15,7 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
 from search.files import read_lines
+from search.halving import Promotion
 from search.progress import Progress
 from search.records import LOG_FILE, METRICS, Search, Trial
 from search.tensorboard import Board
@@ -53,37 +55,45 @@ def early_stop(
 
 
 class TrialQueue(Searcher):
-    """Hands Tune trials of a search, one after the other.
+    """Hands Tune these trials of a search, at most at_once at a time.
 
-    If a trial's config is not drawn yet, suggest_config is called with its number and the outcomes so far.
+    A paused trial that continues is a new one to Tune. If a trial's config is not drawn yet, suggest_config is called
+    with its number.
     """
 
-    def __init__(self, search: Search, trials: list[Trial], suggest_config: Callable[[int, list], dict]) -> None:
+    def __init__(
+        self,
+        search: Search,
+        trials: list[Trial],
+        promotion: Promotion | None,
+        at_once: int,
+        suggest_config: Callable[[int], dict],
+    ) -> None:
         super().__init__()
-        self.search, self.suggest_config = search, suggest_config
-        self.waiting = iter(trials)
+        self.search, self.trials, self.promotion, self.at_once = search, trials, promotion, at_once
+        self.suggest_config = suggest_config
         self.names = {}  # Tune's id of a trial → its name
+        self.running = set()  # Tune's ids
 
-    def suggest(self, trial_id: str) -> dict | str:
-        """Return the config of the next trial."""
-        trial = next(self.waiting, None)
-        if trial is None:
-            return Searcher.FINISHED
+    def suggest(self, trial_id: str) -> dict | str | None:
+        """Return the config of the trial that a free worker takes; None if it must wait."""
+        if len(self.running) >= self.at_once:
+            return None
+        begun, busy = set(self.names.values()), {self.names[each] for each in self.running}
+        waiting = [t for t in self.trials if t.name not in begun or (t.paused and t.name not in busy)]
+        waiting = [trial for trial in waiting if not trial.end]
+        if not waiting:
+            return None if self.running else Searcher.FINISHED
+        trial = self.promotion.choose(waiting) if self.promotion else waiting[0]
         self.names[trial_id] = trial.name
+        self.running.add(trial_id)
         if not self.search.is_drawn(trial):
-            config = self.suggest_config(int(trial.trial_id), self.outcomes())
+            config = self.suggest_config(int(trial.trial_id))
             self.search.record("drawn", trial=trial.name, config=config, repeats=None)
         return trial.config
 
-    def outcomes(self) -> list[tuple[dict, float]]:
-        """Return config and score of each trial that has ended; diverged ones get the lowest score of the others."""
-        ended = self.search.ended()
-        scores = {trial.name: self.search.objective.score(trial.best) for trial in ended if trial.best}
-        lowest = min(scores.values(), default=0.0)
-        return [(trial.config, scores.get(trial.name, lowest)) for trial in ended]
-
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
-        pass
+        self.running.remove(trial_id)
 
     def save(self, checkpoint_path: str) -> None:
         """Save nothing: a search is resumed from its log."""
@@ -94,18 +104,18 @@ class TrialQueue(Searcher):
 
 
 class ResumableScheduler(TrialScheduler):
-    """Lets any Ray scheduler that never pauses trials continue where an earlier process of the search stopped.
+    """Lets Promotion, or any Ray scheduler that never pauses trials, continue where an earlier process stopped.
 
     The log is first replayed to the scheduler, which must be new. It is told of records.Trial in place of Tune's, so
     that its trials are the same in all processes. Epochs that it has seen are not judged again. early_stop returns why
-    a trial ends by itself after its reports, or None; it alone ends trials that repeat another one. `reasons` maps the
-    names of trials that ended by themselves to why.
+    a trial ends by itself after its reports, or None; it alone ends trials that repeat another one. `ends` maps the
+    names of trials that ended to why; Tune stops the paused ones, too.
     """
 
     def __init__(self, scheduler: Any, search: Search, early_stop: Callable[[list[Report]], str | None]) -> None:
         super().__init__()
         self.scheduler, self.search, self.early_stop = scheduler, search, early_stop
-        self.reasons = {}
+        self.ends = {}
         self.judged = {}  # name → the last epoch that the scheduler has seen
         no_controller: Any = SimpleNamespace(get_live_trials=list, get_trials=list)  # Tune has not started
         for event in read_lines(search.folder / LOG_FILE)[0]:
@@ -140,9 +150,12 @@ class ResumableScheduler(TrialScheduler):
             return self.CONTINUE  # what run_trial reports before it trains on: see there
         report = Report(**{key: result[key] for key in METRICS})
         if reason := self.early_stop([*known.reports, report]):
-            self.reasons[known.name] = reason
+            self.ends[known.name] = reason
             return self.STOP
-        return self.CONTINUE if known.repeats else self.judge(controller, known, result)
+        decision = self.CONTINUE if known.repeats else self.judge(controller, known, result)
+        if decision == self.STOP:
+            self.ends[known.name] = STOPPED
+        return self.STOP if decision == self.PAUSE else decision
 
     def on_trial_complete(self, controller: Any, trial: Any, result: dict) -> None:
         if not self.search.trials[str(trial)].repeats:
@@ -161,17 +174,25 @@ class ResumableScheduler(TrialScheduler):
 class Recorder(tune.Callback):
     """Records what trials report, shows it, and keeps the weights of the models_kept best ones.
 
-    Once `interrupted` is set, Tune's thread ends and leaves the trials as they are. Why trials ended by themselves is
-    in `reasons` (see ResumableScheduler). A log file gets a progress block every progress_period seconds.
+    Once `interrupted` is set, Tune's thread ends and leaves the trials as they are. Why trials ended is in `ends` (see
+    ResumableScheduler). A log file gets a progress block every progress_period seconds.
     """
 
-    def __init__(self, search: Search, reasons: dict[str, str], models_kept: int, progress_period: float) -> None:
-        self.search, self.reasons, self.models_kept = search, reasons, models_kept
-        self.progress = Progress(progress_period)
+    def __init__(
+        self,
+        search: Search,
+        promotion: Promotion | None,
+        ends: dict[str, str],
+        models_kept: int,
+        progress_period: float,
+    ) -> None:
+        self.search, self.promotion, self.ends, self.models_kept = search, promotion, ends, models_kept
+        self.progress = Progress(progress_period, promotion.rungs if promotion else {})
         self.board = Board(search)
         self.interrupted = threading.Event()
         self.failure: OSError | None = None
         self.checked = time.monotonic()
+        self.end_beaten()  # if a process was killed before it did
 
     def __getstate__(self) -> dict:
         """Pickle nothing: a search is resumed from its log."""
@@ -200,20 +221,40 @@ class Recorder(tune.Callback):
             return
         if result["epoch"] <= len(known.reports):
             return  # reported again after a restart
-        end = self.reasons.get(known.name, STOPPED) if result["done"] else None
-        if not self.record("reported", trial=known.name, **{key: result[key] for key in METRICS}, end=end):
+        end = self.ends.get(known.name)
+        metrics, paused = {key: result[key] for key in METRICS}, result["done"] and not end
+        if not self.record("reported", trial=known.name, **metrics, end=end, paused=paused):
             return
         try:
             self.board.write(known, len(running(trials)))
         except OSError as error:
             self.progress.say(f"cannot write TensorBoard's events ({error}); make room there.")
         if end:
-            (self.search.folder / known.name / ERROR_FILE).unlink(missing_ok=True)
-            prune(self.search, [known], self.models_kept)
-            metric = self.search.objective.metric
-            best = f"; best {metric} {getattr(known.best, metric):.4f}" if known.best else ""
-            self.progress.say(f"{known.name}: {end}, at epoch {len(known.reports)}{best}.")
-        self.progress.update(self.search, [name for name in running(trials) if not (end and name == known.name)])
+            self.end(known)
+        elif paused:
+            self.board.close(known.name)
+            prune_weights(self.search.folder / known.name, {known.best.epoch})
+        if self.promotion and result["epoch"] in self.promotion.rungs:
+            self.end_beaten()
+        self.progress.update(
+            self.search, [name for name in running(trials) if not result["done"] or name != str(trial)]
+        )
+
+    def end_beaten(self) -> None:
+        """End the paused trials that cannot be promoted any more."""
+        for trial in self.promotion.beaten() if self.promotion else []:
+            if self.record("ended", trial=trial.name, end=STOPPED):
+                self.end(trial)
+
+    def end(self, trial: Trial) -> None:
+        """Delete what a trial that has ended no longer needs, and say that it has."""
+        (self.search.folder / trial.name / ERROR_FILE).unlink(missing_ok=True)
+        prune(self.search, [trial], self.models_kept)
+        with contextlib.suppress(OSError):  # a full disk
+            self.board.end(trial)
+        metric = self.search.objective.metric
+        best = f"; best {metric} {getattr(trial.best, metric):.4f}" if trial.best else ""
+        self.progress.say(f"{trial.name}: {trial.end}, at epoch {len(trial.reports)}{best}.")
 
     def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: object) -> None:
         self.progress.say(f"{trial} failed; restarting it.")

@@ -13,8 +13,8 @@ TRIALS_SHOWN = 12  # maximum number of running trials listed
 class Progress:
     """Shows the progress of a search: redrawn in place on a terminal, printed once per period (seconds) into a file."""
 
-    def __init__(self, period: float) -> None:
-        self.in_place, self.period = sys.stdout.isatty(), period
+    def __init__(self, period: float, rungs: dict[int, int]) -> None:
+        self.in_place, self.period, self.rungs = sys.stdout.isatty(), period, rungs
         self.last = time.monotonic()
         self.drawn = 0  # number of redrawn lines above the cursor
 
@@ -29,7 +29,7 @@ class Progress:
         if not self.in_place and now - self.last < self.period:
             return
         self.last = now
-        lines = block(search, running)
+        lines = block(search, running, self.rungs)
         self.erase()
         if self.in_place:
             width = shutil.get_terminal_size().columns - 1
@@ -44,15 +44,23 @@ class Progress:
             self.drawn = 0
 
 
-def block(search: Search, running: list[str]) -> list[str]:
-    """Describe the progress of a search, and of the running trials of these names, in lines of at most 80 columns."""
-    trials = search.trials.values()
-    ended = sum(bool(trial.end or trial.error) and trial.name not in running for trial in trials)
-    epochs, planned = sum(len(trial.reports) for trial in trials), sum(trial.config["epochs"] for trial in trials)
-    remaining = f", about {duration(max(10, round(time_left(search), -1)))} left" if epochs else ""
+def block(search: Search, running: list[str], rungs: dict[int, int]) -> list[str]:
+    """Describe the progress of a search in lines of at most 80 columns.
+
+    Args:
+        search: the search.
+        running: names of the running trials.
+        rungs: how many trials are promoted at which epochs (see new_rungs); empty without promotion.
+    """
+    others = [trial for trial in search.trials.values() if trial.name not in running]
+    done = sum(bool(trial.end or trial.error) for trial in others)
+    paused = sum(trial.paused for trial in others)
+    counts = [f"{done} done", f"{len(running)} running", *([f"{paused} paused"] if rungs else [])]
+    epochs, left = sum(len(trial.reports) for trial in search.trials.values()), epochs_left(search, rungs)
+    remaining = f", about {duration(max(10, round(left * search.seconds / epochs, -1)))} left" if epochs else ""
     lines = [
-        f"Trials: {ended} done, {len(running)} running, {len(trials) - ended - len(running)} waiting. "
-        f"Epochs: {epochs} of at most {planned}.",
+        f"Trials: {', '.join(counts)}, {len(others) - done - paused} waiting. "
+        f"Epochs: {epochs} of about {epochs + round(left)}.",
         f"Time: {duration(search.seconds)}{remaining}.",
         best_so_far(search),
     ]
@@ -65,15 +73,20 @@ def block(search: Search, running: list[str]) -> list[str]:
     return [line[:COLUMNS] for line in lines]
 
 
-def time_left(search: Search) -> float:
-    """Estimate how many more seconds a search will run, at the average time per epoch so far.
+def epochs_left(search: Search, rungs: dict[int, int]) -> float:
+    """Estimate for how many more epochs the trials of a search will train (see block for the arguments).
 
-    Trials that have not ended are expected to train for as many epochs as those that have ended did on average.
+    With rungs, as many trials as are promoted train from each to the next, and repeats train to the end. Without,
+    trials are expected to train for as many epochs as those that have ended did on average.
     """
-    trained = [len(trial.reports) for trial in search.trials.values()]
-    ended = [len(trial.reports) for trial in search.trials.values() if trial.end]
-    left = 0.0
-    for trial in search.unfinished():
-        expected = sum(ended) / len(ended) if ended else trial.config["epochs"]
-        left += max(1, expected - len(trial.reports))
-    return left * search.seconds / sum(trained)
+    unfinished, ended = search.unfinished(), [len(trial.reports) for trial in search.trials.values() if trial.end]
+    if not rungs:
+        average = sum(ended) / len(ended) if ended else None
+        return sum(max(1, (average or trial.config["epochs"]) - len(trial.reports)) for trial in unfinished)
+    own, max_epochs = search.own_trials(), next(iter(search.trials.values())).config["epochs"]
+    left = 0
+    for (start, trials), end in zip([(0, len(own)), *rungs.items()], [*rungs, max_epochs], strict=True):
+        trained = sum(min(len(trial.reports), end) - start for trial in own if len(trial.reports) > start)
+        left += max(0, trials * (end - start) - trained)
+    to_the_end = [sum(max_epochs - len(t.reports) for t in unfinished if bool(t.repeats) is r) for r in (False, True)]
+    return min(left, to_the_end[0]) + to_the_end[1]

@@ -24,7 +24,7 @@ from train import Report
 
 SEARCH_FILE, LOG_FILE, TRIAL_PREFIX = "search.json", "log.jsonl", "train_cifar_"
 METRICS = [key.name for key in fields(Report)]
-FORMAT = 5  # version of both files; others are refused
+FORMAT = 6  # version of both files; others are refused
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ class Trial:
     repeats: str | None = None  # the trial whose config it repeats with another seed
     reports: list[Report] = field(default_factory=list)  # one per epoch, in order
     best: Report | None = None  # its weights are on disk while needed; None if the trial diverged
+    paused: bool = False  # at a rung, until it is promoted or ends
     end: str | None = None  # why it ended
     error: str | None = None  # why it failed, in a sentence
 
@@ -79,11 +80,13 @@ class Trial:
 
     @property
     def status(self) -> str:
-        """ERROR, DIVERGED, TERMINATED, UNFINISHED or PENDING."""
+        """ERROR, DIVERGED, TERMINATED, PAUSED, UNFINISHED or PENDING."""
         if self.error:
             return "ERROR"
         if self.end:
             return "DIVERGED" if self.diverged else "TERMINATED"
+        if self.paused:
+            return "PAUSED"
         return "UNFINISHED" if self.reports else "PENDING"
 
 
@@ -113,7 +116,8 @@ class Search:
         Events, each of which also has a time:
             started: the trials begin to run, on these resources.
             drawn: a trial has this config, and repeats another one or none.
-            reported: a trial's epoch has these metrics; the trial ends for this reason, or continues.
+            reported: a trial's epoch has these metrics; the trial ends for this reason, is paused, or continues.
+            ended: a paused trial ends for this reason.
             restarted: a trial continues after this epoch; its reports of later epochs are void.
             failed: a trial failed with this error.
             stopped: no trial runs any more.
@@ -134,12 +138,14 @@ class Search:
             if event["epoch"] > len(trial.reports) + 1:
                 return  # the report before is unreadable; its epoch is retrained
             trial.reports[event["epoch"] - 1 :] = [Report(**{key: event[key] for key in METRICS})]
-            trial.end, trial.error = event["end"], None
+            trial.end, trial.paused, trial.error = event["end"], event["paused"], None
+        elif kind == "ended":
+            trial.end, trial.paused = event["end"], False
         elif kind == "restarted":
             del trial.reports[event["epoch"] :]
-            trial.end = trial.error = None
+            trial.end, trial.paused, trial.error = None, False, None
         elif kind == "failed":
-            trial.error = event["error"]
+            trial.error, trial.paused = event["error"], False
         trial.best = None if trial.diverged else self.objective.best(trial.reports)
 
     def record(self, kind: str, **details: object) -> None:

@@ -12,9 +12,11 @@ from ray.tune.search.sample import Domain
 from ray.tune.search.variant_generator import generate_variants
 
 from data import InputError
+from search.records import Objective, Trial
 from search.space import check_value, to_plain
 
 MAX_TRIALS = 100_000
+MULTIVARIATE = __import__("os").environ.get("MV") == "1"
 
 
 def draw_configs(
@@ -79,18 +81,34 @@ def distributions(space: dict) -> dict:
     return found
 
 
+def outcomes(trials: Sequence[Trial], objective: Objective, rung: int | None) -> list[tuple[dict, float]]:
+    """Return config and score of each trial that has ended or, if there is a first rung, has reached it.
+
+    The score is that of the best epoch, up to the first rung if there is one: all trials reach that. Diverged trials
+    get the lowest score of the others.
+    """
+    found = [trial for trial in trials if trial.end or (rung and len(trial.reports) >= rung)]
+    best = {trial: objective.best(trial.reports[:rung]) for trial in found if not trial.diverged}
+    scores = {trial: objective.score(report) for trial, report in best.items() if report}
+    lowest = min(scores.values(), default=0.0)
+    return [(trial.config, scores.get(trial, lowest)) for trial in found]
+
+
 def suggest_config(space: dict, seed: int, number: int, outcomes: Sequence[tuple[dict, float]], startup: int) -> dict:
     """Return the config that TPE suggests (Bergstra et al. 2011, "Algorithms for Hyper-Parameter Optimization").
 
     It depends only on the space, the search's seed, the trial's number and the outcomes, so that a resumed search draws
-    what it would have drawn. The outcomes are config and score (higher is better) of each trial that has ended; with
-    fewer than `startup` of them, the config is drawn at random.
+    what it would have drawn. The outcomes are configs with scores (higher is better); with fewer than `startup` of
+    them, the config is drawn at random.
     """
     import optuna  # optional
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     own_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
-    sampler = optuna.samplers.TPESampler(n_startup_trials=startup, seed=own_seed)
+    # The defaults of the last two changed in Optuna 5.0.
+    sampler = optuna.samplers.TPESampler(
+        n_startup_trials=startup, seed=own_seed, multivariate=MULTIVARIATE, constant_liar=False
+    )
     searched = distributions(space)
     study = OptunaSearch(searched, metric="score", mode="max", sampler=sampler)
     for config, score in outcomes:

@@ -11,6 +11,8 @@ from typing import Any, NoReturn
 PROGRAM = "hparam_search.py"
 QUICK_DEFAULTS: dict[str, Any] = {"dataset": "synthetic", "num_samples": 2}
 GROWABLE = ("num_samples", "repeats", "time_budget")  # settings that --resume can raise
+# The schedulers that use a setting.
+SCHEDULERS_WITH = {"grace_period": ("promote", "asha"), "reduction_factor": ("promote", "asha"), "keep": ("promote",)}
 UNITS = {"s": 1, "m": 60, "h": 3600}
 
 
@@ -60,9 +62,10 @@ class Settings:
     repeats: int | None = option(None, "train the best 3 configs again with N other random seeds each", type=int)
     time_budget: float | None = option(None, "stop cleanly after this long, e.g. 90s, 30m, 2h", type=seconds)
     quick: bool = option(False, "a one-minute demo on two cores, on synthetic images", action="store_true")
-    scheduler: str = option("asha", "what stops poor trials early", choices=("asha", "none"))
+    scheduler: str = option("promote", "what stops poor trials early", choices=("promote", "asha", "none"))
     grace_period: int | None = option(None, "epochs before a trial can be stopped (default: 2)", type=int)
-    reduction_factor: float | None = option(None, "keep 1 in F trials at each rung (default: 3)", type=float)
+    reduction_factor: float | None = option(None, "keep 1 in F trials at each rung (default: 2)", type=float)
+    keep: int | None = option(None, "but promote at least N (default: 2)", type=int)
     dataset: str = option("cifar100", "image source", choices=("cifar100", "folder", "synthetic"))
     data_dir: str = option("data", "folder of CIFAR-100, or with train/ and test/", type=absolute_path)
     cpus_per_trial: int | None = option(None, "CPU cores per trial (default: an equal share)", type=int)
@@ -77,6 +80,8 @@ class Settings:
         scheduler = self.scheduler
         if scheduler != "none":
             scheduler += f", grace period {self.grace_period}, reduction factor {self.reduction_factor:g}"
+        if scheduler.startswith("promote"):
+            scheduler += f", keep {self.keep}"
         return f"Sampler: {self.sampler}.", f"Scheduler: {scheduler}."
 
 
@@ -132,13 +137,15 @@ def check(settings: Settings, given: dict) -> None:
         if key in given and (other := min(set(given) - {key} - others, default=None)):
             accepted = ", ".join(sorted(map(flag, others)))
             raise ValueError(f"{flag(key)} can only be combined with {accepted}; remove {flag(other)}")
-    for key in ("grace_period", "reduction_factor"):
-        if key in given and settings.scheduler == "none":
-            raise ValueError(f"{flag(key)} cannot be combined with --scheduler none; remove one of them")
+    for key, schedulers in SCHEDULERS_WITH.items():
+        if key in given and settings.scheduler not in schedulers:
+            raise ValueError(
+                f"{flag(key)} cannot be combined with --scheduler {settings.scheduler}; remove one of them"
+            )
     if settings.dataset == "synthetic" and "data_dir" in given:
         raise ValueError("--data-dir cannot be combined with --dataset synthetic; remove one of them")
-    lowest = {"num_samples": 1, "max_epochs": 1, "seed": 0, "cpus_per_trial": 1, "grace_period": 1, "repeats": 2}
-    for key, minimum in lowest.items():
+    lowest = {"num_samples": 1, "max_epochs": 1, "seed": 0, "cpus_per_trial": 1, "repeats": 2}
+    for key, minimum in (lowest | {"grace_period": 1, "keep": 1}).items():
         if given.get(key, minimum) < minimum:
             raise ValueError(f"{flag(key)} {given[key]} is too small; use at least {minimum}")
     if not 1 < given.get("reduction_factor", 3) < math.inf:

@@ -38,15 +38,13 @@ class Board:
 
     def write(self, trial: Trial, num_running: int) -> None:
         """Write a trial's latest report, and the search's progress; raise OSError if they cannot be written."""
-        report, writer = trial.reports[-1], self.trial_writer(trial)
+        report, writer = trial.reports[-1], self.trial_writer(trial, len(trial.reports))
         for metric in METRICS[1:]:
             writer.add_scalar(TAGS.get(metric, f"training/{metric}"), getattr(report, metric), report.epoch)
         if trial.best:
             for key in self.search.objective.shown:
                 writer.add_scalar(f"trial/best_{key}", getattr(trial.best, key), report.epoch)
         writer.add_scalar("trial/epochs", report.epoch, report.epoch)
-        if trial.end:
-            writer.file_writer.add_summary(hparams({}, {})[2])  # marks the trial as successful
         writer.flush()
 
         trials, ranking = self.search.trials.values(), self.search.ranking()
@@ -58,14 +56,16 @@ class Board:
         whole.add_scalar("search/trials_running", num_running, epochs)
         whole.add_scalar("search/trials_finished", sum(bool(each.end) for each in trials), epochs)
         whole.flush()
-        if trial.end:
-            self.close(trial.name)
 
-    def trial_writer(self, trial: Trial) -> Any:
-        """Return the writer of a trial's events, which begin with its hyperparameters."""
+    def end(self, trial: Trial) -> None:
+        """Mark a trial as successful."""
+        self.trial_writer(trial, len(trial.reports) + 1).file_writer.add_summary(hparams({}, {})[2])
+        self.close(trial.name)
+
+    def trial_writer(self, trial: Trial, step: int) -> Any:
+        """Return the writer of a trial's events of this epoch and later ones, which begin with its hyperparameters."""
         if trial.name not in self.writers:
-            # TensorBoard hides what was written for this and later epochs before a restart.
-            step = trial.reports[-1].epoch
+            # TensorBoard hides what was written for these epochs before a restart.
             self.writers[trial.name] = SummaryWriter(str(self.search.folder / trial.name), purge_step=step)
             values = {key: to_hparam(trial.config[key], searched) for key, searched in self.search.searched.items()}
             self.writers[trial.name].file_writer.add_summary(hp.hparams_pb(values, trial_id=trial.name))

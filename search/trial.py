@@ -6,7 +6,7 @@
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
@@ -83,15 +83,16 @@ def run_trial(
     folder: Path,
     objective: Objective,
     save_period: float,
+    rungs: Collection[int],
     report: Callable[[dict], object],
     device: torch.device,
 ) -> None:
     """Train one trial, from where an earlier process stopped, and report every epoch.
 
     Before an epoch is reported, its weights are saved if they are the best so far, and the training state if at least
-    save_period seconds of training have passed. `report` is called with {"restored": the epoch of the training state},
-    then with the metrics of each epoch (see Report); those up to a restored state are reported again as they were. A
-    "note" is added if the user should know something.
+    save_period seconds of training have passed, or the trial may be paused, since the epoch is one of `rungs`. `report`
+    is called with {"restored": the epoch of the training state}, then with the metrics of each epoch (see Report);
+    those up to a restored state are reported again as they were. A "note" is added if the user should know something.
     """
     training = restore_training(config, len(dataset.classes), device, folder)
 
@@ -108,7 +109,7 @@ def run_trial(
         best = objective.best(training.history)
         if best is epoch:
             save_weights(training, weights_path(folder, epoch.epoch))
-        if epoch.seconds - saved_seconds >= save_period:
+        if epoch.epoch in rungs or epoch.seconds - saved_seconds >= save_period:
             save_training(training, config, folder)
             saved, saved_seconds = epoch.epoch, epoch.seconds
         tell(asdict(epoch))
@@ -117,7 +118,14 @@ def run_trial(
         prune_weights(folder, {each.epoch for each in (best, best_saved) if each})
 
 
-def train_cifar(config: dict, images: Path, search_folder: Path, objective: Objective, save_period: float) -> None:
+def train_cifar(
+    config: dict,
+    images: Path,
+    search_folder: Path,
+    objective: Objective,
+    save_period: float,
+    rungs: Collection[int],
+) -> None:
     """Run one trial under Ray Tune in search_folder/<its name>, on the dataset in the file `images` (see run_trial).
 
     Raises OSError if this machine does not see search_folder, or if it cannot be written.
@@ -132,7 +140,7 @@ def train_cifar(config: dict, images: Path, search_folder: Path, objective: Obje
     def run() -> None:
         torch.set_num_threads(max(1, int(resources.head_cpus)))
         device = best_device(resources.required_resources.get("GPU", 0))
-        run_trial(config, map_dataset(images), folder, objective, save_period, tune.report, device)
+        run_trial(config, map_dataset(images), folder, objective, save_period, rungs, tune.report, device)
 
     done = Future()
     trial_thread().put((run, done))
