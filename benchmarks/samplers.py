@@ -81,9 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--searches", type=int, default=300)
     args = parser.parse_args(argv)
     recorded = list(read_curves(args.curves).values())
-    print(
-        f"{len(recorded)} recorded configs, {args.searches} searches per cell: epochs, best accuracy ± standard error.\n"
-    )
+    print(f"{len(recorded)} recorded configs, {args.searches} searches per cell: epochs, accuracy ± standard error.\n")
     print("| sampler | scheduler | " + " | ".join(f"{trials} trials" for trials in TRIALS) + " |")
     print("| --- | --- |" + " --- |" * len(TRIALS))
     with ProcessPoolExecutor() as pool:

@@ -7,6 +7,7 @@ Only Search.apply(event) changes the state of the trials, live and on resume: to
 """
 
 import contextlib
+import importlib.metadata
 import math
 import os
 import shlex
@@ -99,6 +100,7 @@ class Search:
     space: dict[str, object]  # a summary (see summarize), and the first trials
     images: dict[str, str]  # see fingerprint
     objective: Objective
+    versions: dict[str, str]  # of the packages that figures depend on, when the search began
     trials: dict[str, Trial] = field(default_factory=dict)  # by name, in the order in which they were drawn
     seconds: float = 0.0  # how long trials have run, over all processes
     started: tuple[float, float] = (0.0, 0.0)  # when this process began to run trials, and `seconds` then
@@ -205,6 +207,7 @@ class Search:
     def write(self) -> None:
         """Write search.json."""
         parts = {"objective": astuple(self.objective), "space": self.space, "images": self.images}
+        parts |= {"versions": self.versions}
         write_json(self.folder / SEARCH_FILE, {"format": FORMAT, "settings": asdict(self.settings)} | parts)
 
 
@@ -230,7 +233,7 @@ def create_search(settings: Settings, space: dict, dataset: Dataset, objective: 
             time.sleep(1)
             return create_search(settings, space, dataset, objective)
         raise InputError(f"cannot create {folder} ({error.strerror}); choose another --name") from error
-    search = Search(folder, settings, space, fingerprint(dataset), objective)
+    search = Search(folder, settings, space, fingerprint(dataset), objective, installed_versions(settings))
     search.write()
     return search
 
@@ -246,7 +249,7 @@ def open_search(folder: Path, changes: dict) -> Search:
         if content["format"] != FORMAT:
             raise ValueError
         settings, objective = Settings(**content["settings"]), Objective(*content["objective"])
-        search = Search(folder, settings, content["space"], content["images"], objective)
+        search = Search(folder, settings, content["space"], content["images"], objective, content["versions"])
         events, search.damaged = read_lines(folder / LOG_FILE)
         for event in events:
             search.apply(event)
@@ -267,14 +270,23 @@ def open_search(folder: Path, changes: dict) -> Search:
     return search
 
 
+def installed_versions(settings: Settings) -> dict[str, str]:
+    """Return the versions of torch and, if it draws the configs, Optuna."""
+    packages = ["torch", *(["optuna"] if settings.sampler == "tpe" else [])]
+    return {package: importlib.metadata.version(package) for package in packages}
+
+
 def check_unchanged(search: Search, space: dict, objective: Objective) -> None:
-    """Refuse to resume a search with another space or objective."""
+    """Refuse to resume a search with another space or objective; note other versions of packages."""
     before = search.space | vars(search.objective)
     for key, now in (space | vars(objective)).items():
         if now != before.get(key):
             raise InputError(
                 f"{key!r} is {now}, but was {before.get(key)} when the search began; restore it, or start a new search"
             )
+    for package, version in installed_versions(search.settings).items():
+        if version != (then := search.versions.get(package)):
+            print(f"The search began with {package} {then}; with {version}, figures may differ.", file=sys.stderr)
 
 
 def check_same_images(search: Search, dataset: Dataset) -> None:

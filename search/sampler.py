@@ -16,7 +16,6 @@ from search.records import Objective, Trial
 from search.space import check_value, to_plain
 
 MAX_TRIALS = 100_000
-MULTIVARIATE = __import__("os").environ.get("MV") == "1"
 
 
 def draw_configs(
@@ -105,10 +104,9 @@ def suggest_config(space: dict, seed: int, number: int, outcomes: Sequence[tuple
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     own_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
-    # The defaults of the last two changed in Optuna 5.0.
-    sampler = optuna.samplers.TPESampler(
-        n_startup_trials=startup, seed=own_seed, multivariate=MULTIVARIATE, constant_liar=False
-    )
+    # The defaults of these two changed in Optuna 5.0; multivariate finds more (see benchmarks/RESULTS.md).
+    options = {"multivariate": True, "constant_liar": False}
+    sampler = optuna.samplers.TPESampler(n_startup_trials=startup, seed=own_seed, **options)
     searched = distributions(space)
     study = OptunaSearch(searched, metric="score", mode="max", sampler=sampler)
     for config, score in outcomes:

@@ -34,7 +34,7 @@ def report(epoch: int, accuracy: float = 0.5, loss: float = 1.0, seconds: float 
 def search_in(folder: Path, metric: str = "accuracy", mode: str = "max", **settings: object) -> Search:
     """Return a new search without trials and images."""
     folder.mkdir(parents=True, exist_ok=True)
-    search = Search(folder, Settings(**settings), summarize(SPACE), {}, Objective(metric, mode))
+    search = Search(folder, Settings(**settings), summarize(SPACE), {}, Objective(metric, mode), {})
     search.write()
     return search
 
@@ -48,8 +48,8 @@ def add(search: Search, *accuracies: float, end: str | None = END, repeats: str 
     return name
 
 
-def tell(search: Search, name: str, each: Report, end: str | None = None) -> None:
-    search.record("reported", trial=name, **{key: getattr(each, key) for key in METRICS}, end=end)
+def tell(search: Search, name: str, each: Report, end: str | None = None, paused: bool = False) -> None:
+    search.record("reported", trial=name, **{key: getattr(each, key) for key in METRICS}, end=end, paused=paused)
 
 
 @contextlib.contextmanager

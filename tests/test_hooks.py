@@ -15,7 +15,7 @@ from search.trial import TRAINING_FILE, weights_path
 from tests.helpers import CONFIG, NAN, add, report, search_in, tell
 
 SCHEDULERS = {
-    "asha": lambda: new_scheduler(Settings(grace_period=2, reduction_factor=2.0), 12),
+    "asha": lambda: new_scheduler(Settings(scheduler="asha", grace_period=2, reduction_factor=2.0), [], 12),
     "median": lambda: MedianStoppingRule("epoch", "loss", "min", grace_period=2, min_time_slice=math.inf),
     "none": FIFOScheduler,
 }
@@ -72,8 +72,9 @@ def test_scheduler_decides_like_a_fresh_one(kind: str, interruptions: float, tmp
                 stopped += expected == "STOP"
             told[name] = max(epoch, told.get(name, 0))
             assert tested.on_trial_result(controller, name, vars(each)) == expected
-            assert tested.reasons.get(name) == reason
-            tell(search, name, each, reason or ("stopped by the scheduler" if expected == "STOP" else None))
+            end = reason or ("stopped by the scheduler" if expected == "STOP" else None)
+            assert tested.ends.get(name) == end
+            tell(search, name, each, end)
             if expected == "STOP":
                 running.remove(name)
                 tested.on_trial_complete(controller, name, vars(each))

@@ -1,12 +1,14 @@
+import importlib.metadata
 import itertools
 import random
+import re
 from pathlib import Path
 
 import pytest
 
 from data import InputError
 from search.files import dumps, read_lines
-from search.records import FORMAT, open_search
+from search.records import FORMAT, check_unchanged, open_search
 from search.settings import Settings
 from tests.helpers import END, NAN, add, disk_full_after, report, search_in, tell
 
@@ -18,13 +20,17 @@ def test_replay_gives_the_same_search_and_damage_costs_only_what_follows_in_a_tr
     search.record("started", resources="2 CPUs")
     events = [*((name, 0) for name in names), (None, 0)]  # each event's trial, and the epoch that it reports or 0
     for name in generator.choices(names, k=50):
-        reports, kind = search.trials[name].reports, generator.choice(["reported"] * 7 + ["restarted", "failed"])
+        reports, kind = (
+            search.trials[name].reports,
+            generator.choice(["reported"] * 7 + ["restarted", "failed", "ended"]),
+        )
         events.append((name, len(reports) + 1 if kind == "reported" else 0))
         if kind == "reported":
             loss = generator.choice([generator.random()] * 9 + [NAN])
-            tell(search, name, report(len(reports) + 1, generator.random(), loss), generator.choice([None, None, END]))
+            end, paused = generator.choice([(None, False), (None, True), (END, False)])
+            tell(search, name, report(len(reports) + 1, generator.random(), loss), end, paused)
         else:
-            search.record(kind, trial=name, epoch=generator.randint(0, len(reports)), error="OSError: why")
+            search.record(kind, trial=name, epoch=generator.randint(0, len(reports)), error="OSError: why", end=END)
         assert [each.epoch for each in reports] == list(range(1, len(reports) + 1))
     assert repr(open_search(tmp_path, {})) == repr(search)
     lines = log.read_text().splitlines(keepends=True)
@@ -54,8 +60,10 @@ def test_restarted_drops_later_epochs_and_the_end_until_they_are_reported_again(
     assert (trial.reports, repr(open_search(tmp_path, {}))) == (first, repr(search))  # what is not written has not been
     tell(search, trial.name, report(3, 0.4), END)
     assert (trial.reports[2:], trial.status) == ([report(3, 0.4)], "TERMINATED")
-    tell(search, trial.name, report(2, 0.5))  # an epoch exists once
-    assert trial.reports == [first[0], report(2, 0.5)]
+    tell(search, trial.name, report(2, 0.5), paused=True)  # an epoch exists once
+    assert (trial.reports, trial.status, search.interrupted()) == ([first[0], report(2, 0.5)], "PAUSED", True)
+    search.record("ended", trial=trial.name, end=END)
+    assert (trial.status, search.unfinished()) == ("TERMINATED", [])
 
 
 @pytest.mark.parametrize(("metric", "mode"), [("accuracy", "max"), ("loss", "min"), ("train_loss", "min")])
@@ -80,8 +88,14 @@ def test_best_epochs_and_trials_are_those_of_the_objective(metric: str, mode: st
     assert {trial.status for trial in trials} == {"TERMINATED", "DIVERGED", "UNFINISHED"}
 
 
-def test_only_an_intact_search_is_resumed_and_settings_only_grow(tmp_path: Path) -> None:
-    add(search_in(tmp_path, num_samples=3), 0.5)
+def test_only_an_intact_search_is_resumed_and_settings_only_grow(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    search = search_in(tmp_path, num_samples=3)
+    check_unchanged(search, search.space, search.objective)
+    assert re.fullmatch(r"The search began with torch None; with \d.*, figures may differ\.\n", capsys.readouterr().err)
+    search.versions |= {"torch": importlib.metadata.version("torch")}
+    check_unchanged(search, search.space, search.objective)
+    assert not capsys.readouterr().err
+    add(search, 0.5)
     assert open_search(tmp_path, {"num_samples": 4, "repeats": 2}).settings == Settings(num_samples=4, repeats=2)
     with pytest.raises(InputError, match="--num-samples 2 is less than the search has; use at least 3"):
         open_search(tmp_path, {"num_samples": 2})

@@ -1,4 +1,4 @@
-import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -6,9 +6,11 @@ import pytest
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
 from benchmarks.curves import read_curves, write_curves
-from benchmarks.replay import judge, main, play
-from benchmarks.samplers import best_after, nearest, search
+from benchmarks.replay import main, new_trials, play
+from benchmarks.samplers import nearest, search
+from search.halving import Promotion
 from search.hooks import early_stop
+from search.records import Trial
 
 
 def curve(loss: float, number: int = 0, epochs: int = 4, pace: float = 1.0) -> list[dict]:
@@ -19,49 +21,77 @@ def curve(loss: float, number: int = 0, epochs: int = 4, pace: float = 1.0) -> l
     return [drawn | {"epoch": e, "accuracy": each, "seconds": pace * e} for e, each in enumerate(accuracies, 1)]
 
 
-def test_asha_on_curves_that_can_be_reckoned_by_hand() -> None:
+def played(curves: list[list[dict]], scheduler: Callable, at_once: int, stop: Callable | None = None) -> list[int]:
+    """Return for how many epochs each trial of a search was trained."""
+    trials = new_trials(len(curves))
+    order = play(trials, dict(zip(trials, curves, strict=True)).__getitem__, scheduler(trials), stop, at_once).order
+    assert [order.count(trial) for trial in trials] == [len(trial.reports) for trial in trials]
+    return [len(trial.reports) for trial in trials]
+
+
+def asha(trials: list[Trial]) -> ASHAScheduler:
+    return ASHAScheduler("epoch", "loss", "min", max_t=4, grace_period=1, reduction_factor=2)
+
+
+def promote(trials: list[Trial]) -> Promotion:
+    return Promotion(trials, {1: 2, 2: 1}, 4)
+
+
+def test_schedulers_on_curves_that_can_be_reckoned_by_hand() -> None:
     curves = [curve(loss, pace=pace) for loss, pace in ((1.0, 1000.0), (2.0, 100.0), (0.5, 10.0), (3.0, 1.0))]
-    for at_once, epochs in (
-        (1, [4, 1, 4, 1]),  # the first passes; 2.0 is worse than 1.0; 0.5 is better than 1.5; 3.0 is worse than 1.0
-        (4, [4, 1, 4, 4]),  # the fastest, 3.0, is now the first; then come 0.5; 2.0, worse than 1.75; 1.0
+    for scheduler, at_once, epochs in (
+        # ASHA looks after 1, 2 and 4 epochs, and lets pass what is no worse than the median of those before.
+        (
+            asha,
+            1,
+            [4, 1, 4, 1],
+        ),  # the first passes; 2.0 is worse than 1.0; 0.5 is better than 1.5; 3.0 is worse than 1.0
+        (asha, 4, [4, 1, 4, 4]),  # the fastest, 3.0, is now the first; then come 0.5; 2.0, worse than 1.75; 1.0
+        (promote, 1, [2, 1, 4, 1]),  # the best two continue after epoch 1, and the best one after epoch 2
+        (promote, 4, [2, 2, 4, 4]),  # no worker waits for 1.0 and 0.5: 3.0 continues
     ):
-        # It looks after 1, 2 and 4 epochs, and lets pass what is no worse than the median of those before.
-        asha = ASHAScheduler("epoch", "loss", "min", max_t=4, grace_period=1, reduction_factor=2)
-        assert play(curves, asha, None, at_once) == epochs
+        assert played(curves, scheduler, at_once) == epochs
 
 
-def test_without_a_scheduler_all_run_to_their_end_or_stop_by_themselves_and_what_that_costs_is_told() -> None:
+def test_without_a_scheduler_all_run_to_their_end_or_stop_by_themselves() -> None:
     curves = [curve(loss) for loss in (1.0, 2.0, 3.0)]
-    assert play(curves, FIFOScheduler(), None, 2) == [4, 4, 4]
-    assert play(curves, FIFOScheduler(), partial(early_stop, 4, 2, 0.1, 100), 2) == [3, 3, 3]
-    assert judge(curves, [4, 4, 1]) == {"spent": 0.75, "found": 1.0, "lost_at": None}
-    judged = judge(curves, [2, 4, 3])  # 0.9, 0.8 and 0.7 in the end
-    assert judged == {"spent": 0.75, "found": pytest.approx(0.8 / 0.9), "lost_at": 2}
+    assert played(curves, lambda _: FIFOScheduler(), 2) == [4, 4, 4]
+    assert played(curves, lambda _: FIFOScheduler(), 2, partial(early_stop, 4, 2, 0.1, 100)) == [3, 3, 3]
 
 
-def test_table_of_recorded_curves(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_idle_time_and_training_states_are_counted() -> None:
+    curves, trials = [curve(loss, pace=pace) for loss, pace in ((1.0, 2.0), (2.0, 1.0), (3.0, 1.0))], new_trials(3)
+    result = play(trials, dict(zip(trials, curves, strict=True)).__getitem__, FIFOScheduler(), None, 2)
+    assert (result.idle, result.states) == (0, 2)  # 4 epochs of 2 s beside 8 of 1 s
+    trials = new_trials(3)
+    result = play(trials, dict(zip(trials, curves, strict=True)).__getitem__, promote(trials), None, 1)
+    assert ([len(trial.reports) for trial in trials], result.states) == ([4, 2, 1], 3)
+
+
+def test_tables_of_recorded_curves(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "curves.csv"
-    curves = {i: curve(0.5 + i, i) for i in range(5)}
+    curves = {i: curve(0.5 + i, i, epochs=20) for i in range(5)}
     write_curves(path, curves)
     assert read_curves(path) == curves
     main(["--curves", str(path), "--trials", "3", "--searches", "4", "--at-once", "1"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "5 recorded configs, 4 searches of 3 trials."
-    assert "| none, 1 at once | 1.00 | 1.000 (1.000 to 1.000) | 0.0000 | 0.0% |  |" in lines
-    assert len(lines) == 4 + 2 + (18 + 3) * 4
+    assert lines[0] == "5 recorded configs, 4 searches per row."
+    rows = {line.split("|")[1].strip(): line for line in lines[4:]}
+    assert rows["none"].split("|")[3:6] == [" 1 ", " 60 ", " 1.000 "]
+    assert all("| 0.0% |" in rows[name] for name in ("none", "promote, grace 2, factor 2, keep 2"))
+    assert len(rows) == 1 + 9 * 4 + 1
     with pytest.raises(SystemExit):
         main(["--curves", str(path)])
-    assert "5 configs, fewer than the 12 of a search" in capsys.readouterr().err
+    assert "5 configs, fewer than the 48 of a search" in capsys.readouterr().err
 
 
-def test_samplers_are_judged_by_what_was_found_in_equal_epochs() -> None:
-    curves = [curve(2.0, 0), curve(1.0, 1), curve(math.nan, 2)]  # 0.8 and 0.9 in the end, in steps of a quarter
-    found = [best_after(curves, [2, 4, 1], budget) for budget in (1, 2, 3, 5, 6, 100)]
-    assert found == pytest.approx([0.2, 0.4, 0.4, 0.675, 0.9, 0.9])
-    config = {"h_1": 8, "h_2": 32, "p_drop": 0.1}
-    assert [nearest(curves, config | {"lr": lr})[0]["config"] for lr in (1e-5, 0.013, 0.016, 0.1)] == [0, 0, 1, 2]
-    # Early stopping ends trials whose loss stays after 5 of 20 epochs; the best of these is drawn sooner or later.
+def test_samplers_draw_what_was_recorded_nearby() -> None:
     recorded = [curve(loss, number, epochs=20) for number, loss in enumerate((2.0, 1.0, 3.0))]
-    found = search(recorded, None, seed=0)
-    assert found == sorted(found)
-    assert found[-1] == pytest.approx(0.9 * 5 / 20)
+    config = {"h_1": 8, "h_2": 32, "p_drop": 0.1}
+    assert [nearest(recorded, config | {"lr": lr})[0]["config"] for lr in (1e-5, 0.013, 0.016, 0.1)] == [0, 0, 1, 2]
+    # Early stopping ends trials whose loss stays after 5 of 20 epochs; the first to end leave their places to others.
+    epochs, found = search(recorded, "promote", None, 12, seed=0)
+    assert epochs == 12 * 2 + 6 * 2 + 4 * 1
+    assert found == pytest.approx(0.9 * 5 / 20)

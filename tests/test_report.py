@@ -6,7 +6,7 @@ import pytest
 
 from search import report as reports
 from search.files import lock
-from search.progress import Progress, block, time_left
+from search.progress import Progress, block
 from tests.helpers import END, add, report, search_in, tell
 
 
@@ -75,7 +75,8 @@ def test_progress_is_redrawn_on_a_terminal_and_repeated_now_and_then_in_a_file(
     now, search, screen = [100.0], search_in(tmp_path), []
     monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
     monkeypatch.setattr("search.progress.time.monotonic", lambda: now[0])
-    progress, names = Progress(30), [add(search, *[0.1] * n, end=END if n else None, epochs=10) for n in (10, 4, 0, 0)]
+    names = [add(search, *[0.1] * n, end=END if n else None, epochs=10) for n in (10, 4, 0, 0)]
+    progress = Progress(30, {})
     for epoch in range(1, 7):
         now[0] += 10
         tell(search, names[2], report(epoch, 0.3))
@@ -88,10 +89,15 @@ def test_progress_is_redrawn_on_a_terminal_and_repeated_now_and_then_in_a_file(
     assert len(screen) == (0 if terminal else 8)
     search.seconds = 125.0
     # 125 s for 20 epochs; trials end after 7 on average, so 1 is left of one, and 7 of the other.
-    assert time_left(search) == (1 + 7) * 6.25
-    assert block(search, names[2:3]) == [
-        "Trials: 2 done, 1 running, 1 waiting. Epochs: 20 of at most 40.",
+    assert block(search, names[2:3], {}) == [
+        "Trials: 2 done, 1 running, 1 waiting. Epochs: 20 of about 28.",
         "Time: 2min 5s, about 50s left.",
         "Best so far: train_cifar_00002, accuracy 0.3000 after epoch 1.",
         "  train_cifar_00002  epoch   6 of 10  accuracy 0.3000  loss 1.0000",
     ]
+    # Of 4 trials, 2 are promoted after 5 epochs; one repeats another.
+    add(search, 0.1, end=None, repeats=names[0], epochs=10)
+    tell(search, names[2], report(5, 0.3), paused=True)
+    first, second, *_ = block(search, [], {5: 2})
+    assert first == f"Trials: 2 done, 0 running, 1 paused, 2 waiting. Epochs: 20 of about {20 + (1 + 5) + 5 + 9}."
+    assert second == "Time: 2min 5s, about 2min 0s left."

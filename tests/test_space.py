@@ -1,14 +1,15 @@
 import importlib.util
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 from ray import tune
 
 from data import InputError
-from search.sampler import draw_configs, suggest_config
+from search.sampler import draw_configs, outcomes, suggest_config
 from search.space import check_space
-from tests.helpers import SPACE
+from tests.helpers import END, SPACE, add, search_in
 
 
 def test_bad_spaces_are_refused() -> None:
@@ -57,19 +58,40 @@ def test_every_grid_point_is_drawn_as_often_as_asked_and_first_trials_change_no_
             draw_configs(SPACE, 3, 5, [bad])
 
 
+def test_tpe_is_told_of_the_first_rung_which_all_trials_reach_or_else_of_the_best_epochs(tmp_path: Path) -> None:
+    search = search_in(tmp_path)
+    for accuracies, end in (
+        ([0.3, 0.2, 0.9], None),
+        ([0.1, 0.4], END),
+        ([0.5], None),
+        ([0.6, 0.7, -1], END),
+        ([-1], END),
+    ):
+        add(
+            search,
+            *accuracies,
+            end=end,
+            repeats="train_cifar_00000" if accuracies == [0.5] else None,
+            h_1=len(search.trials),
+        )
+    for rung, expected in ((2, {0: 0.3, 1: 0.4, 3: 0.3, 4: 0.3}), (None, {1: 0.4, 3: 0.4, 4: 0.4})):
+        told = outcomes(search.own_trials(), search.objective, rung)
+        assert {config["h_1"]: score for config, score in told} == expected
+
+
 def test_tpe_depends_on_its_arguments_alone_and_finds_what_is_good(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("optuna")
-    outcomes = []
+    told = []
     for number in range(40):
-        config = suggest_config(SPACE, 3, number, outcomes, 10)
-        assert config == suggest_config(SPACE, 3, number, outcomes, 10)
+        config = suggest_config(SPACE, 3, number, told, 10)
+        assert config == suggest_config(SPACE, 3, number, told, 10)
         check_space(config)
-        outcomes.append((config, 0.8 - abs(math.log10(config["lr"] / 0.01)) / 5 - (config["h_1"] == 64) / 10))
-    first, last = (sum(score for _, score in part) / len(part) for part in (outcomes[:10], outcomes[20:]))
+        told.append((config, 0.8 - abs(math.log10(config["lr"] / 0.01)) / 5 - (config["h_1"] == 64) / 10))
+    first, last = (sum(score for _, score in part) / len(part) for part in (told[:10], told[20:]))
     assert last > first + 0.1
     outside = [({**config, "h_1": 4, "lr": 1.0}, 0.9)]  # one of the first trials
-    last = suggest_config(SPACE, 3, 40, outcomes, 10)
-    assert suggest_config(SPACE, 3, 40, outcomes + outside, 10) == last != suggest_config(SPACE, 4, 40, outcomes, 10)
+    last = suggest_config(SPACE, 3, 40, told, 10)
+    assert suggest_config(SPACE, 3, 40, told + outside, 10) == last != suggest_config(SPACE, 4, 40, told, 10)
     with pytest.raises(InputError, match=r"Optuna cannot draw param_space\['lr'\]; use another range"):
         draw_configs(SPACE | {"lr": tune.sample_from(lambda _: 0.1)}, 1, 0, tpe=True)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

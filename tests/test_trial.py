@@ -26,7 +26,7 @@ def run(config: dict, folder: Path, until: int = -1) -> list[dict]:
             raise SystemExit
 
     with contextlib.suppress(SystemExit):
-        run_trial(config, IMAGES, folder, ACCURACY, 0, report, CPU)
+        run_trial(config, IMAGES, folder, ACCURACY, 0, (), report, CPU)
     return told
 
 
@@ -93,5 +93,7 @@ def test_best_weights_are_always_on_disk(seed: int, tmp_path: Path, monkeypatch:
     while len(known.reports) < config["epochs"]:
         starts += 1
         with contextlib.suppress(SystemExit):
-            run_trial(config, images, tmp_path / known.name, ACCURACY, generator.choice([0, 0, 1e9]), report, CPU)
+            run_trial(
+                config, images, tmp_path / known.name, ACCURACY, generator.choice([0, 0, 1e9]), (3, 6), report, CPU
+            )
     assert starts > 1

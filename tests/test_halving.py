@@ -1,0 +1,127 @@
+import json
+import random
+from pathlib import Path
+
+import pytest
+from ray import tune
+from ray.tune.schedulers import TrialScheduler
+
+import hparam_search
+from search.halving import Promotion, new_rungs
+from search.records import METRICS, Trial
+from search.trial import TRAINING_FILE
+from tests import conftest
+from tests.helpers import report
+
+
+def test_rungs_and_places_are_those_of_successive_halving() -> None:
+    assert new_rungs(12, 2, 2, 2, 20) == {2: 6, 4: 3, 8: 2, 16: 2}
+    assert new_rungs(100, 1, 3.0, 1, 27) == {1: 34, 3: 12, 9: 4}
+    assert new_rungs(7, 2, 1.5, 3, 9) == {2: 5, 3: 4, 5: 3, 8: 3}
+    assert new_rungs(2, 3, 4, 3, 6) == {3: 2}  # all are promoted
+    assert new_rungs(12, 20, 2, 2, 20) == {}
+
+
+@pytest.mark.parametrize("failures", [0.0, 0.02])
+@pytest.mark.parametrize("at_once", [1, 2, 4, 30])
+def test_the_best_of_each_rung_are_promoted_and_the_others_stopped(at_once: int, failures: float) -> None:
+    """Trials with random losses and paces run at once, and may fail, at any epoch."""
+    for seed in range(40):
+        generator = random.Random(seed)
+        count, first, factor, keep = (generator.choice(x) for x in ((5, 12, 30), (1, 2, 3), (1.5, 2, 4), (1, 2, 3)))
+        rungs, trials = new_rungs(count, first, factor, keep, 12), [Trial(f"{i:05}") for i in range(count)]
+        promotion = Promotion(trials, rungs, 12)
+        running, sure, stopped = [], [], []  # (trial, rung) of those that were promoted at once, and stopped
+        while True:
+            waiting = [t for t in trials if not (t.end or t.error or t in running) and (t.paused or not t.reports)]
+            while len(running) < at_once and (trial := promotion.choose(waiting)):
+                waiting.remove(trial)
+                running.append(trial)
+                trial.paused = False
+            if not running:
+                break
+            assert not waiting or len(running) == at_once
+            paused = [trial for trial in trials if trial.paused]
+            assert len(paused) <= max([*rungs.values(), 0])
+            trial = generator.choice(running)
+            if generator.random() < failures:
+                trial.error = "why"
+                running.remove(trial)
+                continue
+            each = report(len(trial.reports) + 1, loss=generator.choice([1.0, generator.random()]))
+            decision = promotion.on_trial_result(None, trial, vars(each))
+            trial.reports.append(each)
+            if each.epoch == 12:
+                trial.end = "all epochs done"
+            elif decision == TrialScheduler.STOP:
+                trial.end = "stopped"
+                stopped.append((trial, each.epoch))
+            elif decision == TrialScheduler.PAUSE:
+                trial.paused = True
+            elif each.epoch in rungs:
+                sure.append((trial, each.epoch))
+            if trial.end or trial.paused:
+                running.remove(trial)
+            for beaten in promotion.beaten():
+                stopped.append((beaten, len(beaten.reports)))
+                beaten.end, beaten.paused = "stopped", False
+        assert all(trial.end or trial.error for trial in trials)
+        for rung, places in rungs.items():
+            following = min([*(other for other in rungs if other > rung), 12])
+            passed = [trial for trial in trials if len(trial.reports) >= following]
+            reached = [
+                trial for trial in trials if len(trial.reports) >= rung and not (trial.error and trial not in passed)
+            ]
+            reached.sort(key=lambda trial: (trial.reports[rung - 1].loss, trial.name))
+            if not failures:
+                assert {trial for trial, at in sure if at == rung} <= set(reached[:places])
+                assert set(reached[:places]) <= set(passed)
+                assert at_once > 1 or set(reached[:places]) == set(passed)
+                assert not {trial for trial, at in stopped if at == rung} & set(reached[:places])
+            failed = [trial for trial in trials if trial.error]  # a place that is free too late stays free
+            assert len(passed) + len(failed) >= min(places, len(reached))
+
+
+def scripted(config: dict, images: Path, search_folder: Path, rungs: list[int], **others: object) -> None:
+    """Report losses that follow from the config, without training; one trial fails at its first rung."""
+    name = tune.get_context().get_trial_name()
+    state = search_folder / name / TRAINING_FILE
+    state.parent.mkdir(exist_ok=True)
+    restored = int(state.read_text()) if state.exists() else 0
+    tune.report({"restored": restored})
+    for epoch in range(1, config["epochs"] + 1):
+        if name.endswith("11") and epoch == rungs[0]:
+            raise ValueError("it fails")
+        if epoch in rungs and epoch > restored:
+            state.write_text(str(epoch))
+        states = len(list(search_folder.glob(f"*/{TRAINING_FILE}")))
+        (search_folder / f"{name}.{epoch}.states").write_text(str(states))
+        tune.report(dict.fromkeys(METRICS, 0.5) | {"epoch": epoch, "loss": 10 * config["lr"] + 1 / epoch})
+
+
+def prepare(at_once: int) -> None:
+    hparam_search.train_cifar = scripted
+    hparam_search.tuner.usable_cpus = lambda: at_once
+
+
+@pytest.mark.parametrize("at_once", [2, 4])
+def test_search_with_several_trials_at_once_promotes_the_best_though_the_last_fails(
+    at_once: int, tmp_path: Path
+) -> None:
+    folder, output = tmp_path / "it", tmp_path / "output.txt"
+    command = conftest.quick(folder, "--num-samples", 6, "--max-epochs", 10, "--time-budget", "1h")
+    process = conftest.start(None, command, output, prepare, at_once)
+    process.join(120)
+    assert process.exitcode == 1, output.read_text()  # there are no weights
+    rows = conftest.read_csv(folder)
+    assert [row["status"] for row in rows] == ["TERMINATED"] * 11 + ["ERROR"]
+    by_loss = sorted(rows[:11], key=lambda row: float(row["lr"]))
+    for epoch, places in {4: 6, 8: 3, 10: 2}.items():
+        passed = [row for row in rows if int(row["epochs"] or 0) >= epoch]
+        assert all(row in passed for row in by_loss[:places])
+        assert len(passed) <= places + at_once - 1
+    assert max(int(path.read_text()) for path in folder.glob("*.states")) <= 6 + at_once
+    assert not list(folder.glob(f"*/{TRAINING_FILE}"))
+    events = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert any(event.get("paused") for event in events)
+    assert {event["trial"] for event in events if event["event"] == "restarted"} == {"train_cifar_00011"}
