@@ -79,7 +79,7 @@ PROGRESS_PERIOD = 30  # seconds between progress blocks in a log file
 
 
 def new_scheduler(settings: Settings, trials: list[records.Trial], max_epochs: int) -> TrialScheduler:
-    """Build the scheduler that stops poor trials early. Any Ray scheduler that never pauses trials works."""
+    """Build the scheduler that stops poor trials early. Any Ray scheduler that does not pause trials works."""
     if settings.scheduler == "none":
         return FIFOScheduler()
     if settings.scheduler == "promote":
@@ -189,13 +189,8 @@ def fit(search: records.Search, trials: list[records.Trial], dataset: Dataset) -
     max_epochs = trials[0].config["epochs"]  # the same for all trials
     early_stop = partial(hooks.early_stop, max_epochs, PATIENCE, MIN_DELTA, MAX_SECONDS_PER_TRIAL)
     scheduler = new_scheduler(settings, search.own_trials(), max_epochs)
-    promotion = scheduler if isinstance(scheduler, halving.Promotion) else None
-    entries, first_rung = search_space(settings), settings.grace_period if promotion else None
-
-    def suggest(number: int) -> dict:
-        outcomes = sampler.outcomes(search.own_trials(), search.objective, first_rung)
-        return sampler.suggest_config(entries, settings.seed, number, outcomes, STARTUP_TRIALS)
-
+    promotion = scheduler if isinstance(scheduler, halving.Promotion) else halving.Promotion([], {}, max_epochs)
+    suggest = partial(sampler.suggest_config, search_space(settings), settings.seed, startup=STARTUP_TRIALS)
     waiting = hooks.TrialQueue(search, trials, promotion, max(1, at_once), suggest)
     resumable = hooks.ResumableScheduler(scheduler, search, early_stop)
     recorder = hooks.Recorder(search, promotion, resumable.ends, MODELS_KEPT, PROGRESS_PERIOD)
@@ -206,7 +201,7 @@ def fit(search: records.Search, trials: list[records.Trial], dataset: Dataset) -
             search_folder=search.folder,
             objective=search.objective,
             save_period=SAVE_PERIOD,
-            rungs=list(promotion.rungs) if promotion else [],
+            rungs=promotion.rungs,
         )
         tuned = tune.Tuner(
             tune.with_resources(trainable, resources),

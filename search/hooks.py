@@ -11,13 +11,14 @@ from types import SimpleNamespace
 from typing import Any
 
 from ray import tune
-from ray.tune.schedulers import TrialScheduler
+from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from search.files import read_lines
 from search.halving import Promotion
 from search.progress import Progress
 from search.records import LOG_FILE, METRICS, Search, Trial
+from search.sampler import outcomes
 from search.tensorboard import Board
 from search.trial import TRAINING_FILE, prune_weights
 from search.tuner import own_node_lives
@@ -55,19 +56,19 @@ def early_stop(
 
 
 class TrialQueue(Searcher):
-    """Hands Tune these trials of a search, at most at_once at a time.
+    """Hands Tune these trials of a search, at most at_once at a time, as the promotion chooses.
 
     A paused trial that continues is a new one to Tune. If a trial's config is not drawn yet, suggest_config is called
-    with its number.
+    with its number and the outcomes so far.
     """
 
     def __init__(
         self,
         search: Search,
         trials: list[Trial],
-        promotion: Promotion | None,
+        promotion: Promotion,
         at_once: int,
-        suggest_config: Callable[[int], dict],
+        suggest_config: Callable[[int, list], dict],
     ) -> None:
         super().__init__()
         self.search, self.trials, self.promotion, self.at_once = search, trials, promotion, at_once
@@ -76,19 +77,20 @@ class TrialQueue(Searcher):
         self.running = set()  # Tune's ids
 
     def suggest(self, trial_id: str) -> dict | str | None:
-        """Return the config of the trial that a free worker takes; None if it must wait."""
+        """Return the config of the trial that a free worker takes; None if none is free, or trials may still pause."""
         if len(self.running) >= self.at_once:
             return None
         begun, busy = set(self.names.values()), {self.names[each] for each in self.running}
-        waiting = [t for t in self.trials if t.name not in begun or (t.paused and t.name not in busy)]
-        waiting = [trial for trial in waiting if not trial.end]
-        if not waiting:
+        waiting = [trial for trial in self.trials if not trial.end and trial.name not in busy]
+        trial = self.promotion.choose([trial for trial in waiting if trial.paused or trial.name not in begun])
+        if not trial:
             return None if self.running else Searcher.FINISHED
-        trial = self.promotion.choose(waiting) if self.promotion else waiting[0]
         self.names[trial_id] = trial.name
         self.running.add(trial_id)
         if not self.search.is_drawn(trial):
-            config = self.suggest_config(int(trial.trial_id))
+            rung = min(self.promotion.rungs, default=None)
+            told = outcomes(self.search.own_trials(), self.search.objective, rung)
+            config = self.suggest_config(int(trial.trial_id), told)
             self.search.record("drawn", trial=trial.name, config=config, repeats=None)
         return trial.config
 
@@ -103,7 +105,7 @@ class TrialQueue(Searcher):
         return {}
 
 
-class ResumableScheduler(TrialScheduler):
+class ResumableScheduler(FIFOScheduler):
     """Lets Promotion, or any Ray scheduler that never pauses trials, continue where an earlier process stopped.
 
     The log is first replayed to the scheduler, which must be new. It is told of records.Trial in place of Tune's, so
@@ -161,15 +163,6 @@ class ResumableScheduler(TrialScheduler):
         if not self.search.trials[str(trial)].repeats:
             self.scheduler.on_trial_complete(controller, self.search.trials[str(trial)], result)
 
-    def on_trial_error(self, controller: Any, trial: Any) -> None:
-        self.scheduler.on_trial_error(controller, self.search.trials[str(trial)])
-
-    def on_trial_remove(self, controller: Any, trial: Any) -> None:
-        self.scheduler.on_trial_remove(controller, self.search.trials[str(trial)])
-
-    def choose_trial_to_run(self, controller: Any) -> Any:
-        return self.scheduler.choose_trial_to_run(controller)
-
 
 class Recorder(tune.Callback):
     """Records what trials report, shows it, and keeps the weights of the models_kept best ones.
@@ -181,13 +174,13 @@ class Recorder(tune.Callback):
     def __init__(
         self,
         search: Search,
-        promotion: Promotion | None,
+        promotion: Promotion,
         ends: dict[str, str],
         models_kept: int,
         progress_period: float,
     ) -> None:
         self.search, self.promotion, self.ends, self.models_kept = search, promotion, ends, models_kept
-        self.progress = Progress(progress_period, promotion.rungs if promotion else {})
+        self.progress = Progress(progress_period, promotion.rungs)
         self.board = Board(search)
         self.interrupted = threading.Event()
         self.failure: OSError | None = None
@@ -234,7 +227,7 @@ class Recorder(tune.Callback):
         elif paused:
             self.board.close(known.name)
             prune_weights(self.search.folder / known.name, {known.best.epoch})
-        if self.promotion and result["epoch"] in self.promotion.rungs:
+        if result["epoch"] in self.promotion.rungs:
             self.end_beaten()
         self.progress.update(
             self.search, [name for name in running(trials) if not result["done"] or name != str(trial)]
@@ -242,7 +235,7 @@ class Recorder(tune.Callback):
 
     def end_beaten(self) -> None:
         """End the paused trials that cannot be promoted any more."""
-        for trial in self.promotion.beaten() if self.promotion else []:
+        for trial in self.promotion.beaten():
             if self.record("ended", trial=trial.name, end=STOPPED):
                 self.end(trial)
 

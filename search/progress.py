@@ -1,5 +1,6 @@
 """What the terminal shows while a search runs."""
 
+import math
 import shutil
 import sys
 import time
@@ -79,14 +80,16 @@ def epochs_left(search: Search, rungs: dict[int, int]) -> float:
     With rungs, as many trials as are promoted train from each to the next, and repeats train to the end. Without,
     trials are expected to train for as many epochs as those that have ended did on average.
     """
-    unfinished, ended = search.unfinished(), [len(trial.reports) for trial in search.trials.values() if trial.end]
+    unfinished, own = search.unfinished(), search.own_trials()
     if not rungs:
-        average = sum(ended) / len(ended) if ended else None
-        return sum(max(1, (average or trial.config["epochs"]) - len(trial.reports)) for trial in unfinished)
-    own, max_epochs = search.own_trials(), next(iter(search.trials.values())).config["epochs"]
-    left = 0
-    for (start, trials), end in zip([(0, len(own)), *rungs.items()], [*rungs, max_epochs], strict=True):
-        trained = sum(min(len(trial.reports), end) - start for trial in own if len(trial.reports) > start)
-        left += max(0, trials * (end - start) - trained)
-    to_the_end = [sum(max_epochs - len(t.reports) for t in unfinished if bool(t.repeats) is r) for r in (False, True)]
-    return min(left, to_the_end[0]) + to_the_end[1]
+        ended = [len(trial.reports) for trial in search.trials.values() if trial.end]
+        average = sum(ended) / len(ended) if ended else math.inf
+        return sum(max(1, min(average, trial.config["epochs"]) - len(trial.reports)) for trial in unfinished)
+    repeats = [trial for trial in unfinished if trial.repeats]
+    left = sum(trial.config["epochs"] - len(trial.reports) for trial in repeats)
+    if len(repeats) < len(unfinished):
+        ends = [*rungs, own[0].config["epochs"]]
+        for (start, trials), end in zip([(0, len(own)), *rungs.items()], ends, strict=True):
+            trained = sum(min(len(trial.reports), end) - start for trial in own if len(trial.reports) > start)
+            left += max(0, trials * (end - start) - trained)
+    return left
