@@ -105,8 +105,9 @@ def suggest_config(space: dict, seed: int, number: int, outcomes: Sequence[tuple
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     own_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
     # The defaults of these two changed in Optuna 5.0; multivariate finds more (see benchmarks/RESULTS.md).
-    options = {"multivariate": True, "constant_liar": False}
-    sampler = optuna.samplers.TPESampler(n_startup_trials=startup, seed=own_seed, **options)
+    sampler = optuna.samplers.TPESampler(
+        n_startup_trials=startup, seed=own_seed, multivariate=True, constant_liar=False
+    )
     searched = distributions(space)
     study = OptunaSearch(searched, metric="score", mode="max", sampler=sampler)
     for config, score in outcomes:

@@ -26,6 +26,8 @@ LOGGERS = (
     "ray.tune.analysis.experiment_analysis",
     "ray._private.authentication.authentication_token_setup",
 )
+# A worker takes its next trial only once the thread of the one before has ended; Tune's limit of 2 s is short.
+WORKER_ENVIRONMENT = {"TUNE_FUNCTION_THREAD_TIMEOUT_S": "60"}
 REPEATED_MESSAGES = ("Trials did not complete", "Token authentication", "Failed to fetch metrics")
 
 
@@ -51,7 +53,7 @@ def running_ray() -> Iterator[None]:
             socket.create_connection((parts[1], int(parts[2])), timeout=5).close()
         ray.init(
             **({"address": address} if address else local_options()),
-            runtime_env={"working_dir": str(CODE), "excludes": others},
+            runtime_env={"working_dir": str(CODE), "excludes": others, "env_vars": WORKER_ENVIRONMENT},
             log_to_driver=False,
             logging_level=logging.WARNING,
             include_dashboard=False,
