@@ -9,6 +9,7 @@ once, and then only reports. The searches:
     12 × 20 (T)        the same trials with Tune's defaults: a process per trial, the images captured in the closure,
                        Tune's own loggers and snapshots
     100 × 5, 1000 × 5  to see whether a trial costs more in a large search
+    1000 × 5 (A)       the same with --scheduler asha, which pauses no trial
 
 Memory is taken from /proc: the driver's peak, and the highest private memory of a trial's process (anonymous pages,
 without the images, which it maps from a file).
@@ -16,6 +17,7 @@ without the images, which it maps from a file).
 
 import argparse
 import contextlib
+import functools
 import io
 import json
 import os
@@ -62,19 +64,20 @@ def idle_trial(config: dict, images: Path, search_folder: Path, **others: object
 
 
 def report_idly(config: dict, dataset: Dataset, folder: Path) -> None:
-    """Report every epoch, with a loss that falls equally in all trials, so that none is stopped."""
+    """Report every epoch, with a loss that falls equally in all trials: ASHA stops none, promotion pauses most."""
     dataset.train_images.max()
     (folder / f"{os.getpid()}.memory").write_text(str(status("RssAnon")))
     for epoch in range(1, config["epochs"] + 1):
         tune.report(REPORT | {"epoch": epoch, "loss": 10 - 0.01 * epoch})
 
 
-def own_search(trials: int, epochs: int, dataset: Dataset, folder: Path) -> None:
+def own_search(trials: int, epochs: int, dataset: Dataset, folder: Path, scheduler: str = "promote") -> None:
     """Run hparam_search.main on idle trials."""
     hparam_search.train_cifar = idle_trial
     hparam_search.read_images = lambda **source: dataset
     hparam_search.param_space["h_1"] = hparam_search.param_space["h_2"] = 64
     arguments = ["--num-samples", str(trials), "--max-epochs", str(epochs), "--output-dir", str(folder), "--name", "it"]
+    arguments += ["--scheduler", scheduler]
     if hparam_search.main(arguments) != 1:  # "No trial has a model"
         raise RuntimeError("the search failed")
 
@@ -99,7 +102,7 @@ def tune_search(trials: int, epochs: int, dataset: Dataset, folder: Path) -> Non
     ).fit()
 
 
-SEARCHES = {"own": own_search, "tune": tune_search}
+SEARCHES = {"own": own_search, "asha": functools.partial(own_search, scheduler="asha"), "tune": tune_search}
 
 
 def measure(kind: str, trials: int, epochs: int) -> dict:
@@ -133,7 +136,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--many", type=int, default=1000, help="trials of the largest search (default: %(default)s)")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--search", nargs=3, metavar=("KIND", "TRIALS", "EPOCHS"), help="only this one: own or tune")
+    parser.add_argument(
+        "--search", nargs=3, metavar=("KIND", "TRIALS", "EPOCHS"), help="only this one: own, asha or tune"
+    )
     args = parser.parse_args(argv)
     if args.search:
         kind, trials, epochs = args.search
@@ -147,6 +152,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ("12 × 20 (T)", "tune", 12, 20),
         ("100 × 5", "own", 100, 5),
         (f"{args.many} × 5", "own", args.many, 5),
+        (f"{args.many} × 5 (A)", "asha", args.many, 5),
     ):
         command = [sys.executable, "-m", "benchmarks.overhead", "--search", *map(str, search)]
         line = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
@@ -161,9 +167,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 flush=True,
             )
     if not args.json:
-        own, defaults, few, many = figures.values()
+        own, defaults, few, many, asha = figures.values()
         print(f"12 × 20: {own['seconds'] / defaults['seconds']:.2f} of Tune's defaults")
         print(f"a trial of {args.many}: {many['seconds_a_trial'] / few['seconds_a_trial']:.2f} × a trial of 100")
+        print(f"a trial of {args.many}: {many['seconds_a_trial'] / asha['seconds_a_trial']:.2f} × one with ASHA")
 
 
 if __name__ == "__main__":
