@@ -89,14 +89,14 @@ class Promotion(FIFOScheduler):
         First come trials that were interrupted, then paused ones that are sure to be promoted, then new ones, then the
         other paused ones. Of paused trials the highest rung comes first, then the lowest loss.
         """
-        rungs = {len(trial.reports) for trial in trials if trial.paused}
+        rungs = self.rungs.keys() & {len(trial.reports) for trial in trials if trial.paused}
         ranks = {rung: {trial: rank for rank, trial in enumerate(self.contenders(rung))} for rung in rungs}
         to_come = {rung: self.to_come(rung) for rung in rungs}
 
         def order(trial: Trial) -> tuple[int, int, int]:
-            if not trial.paused:
-                return (0 if trial.reports else 2, 0, 0)
             rung = len(trial.reports)
+            if not trial.paused or rung not in ranks:
+                return (0 if rung else 2, 0, 0)
             rank = ranks[rung][trial]
             return (1 if rank + to_come[rung] < self.rungs[rung] else 3, -rung, rank)
 
