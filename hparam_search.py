@@ -193,7 +193,7 @@ def fit(search: records.Search, trials: list[records.Trial], dataset: Dataset) -
     suggest = partial(sampler.suggest_config, search_space(settings), settings.seed, startup=STARTUP_TRIALS)
     waiting = hooks.TrialQueue(search, trials, promotion, max(1, at_once), suggest)
     resumable = hooks.ResumableScheduler(scheduler, search, early_stop)
-    recorder = hooks.Recorder(search, promotion, resumable.ends, MODELS_KEPT, PROGRESS_PERIOD)
+    recorder = hooks.Recorder(search, waiting, resumable.ends, MODELS_KEPT, PROGRESS_PERIOD)
     with tuner.temporary_folder(search.folder, dataset) as (folder, images):
         trainable = partial(
             train_cifar,
@@ -210,7 +210,7 @@ def fit(search: records.Search, trials: list[records.Trial], dataset: Dataset) -
                 search_alg=waiting,
                 scheduler=resumable,
                 reuse_actors=True,  # the next trial runs in a process that has imported torch
-                trial_name_creator=lambda trial: waiting.names[trial.trial_id],
+                trial_name_creator=waiting.name,
                 trial_dirname_creator=str,
             ),
             run_config=tune.RunConfig(
@@ -223,6 +223,9 @@ def fit(search: records.Search, trials: list[records.Trial], dataset: Dataset) -
             ),
         )
         search.record("started", resources=search_resources)
+        for trial in trials:
+            if trial.error:
+                search.record("continued", trial=trial.name)
         try:
             console.run_in_thread(tuned.fit, recorder.interrupted)
         finally:

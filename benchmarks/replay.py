@@ -37,6 +37,7 @@ from hparam_search import (
 from search.halving import Promotion
 from search.hooks import early_stop
 from search.records import TRIAL_PREFIX, Trial
+from search.report import rank_correlation
 from search.settings import Settings
 
 Curve = list[dict]  # the reports of a config, one per epoch, with the keys of curves.COLUMNS
@@ -172,6 +173,12 @@ def replay(curves: list[Curve], scheduler: str, early_stopping: bool, at_once: i
     }
 
 
+def rank_agreement(curves: list[Curve], epoch: int) -> float:
+    """Return the rank correlation between low losses after an epoch and high best accuracies, from -1 to 1."""
+    best = [max(row["accuracy"] for row in curve) for curve in curves]
+    return rank_correlation([-curve[epoch - 1]["loss"] for curve in curves], best)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Print a table of all schedulers, for several numbers of trials, and of trials at once."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -189,7 +196,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if len(curves) < max(args.trials):
         most = max(args.trials)
         parser.error(f"{args.curves} has {len(curves)} configs, fewer than the {most} of a search; record more")
-    print(f"{len(curves)} recorded configs, {args.searches} searches per row.\n")
+    print(f"{len(curves)} recorded configs, {args.searches} searches per row.")
+    agreements = (f"{epoch}: {rank_agreement(curves, epoch):+.2f}" for epoch in (1, 2, 4, 8) if epoch <= len(curves[0]))
+    print(f"Rank agreement of the loss after an epoch with the best accuracy: {', '.join(agreements)}.\n")
     print("| scheduler | trials | at once | epochs | share | accuracy | winner lost | idle | states |")
     print("| --- |" + " --- |" * 8)
     points = {}

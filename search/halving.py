@@ -75,7 +75,7 @@ class Promotion(FIFOScheduler):
         return self.CONTINUE if better + others_to_come < self.rungs[rung] else self.PAUSE
 
     def beaten(self) -> list[Trial]:
-        """Return the paused trials that cannot be promoted any more, since enough others are better."""
+        """Return the paused trials that are to end, since enough others are better."""
         return [
             trial
             for rung, places in self.rungs.items()
@@ -86,8 +86,8 @@ class Promotion(FIFOScheduler):
     def choose(self, trials: Sequence[Trial]) -> Trial | None:
         """Return the one of these trials that a free worker takes, or None.
 
-        First come trials that were interrupted, then paused ones that are sure to be promoted, then new ones, then the
-        other paused ones. Of paused trials the highest rung comes first, then the lowest loss.
+        First come trials that were interrupted or failed, then paused ones that are sure to be promoted, then new ones,
+        then the other paused ones. Of paused trials the highest rung comes first, then the lowest loss.
         """
         rungs = self.rungs.keys() & {len(trial.reports) for trial in trials if trial.paused}
         ranks = {rung: {trial: rank for rank, trial in enumerate(self.contenders(rung))} for rung in rungs}

@@ -74,10 +74,10 @@ class TrialQueue(Searcher):
         self.search, self.trials, self.promotion, self.at_once = search, trials, promotion, at_once
         self.suggest_config = suggest_config
         self.names = {}  # Tune's id of a trial → its name
-        self.running = set()  # Tune's ids
+        self.running = {}  # Tune's id → its trial
 
     def suggest(self, trial_id: str) -> dict | str | None:
-        """Return the config of the trial that a free worker takes; None if none is free, or trials may still pause."""
+        """Return the config of the trial that a free worker takes; None while none is free, or trials may yet pause."""
         if len(self.running) >= self.at_once:
             return None
         begun, busy = set(self.names.values()), {self.names[each] for each in self.running}
@@ -85,8 +85,9 @@ class TrialQueue(Searcher):
         trial = self.promotion.choose([trial for trial in waiting if trial.paused or trial.name not in begun])
         if not trial:
             return None if self.running else Searcher.FINISHED
-        self.names[trial_id] = trial.name
-        self.running.add(trial_id)
+        self.names[trial_id], self.running[trial_id] = trial.name, None
+        if trial.paused:
+            self.search.record("continued", trial=trial.name)
         if not self.search.is_drawn(trial):
             rung = min(self.promotion.rungs, default=None)
             told = outcomes(self.search.own_trials(), self.search.objective, rung)
@@ -94,8 +95,13 @@ class TrialQueue(Searcher):
             self.search.record("drawn", trial=trial.name, config=config, repeats=None)
         return trial.config
 
+    def name(self, trial: Any) -> str:
+        """Return the name of one of Tune's trials, which has just been made."""
+        self.running[trial.trial_id] = trial
+        return self.names[trial.trial_id]
+
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
-        self.running.remove(trial_id)
+        del self.running[trial_id]
 
     def save(self, checkpoint_path: str) -> None:
         """Save nothing: a search is resumed from its log."""
@@ -108,10 +114,10 @@ class TrialQueue(Searcher):
 class ResumableScheduler(FIFOScheduler):
     """Lets Promotion, or any Ray scheduler that never pauses trials, continue where an earlier process stopped.
 
-    The log is first replayed to the scheduler, which must be new. It is told of records.Trial in place of Tune's, so
+    The log is first replayed to Ray's scheduler, which must be new. It is told of records.Trial in place of Tune's, so
     that its trials are the same in all processes. Epochs that it has seen are not judged again. early_stop returns why
     a trial ends by itself after its reports, or None; it alone ends trials that repeat another one. `ends` maps the
-    names of trials that ended to why; Tune stops the paused ones, too.
+    names of trials that ended to why. A paused trial is stopped in Tune, but is not in `ends`.
     """
 
     def __init__(self, scheduler: Any, search: Search, early_stop: Callable[[list[Report]], str | None]) -> None:
@@ -120,7 +126,7 @@ class ResumableScheduler(FIFOScheduler):
         self.ends = {}
         self.judged = {}  # name → the last epoch that the scheduler has seen
         no_controller: Any = SimpleNamespace(get_live_trials=list, get_trials=list)  # Tune has not started
-        for event in read_lines(search.folder / LOG_FILE)[0]:
+        for event in [] if isinstance(scheduler, Promotion) else read_lines(search.folder / LOG_FILE)[0]:
             trial = search.trials.get(event.get("trial"))
             if event["event"] == "reported" and trial and not trial.repeats:
                 self.add(no_controller, trial)
@@ -138,7 +144,7 @@ class ResumableScheduler(FIFOScheduler):
 
     def judge(self, controller: Any, trial: Trial, result: dict) -> str:
         """Tell the scheduler about a new epoch, and return its decision."""
-        if result["epoch"] <= self.judged[trial.name]:
+        if result["epoch"] <= self.judged[trial.name] and not isinstance(self.scheduler, Promotion):
             return self.CONTINUE
         self.judged[trial.name] = result["epoch"]
         return self.scheduler.on_trial_result(controller, trial, result)
@@ -174,24 +180,32 @@ class Recorder(tune.Callback):
     def __init__(
         self,
         search: Search,
-        promotion: Promotion,
+        queue: TrialQueue,
         ends: dict[str, str],
         models_kept: int,
         progress_period: float,
     ) -> None:
-        self.search, self.promotion, self.ends, self.models_kept = search, promotion, ends, models_kept
-        self.progress = Progress(progress_period, promotion.rungs)
+        self.search, self.queue, self.ends, self.models_kept = search, queue, ends, models_kept
+        self.progress = Progress(progress_period, queue.promotion.rungs)
         self.board = Board(search)
         self.interrupted = threading.Event()
         self.failure: OSError | None = None
         self.checked = time.monotonic()
-        self.end_beaten()  # if a process was killed before it did
 
     def __getstate__(self) -> dict:
         """Pickle nothing: a search is resumed from its log."""
         return {}
 
+    def setup(self, **info: object) -> None:
+        """Do what an earlier process may have been killed before it did."""
+        self.end_beaten()
+        prune(self.search, self.search.ended(), self.models_kept)
+
     def on_step_begin(self, iteration: int, trials: list, **info: object) -> None:
+        for trial_id, trial in list(self.queue.running.items()):
+            if trial.status == trial.ERROR:  # its worker could not be reused, of which Tune tells nobody
+                self.queue.on_trial_complete(trial_id)
+                self.on_trial_error(iteration, trials, trial)
         if time.monotonic() - self.checked >= NODE_PERIOD:
             self.checked = time.monotonic()
             if not own_node_lives():  # Tune would wait forever
@@ -227,7 +241,7 @@ class Recorder(tune.Callback):
         elif paused:
             self.board.close(known.name)
             prune_weights(self.search.folder / known.name, {known.best.epoch})
-        if result["epoch"] in self.promotion.rungs:
+        if result["epoch"] in self.queue.promotion.rungs:
             self.end_beaten()
         self.progress.update(
             self.search, [name for name in running(trials) if not result["done"] or name != str(trial)]
@@ -235,7 +249,7 @@ class Recorder(tune.Callback):
 
     def end_beaten(self) -> None:
         """End the paused trials that cannot be promoted any more."""
-        for trial in self.promotion.beaten():
+        for trial in self.queue.promotion.beaten():
             if self.record("ended", trial=trial.name, end=STOPPED):
                 self.end(trial)
 

@@ -65,7 +65,7 @@ class Trial:
     repeats: str | None = None  # the trial whose config it repeats with another seed
     reports: list[Report] = field(default_factory=list)  # one per epoch, in order
     best: Report | None = None  # its weights are on disk while needed; None if the trial diverged
-    paused: bool = False  # at a rung, until it is promoted or ends
+    paused: bool = False  # at a rung, until it continues or ends
     end: str | None = None  # why it ended
     error: str | None = None  # why it failed, in a sentence
 
@@ -119,6 +119,7 @@ class Search:
             started: the trials begin to run, on these resources.
             drawn: a trial has this config, and repeats another one or none.
             reported: a trial's epoch has these metrics; the trial ends for this reason, is paused, or continues.
+            continued: a paused or failed trial is to continue.
             ended: a paused trial ends for this reason.
             restarted: a trial continues after this epoch; its reports of later epochs are void.
             failed: a trial failed with this error.
@@ -141,6 +142,8 @@ class Search:
                 return  # the report before is unreadable; its epoch is retrained
             trial.reports[event["epoch"] - 1 :] = [Report(**{key: event[key] for key in METRICS})]
             trial.end, trial.paused, trial.error = event["end"], event["paused"], None
+        elif kind == "continued":
+            trial.paused, trial.error = False, None
         elif kind == "ended":
             trial.end, trial.paused = event["end"], False
         elif kind == "restarted":

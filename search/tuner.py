@@ -27,7 +27,7 @@ LOGGERS = (
     "ray._private.authentication.authentication_token_setup",
 )
 # A worker takes its next trial only once the thread of the one before has ended; Tune's limit of 2 s is short.
-WORKER_ENVIRONMENT = {"TUNE_FUNCTION_THREAD_TIMEOUT_S": "60"}
+WORKER_ENVIRONMENT = {"TUNE_FUNCTION_THREAD_TIMEOUT_S": os.environ.get("TUNE_FUNCTION_THREAD_TIMEOUT_S", "60")}
 REPEATED_MESSAGES = ("Trials did not complete", "Token authentication", "Failed to fetch metrics")
 
 

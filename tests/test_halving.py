@@ -5,13 +5,15 @@ from pathlib import Path
 import pytest
 from ray import tune
 from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import Searcher
 
 import hparam_search
 from search.halving import Promotion, new_rungs
+from search.hooks import TrialQueue
 from search.records import METRICS, Trial
 from search.trial import TRAINING_FILE
 from tests import conftest
-from tests.helpers import report
+from tests.helpers import END, add, report, search_in, tell
 
 
 def test_rungs_and_places_are_those_of_successive_halving() -> None:
@@ -82,6 +84,35 @@ def test_the_best_of_each_rung_are_promoted_and_the_others_stopped(at_once: int,
             assert len(passed) + len(failed) >= min(places, len(reached))
 
 
+def test_paused_trials_continue_in_order_and_one_that_does_is_not_ended_as_beaten(tmp_path: Path) -> None:
+    search = search_in(tmp_path)
+    first, second, third, fourth = (search.trials[add(search, lr=i)] for i in (1.0, 2.0, 3.0, 4.0))
+    promotion = Promotion(search.own_trials(), {1: 2}, 4)
+    queue = TrialQueue(search, search.own_trials(), promotion, 3, lambda number, told: {})
+    assert [queue.suggest(each)["lr"] for each in "ab"] == [1.0, 2.0]
+    for trial_id, trial, loss in (("a", first, 6.0), ("b", second, 5.0)):
+        assert promotion.on_trial_result(None, trial, vars(report(1, loss=loss))) == "PAUSE"
+        tell(search, trial.name, report(1, loss=loss), paused=True)
+        queue.on_trial_complete(trial_id)
+    # New ones come before those that may be beaten; the better one of these continues, so that no worker waits.
+    assert [queue.suggest(each)["lr"] for each in "cde"] == [3.0, 4.0, 2.0]
+    assert (queue.suggest("x"), search.trials[second.name].status) == (None, "UNFINISHED")
+    for trial, loss in ((third, 3.0), (fourth, 4.0)):
+        assert promotion.on_trial_result(None, trial, vars(report(1, loss=loss))) == "CONTINUE"
+        tell(search, trial.name, report(1, loss=loss))
+    assert promotion.beaten() == [first]
+    for trial_id, trial in (("c", third), ("e", second)):
+        search.record("failed", trial=trial.name, error="why")
+        queue.on_trial_complete(trial_id)
+    assert promotion.beaten() == []  # a place is free
+    assert queue.suggest("f")["lr"] == 1.0
+    for trial_id, trial in (("d", fourth), ("f", first)):
+        assert queue.suggest("x") is None
+        tell(search, trial.name, report(2), END)
+        queue.on_trial_complete(trial_id)
+    assert queue.suggest("x") == Searcher.FINISHED
+
+
 def scripted(config: dict, images: Path, search_folder: Path, rungs: list[int], **others: object) -> None:
     """Report losses that follow from the config, without training; one trial fails at its first rung."""
     name = tune.get_context().get_trial_name()
@@ -124,4 +155,6 @@ def test_search_with_several_trials_at_once_promotes_the_best_though_the_last_fa
     assert not list(folder.glob(f"*/{TRAINING_FILE}"))
     events = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert any(event.get("paused") for event in events)
+    ended = [event["trial"] for event in events if event["event"] == "ended" or event.get("end")]
+    assert sorted(ended) == sorted(set(ended))
     assert {event["trial"] for event in events if event["event"] == "restarted"} == {"train_cifar_00011"}

@@ -22,7 +22,7 @@ def test_replay_gives_the_same_search_and_damage_costs_only_what_follows_in_a_tr
     for name in generator.choices(names, k=50):
         reports, kind = (
             search.trials[name].reports,
-            generator.choice(["reported"] * 7 + ["restarted", "failed", "ended"]),
+            generator.choice(["reported"] * 7 + ["restarted", "failed", "continued", "ended"]),
         )
         events.append((name, len(reports) + 1 if kind == "reported" else 0))
         if kind == "reported":
@@ -62,6 +62,8 @@ def test_restarted_drops_later_epochs_and_the_end_until_they_are_reported_again(
     assert (trial.reports[2:], trial.status) == ([report(3, 0.4)], "TERMINATED")
     tell(search, trial.name, report(2, 0.5), paused=True)  # an epoch exists once
     assert (trial.reports, trial.status, search.interrupted()) == ([first[0], report(2, 0.5)], "PAUSED", True)
+    search.record("continued", trial=trial.name)
+    assert (trial.reports, trial.status) == ([first[0], report(2, 0.5)], "UNFINISHED")
     search.record("ended", trial=trial.name, end=END)
     assert (trial.status, search.unfinished()) == ("TERMINATED", [])
 

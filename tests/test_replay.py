@@ -78,7 +78,8 @@ def test_tables_of_recorded_curves(
     main(["--curves", str(path), "--trials", "3", "--searches", "4", "--at-once", "1"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "5 recorded configs, 4 searches per row."
-    rows = {line.split("|")[1].strip(): line for line in lines[4:]}
+    assert lines[1].endswith("with the best accuracy: 1: +1.00, 2: +1.00, 4: +1.00, 8: +1.00.")
+    rows = {line.split("|")[1].strip(): line for line in lines[5:]}
     assert rows["none"].split("|")[3:6] == [" 1 ", " 60 ", " 1.000 "]
     assert all("| 0.0% |" in rows[name] for name in ("none", "promote, grace 2, factor 2, keep 2"))
     assert len(rows) == 1 + 9 * 4 + 1
