@@ -210,7 +210,7 @@ def fit(search: records.Search, trials: list[records.Trial], dataset: Dataset) -
                 search_alg=waiting,
                 scheduler=resumable,
                 reuse_actors=True,  # the next trial runs in a process that has imported torch
-                trial_name_creator=waiting.name,
+                trial_name_creator=lambda trial: waiting.name(trial),  # of a method, Tune would copy the queue
                 trial_dirname_creator=str,
             ),
             run_config=tune.RunConfig(

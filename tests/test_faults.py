@@ -83,7 +83,8 @@ def test_trials_that_fail_leave_the_others_alone_and_are_tried_again_on_resume(
     assert not (path.parent / "error.txt").exists()
     new = [(event.get("trial"), event.get("epoch")) for event in read_lines(folder / LOG_FILE)[0][len(before) :]]
     killed, starved = ([(f"train_cifar_0000{i}", epoch) for epoch in range(first, 5)] for i, first in ((2, 3), (3, 1)))
-    assert new == [(None, None), *killed, *starved, (None, None)]
+    retried = [("train_cifar_00002", None), ("train_cifar_00003", None)]
+    assert new == [(None, None), *retried, *killed, *starved, (None, None)]
 
 
 def test_log_on_a_full_disk_ends_the_search_which_continues_on_resume(
