@@ -1,5 +1,7 @@
 import json
+import os
 import random
+import signal
 from pathlib import Path
 
 import pytest
@@ -114,8 +116,11 @@ def test_paused_trials_continue_in_order_and_one_that_does_is_not_ended_as_beate
 
 
 def scripted(config: dict, images: Path, search_folder: Path, rungs: dict[int, int], **others: object) -> None:
-    """Report losses that follow from the config, without training; one trial fails at its first rung."""
-    name = tune.get_context().get_trial_name()
+    """Report losses that follow from the config, without training.
+
+    The last trial fails at its first rung; the process of the best one dies once, while others are paused.
+    """
+    name, died = tune.get_context().get_trial_name(), search_folder / "died"
     state = search_folder / name / TRAINING_FILE
     state.parent.mkdir(exist_ok=True)
     restored = int(state.read_text()) if state.exists() else 0
@@ -123,6 +128,9 @@ def scripted(config: dict, images: Path, search_folder: Path, rungs: dict[int, i
     for epoch in range(1, config["epochs"] + 1):
         if name.endswith("11") and epoch == min(rungs):
             raise ValueError("it fails")
+        if name.endswith("05") and epoch == 5 and not died.exists():
+            died.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
         if epoch in rungs and epoch > restored:
             state.write_text(str(epoch))
         states = len(list(search_folder.glob(f"*/{TRAINING_FILE}")))
@@ -155,6 +163,7 @@ def test_search_with_several_trials_at_once_promotes_the_best_though_the_last_fa
     assert not list(folder.glob(f"*/{TRAINING_FILE}"))
     events = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert any(event.get("paused") for event in events)
+    assert "train_cifar_00005 failed; restarting it." in output.read_text()
     ended = [event["trial"] for event in events if event["event"] == "ended" or event.get("end")]
     assert sorted(ended) == sorted(set(ended))
     assert {event["trial"] for event in events if event["event"] == "restarted"} == {"train_cifar_00011"}
