@@ -64,8 +64,8 @@ QUICK_IMAGES = {"num_train": 2000, "num_test": 1000, "num_classes": 10}
 # The scheduler compares the losses of trials at rungs, here after 2, 4, 8 and 16 epochs. With --scheduler promote, the
 # best 6, 3, 2 and 2 of 12 trials continue. With the baseline's noisier recipe (see README), use KEEP = 3.
 GRACE_PERIOD = 2  # epoch of the first rung
-REDUCTION_FACTOR = 2.0  # keep 1 in this many trials; also the ratio between the epochs of rungs
-KEEP = 2  # but at least this many
+REDUCTION_FACTOR = 2.0  # promote 1 in this many trials; also the ratio between successive rungs
+KEEP = 2  # promote at least this many at each rung
 
 PATIENCE = 4  # stop a trial after this many epochs without progress
 MIN_DELTA = 0.001  # minimum decrease of the loss (nats) that counts as progress

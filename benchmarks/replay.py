@@ -183,9 +183,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print a table of all schedulers, for several numbers of trials, and of trials at once."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--curves", type=Path, default=FOLDER / "default.csv")
-    parser.add_argument("--trials", type=int, nargs="+", default=[12, 24, 48], help="trials per search")
-    parser.add_argument("--searches", type=int, default=400)
-    parser.add_argument("--at-once", type=int, nargs="+", default=[1, 2, 4, 16])
+    parser.add_argument(
+        "--trials", type=int, nargs="+", default=[12, 24, 48], help="trials per search (default: %(default)s)"
+    )
+    parser.add_argument("--searches", type=int, default=400, help="searches per row (default: %(default)s)")
+    parser.add_argument("--at-once", type=int, nargs="+", default=[1, 2, 4, 16], help="trials (default: %(default)s)")
     parser.add_argument("--only", default="", help="only schedulers whose name begins with this")
     parser.add_argument("--early-stopping", action="store_true", help="let trials also end by themselves")
     parser.add_argument("--plot", type=Path, help="PNG file to draw the table into; needs matplotlib")

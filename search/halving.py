@@ -1,10 +1,10 @@
 """Successive halving that pauses trials: only the best of those that reach a rung are promoted beyond it.
 
-Ray's ASHA decides about a trial the moment it reaches a rung, by those that happened to be there before it, and never
-again. Here the number of trials is known and a paused trial can continue, so the decision can wait until it is sure
-(the rungs of Jamieson and Talwalkar 2016, "Non-stochastic Best Arm Identification and Hyperparameter Optimization").
-No worker waits for it: one that is free takes the best paused trial if there is nothing better to do, as in algorithm
-2 of Li et al. 2020, "A System for Massively Parallel Hyperparameter Tuning".
+Ray's ASHA judges a trial once, when it reaches a rung, against those that were there first. Here the number of trials
+is known and a paused trial can continue, so the decision can wait until it is certain (the rungs of Jamieson and
+Talwalkar 2016, "Non-stochastic Best Arm Identification and Hyperparameter Optimization"). No worker waits: a free one
+with nothing better to do continues the best paused trial, as in algorithm 2 of Li et al. 2020, "A System for Massively
+Parallel Hyperparameter Tuning".
 """
 
 import math
@@ -35,7 +35,7 @@ def new_rungs(trials: int, first: int, factor: float, keep: int, max_epochs: int
 
 
 class Promotion(FIFOScheduler):
-    """Pauses trials at rungs (see new_rungs), by their validation loss at that epoch.
+    """Pauses trials at rungs, and promotes those with the lowest validation loss there (see new_rungs).
 
     It keeps no state: everything follows from the reports and ends of `trials`, which the search updates.
     """
@@ -46,9 +46,9 @@ class Promotion(FIFOScheduler):
         self.following = dict(pairwise([*rungs, max_epochs]))
 
     def contenders(self, rung: int) -> list[Trial]:
-        """Return the trials that have passed or wait at a rung, best first, without those that ended before the next.
+        """Return the trials that reached a rung, best first, except those that ended before the next.
 
-        So a trial that fails, diverges or stops early leaves its place to another one.
+        So a trial that fails, diverges or stops early frees its place for another one.
         """
         following = self.following[rung]
         found = [
@@ -75,7 +75,7 @@ class Promotion(FIFOScheduler):
         return self.CONTINUE if better + others_to_come < self.rungs[rung] else self.PAUSE
 
     def beaten(self) -> list[Trial]:
-        """Return the paused trials that are to end, since enough others are better."""
+        """Return the paused trials that can no longer be promoted, since enough others are better."""
         return [
             trial
             for rung, places in self.rungs.items()

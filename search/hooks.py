@@ -58,8 +58,8 @@ def early_stop(
 class TrialQueue(Searcher):
     """Hands Tune these trials of a search, at most at_once at a time, as the promotion chooses.
 
-    A paused trial that continues is a new one to Tune. If a trial's config is not drawn yet, suggest_config is called
-    with its number and the outcomes so far.
+    Tune sees a trial that continues after a pause as a new one. If a trial's config is not drawn yet, suggest_config is
+    called with its number and the outcomes so far.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class TrialQueue(Searcher):
         self.running = {}  # Tune's id → its trial
 
     def suggest(self, trial_id: str) -> dict | str | None:
-        """Return the config of the trial that a free worker takes; None while none is free, or trials may yet pause."""
+        """Return the next trial's config; None while all workers are busy, or running trials may still pause."""
         if len(self.running) >= self.at_once:
             return None
         begun, busy = set(self.names.values()), {self.names[each] for each in self.running}
@@ -197,13 +197,13 @@ class Recorder(tune.Callback):
         return {}
 
     def setup(self, **info: object) -> None:
-        """Do what an earlier process may have been killed before it did."""
+        """Finish what an earlier process left undone."""
         self.end_beaten()
         prune(self.search, self.search.ended(), self.models_kept)
 
     def on_step_begin(self, iteration: int, trials: list, **info: object) -> None:
         for trial_id, trial in list(self.queue.running.items()):
-            if trial.status == trial.ERROR:  # its worker could not be reused, of which Tune tells nobody
+            if trial.status == trial.ERROR:  # its worker could not be reused, and Tune calls nothing else
                 self.queue.on_trial_complete(trial_id)
                 self.on_trial_error(iteration, trials, trial)
         if time.monotonic() - self.checked >= NODE_PERIOD:
@@ -254,7 +254,7 @@ class Recorder(tune.Callback):
                 self.end(trial)
 
     def end(self, trial: Trial) -> None:
-        """Delete what a trial that has ended no longer needs, and say that it has."""
+        """Delete what a trial that has ended no longer needs, and announce its end."""
         (self.search.folder / trial.name / ERROR_FILE).unlink(missing_ok=True)
         prune(self.search, [trial], self.models_kept)
         with contextlib.suppress(OSError):  # a full disk

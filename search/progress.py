@@ -77,8 +77,8 @@ def block(search: Search, running: list[str], rungs: dict[int, int]) -> list[str
 def epochs_left(search: Search, rungs: dict[int, int]) -> float:
     """Estimate for how many more epochs the trials of a search will train (see block for the arguments).
 
-    With rungs, as many trials as are promoted train from each to the next, and repeats train to the end. Without,
-    trials are expected to train for as many epochs as those that have ended did on average.
+    With rungs, the promoted trials train from each to the next, and repeats train to the end. Without, trials are
+    expected to train for as many epochs as those that have ended did on average.
     """
     unfinished, own = search.unfinished(), search.own_trials()
     if not rungs:

@@ -289,7 +289,7 @@ def check_unchanged(search: Search, space: dict, objective: Objective) -> None:
             )
     for package, version in installed_versions(search.settings).items():
         if version != (then := search.versions.get(package)):
-            print(f"The search began with {package} {then}; with {version}, figures may differ.", file=sys.stderr)
+            print(f"The search began with {package} {then}; with {version}, results may differ.", file=sys.stderr)
 
 
 def check_same_images(search: Search, dataset: Dataset) -> None:

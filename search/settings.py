@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 PROGRAM = "hparam_search.py"
 QUICK_DEFAULTS: dict[str, Any] = {"dataset": "synthetic", "num_samples": 2}
 GROWABLE = ("num_samples", "repeats", "time_budget")  # settings that --resume can raise
-# The schedulers that use a setting.
+# setting → the schedulers that use it
 SCHEDULERS_WITH = {"grace_period": ("promote", "asha"), "reduction_factor": ("promote", "asha"), "keep": ("promote",)}
 UNITS = {"s": 1, "m": 60, "h": 3600}
 
@@ -63,9 +63,11 @@ class Settings:
     time_budget: float | None = option(None, "stop cleanly after this long, e.g. 90s, 30m, 2h", type=seconds)
     quick: bool = option(False, "a one-minute demo on two cores, on synthetic images", action="store_true")
     scheduler: str = option("promote", "what stops poor trials early", choices=("promote", "asha", "none"))
-    grace_period: int | None = option(None, "epochs before a trial can be stopped (default: 2)", type=int)
-    reduction_factor: float | None = option(None, "keep 1 in F trials at each rung (default: 2)", type=float)
-    keep: int | None = option(None, "but promote at least N (default: 2)", type=int)
+    grace_period: int | None = option(
+        None, "epoch of the first rung, before which none is stopped (default: 2)", type=int
+    )
+    reduction_factor: float | None = option(None, "promote 1 in F trials at each rung (default: 2)", type=float)
+    keep: int | None = option(None, "promote at least N trials at each rung (default: 2)", type=int)
     dataset: str = option("cifar100", "image source", choices=("cifar100", "folder", "synthetic"))
     data_dir: str = option("data", "folder of CIFAR-100, or with train/ and test/", type=absolute_path)
     cpus_per_trial: int | None = option(None, "CPU cores per trial (default: an equal share)", type=int)

@@ -26,7 +26,7 @@ LOGGERS = (
     "ray.tune.analysis.experiment_analysis",
     "ray._private.authentication.authentication_token_setup",
 )
-# A worker takes its next trial only once the thread of the one before has ended; Tune's limit of 2 s is short.
+# A worker takes its next trial only once the thread of its previous one has ended; Tune's limit of 2 s is too short.
 WORKER_ENVIRONMENT = {"TUNE_FUNCTION_THREAD_TIMEOUT_S": os.environ.get("TUNE_FUNCTION_THREAD_TIMEOUT_S", "60")}
 REPEATED_MESSAGES = ("Trials did not complete", "Token authentication", "Failed to fetch metrics")
 

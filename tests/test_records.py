@@ -93,7 +93,7 @@ def test_best_epochs_and_trials_are_those_of_the_objective(metric: str, mode: st
 def test_only_an_intact_search_is_resumed_and_settings_only_grow(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     search = search_in(tmp_path, num_samples=3)
     check_unchanged(search, search.space, search.objective)
-    assert re.fullmatch(r"The search began with torch None; with \d.*, figures may differ\.\n", capsys.readouterr().err)
+    assert re.fullmatch(r"The search began with torch None; with \d.*, results may differ\.\n", capsys.readouterr().err)
     search.versions |= {"torch": importlib.metadata.version("torch")}
     check_unchanged(search, search.space, search.objective)
     assert not capsys.readouterr().err
