@@ -145,7 +145,7 @@ def prepare(at_once: int) -> None:
 
 @pytest.mark.parametrize("at_once", [2, 4])
 def test_search_with_several_trials_at_once_promotes_the_best_though_the_last_fails(
-    at_once: int, tmp_path: Path
+    at_once: int, ray_started: str, tmp_path: Path
 ) -> None:
     folder, output = tmp_path / "it", tmp_path / "output.txt"
     command = conftest.quick(folder, "--num-samples", 6, "--max-epochs", 10, "--time-budget", "1h")

@@ -20,6 +20,8 @@ BAD_COMMANDS = {
     "--num-samples 0": "--num-samples 0 is too small; use at least 1", "--gpus-per-trial nan": "out of range",
     "--quick --grace-period 5": "--grace-period 5 exceeds the 4 epochs of a trial", "--reduction-factor 1": "above 1",
     "--scheduler none --grace-period 2": "--grace-period cannot be combined with --scheduler none",
+    "--grace-period 0": "--grace-period 0 is too small; use at least 1", "--keep 0": "--keep 0 is too small",
+    "--keep 3 --scheduler asha": "--keep cannot be combined with --scheduler asha; remove one of them",
     "--time-budget 30": "invalid duration '30' (use e.g. 90s, 30m or 2h)", "--time-budget=-1h": "duration '-1h'",
     "--dataset synthetic --data-dir here": "--data-dir cannot be combined with --dataset synthetic",
     "--dataset folder --data-dir nowhere": "nowhere/train is not a folder",
