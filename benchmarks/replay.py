@@ -14,6 +14,7 @@ import heapq
 import importlib.util
 import itertools
 import math
+import multiprocessing
 import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -206,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     points = {}
     names = [name for name in new_schedulers(len(curves[0])) if name.startswith(args.only)]
     rows = list(itertools.product(args.trials, names, args.at_once))
-    with ProcessPoolExecutor() as pool:
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = [
             pool.submit(replay, curves, name, args.early_stopping, at_once, trials, args.searches)
             for trials, name, at_once in rows

@@ -9,6 +9,7 @@ rate and dropout. One trial runs at a time, with the search's own early stopping
 import argparse
 import itertools
 import math
+import multiprocessing
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -84,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{len(recorded)} recorded configs, {args.searches} searches per cell: epochs, accuracy ± standard error.\n")
     print("| sampler | scheduler | " + " | ".join(f"{trials} trials" for trials in TRIALS) + " |")
     print("| --- | --- |" + " --- |" * len(TRIALS))
-    with ProcessPoolExecutor() as pool:
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         for (name, startup), scheduler in itertools.product(SAMPLERS.items(), ("promote", "asha")):
             cells = []
             for trials in TRIALS:
