@@ -9,7 +9,7 @@ Parallel Hyperparameter Tuning".
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 from ray.tune.schedulers import FIFOScheduler
@@ -89,15 +89,16 @@ class Promotion(FIFOScheduler):
         First come trials that were interrupted or failed, then paused ones that are sure to be promoted, then new ones,
         then the other paused ones. Of paused trials the highest rung comes first, then the lowest loss.
         """
-        rungs = self.rungs.keys() & {len(trial.reports) for trial in trials if trial.paused}
+        interrupted = (trial for trial in trials if trial.reports and not self.is_paused(trial))
+        new = (trial for trial in trials if not trial.reports)
+        paused = [trial for trial in trials if self.is_paused(trial)]
+        rungs = {len(trial.reports) for trial in paused}
         ranks = {rung: {trial: rank for rank, trial in enumerate(self.contenders(rung))} for rung in rungs}
         to_come = {rung: self.to_come(rung) for rung in rungs}
+        paused.sort(key=lambda trial: (-len(trial.reports), ranks[len(trial.reports)][trial]))
+        sure = (t for t in paused if ranks[r := len(t.reports)][t] + to_come[r] < self.rungs[r])
+        return next(chain(interrupted, sure, new, paused), None)
 
-        def order(trial: Trial) -> tuple[int, int, int]:
-            rung = len(trial.reports)
-            if not trial.paused or rung not in ranks:
-                return (0 if rung else 2, 0, 0)
-            rank = ranks[rung][trial]
-            return (1 if rank + to_come[rung] < self.rungs[rung] else 3, -rung, rank)
-
-        return min(trials, key=order, default=None)
+    def is_paused(self, trial: Trial) -> bool:
+        """Return whether a trial is paused at a rung."""
+        return trial.paused and len(trial.reports) in self.rungs

@@ -80,7 +80,7 @@ class TrialQueue(Searcher):
         """Return the next trial's config; None while all workers are busy, or running trials may still pause."""
         if len(self.running) >= self.at_once:
             return None
-        begun, busy = set(self.names.values()), {self.names[each] for each in self.running}
+        begun, busy = set(self.names.values()), self.busy()
         waiting = [trial for trial in self.trials if not trial.end and trial.name not in busy]
         trial = self.promotion.choose([trial for trial in waiting if trial.paused or trial.name not in begun])
         if not trial:
@@ -94,6 +94,10 @@ class TrialQueue(Searcher):
             config = self.suggest_config(int(trial.trial_id), told)
             self.search.record("drawn", trial=trial.name, config=config, repeats=None)
         return trial.config
+
+    def busy(self) -> list[str]:
+        """Return the names of the trials that workers have, which may still be starting."""
+        return [self.names[each] for each in self.running]
 
     def name(self, trial: Any) -> str:
         """Return the name of one of Tune's trials, which has just been made."""
@@ -215,7 +219,7 @@ class Recorder(tune.Callback):
             raise SystemExit
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: object) -> None:
-        self.progress.update(self.search, running(trials))
+        self.progress.update(self.search, self.queue.busy())
 
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: object) -> None:
         known = self.search.trials[str(trial)]
@@ -233,7 +237,7 @@ class Recorder(tune.Callback):
         if not self.record("reported", trial=known.name, **metrics, end=end, paused=paused):
             return
         try:
-            self.board.write(known, len(running(trials)))
+            self.board.write(known, len(self.queue.running))
         except OSError as error:
             self.progress.say(f"cannot write TensorBoard's events ({error}); make room there.")
         if end:
@@ -243,9 +247,8 @@ class Recorder(tune.Callback):
             prune_weights(self.search.folder / known.name, {known.best.epoch})
         if result["epoch"] in self.queue.promotion.rungs:
             self.end_beaten()
-        self.progress.update(
-            self.search, [name for name in running(trials) if not result["done"] or name != str(trial)]
-        )
+        over = known.name if result["done"] else None
+        self.progress.update(self.search, [name for name in self.queue.busy() if name != over])
 
     def end_beaten(self) -> None:
         """End the paused trials that cannot be promoted any more."""
@@ -277,7 +280,7 @@ class Recorder(tune.Callback):
             self.progress.say(f"cannot write {name}/{ERROR_FILE} ({disk_error}).")
         self.board.close(name)
         self.progress.say(f"{name} failed: {error}.")
-        self.progress.update(self.search, [other for other in running(trials) if other != name])
+        self.progress.update(self.search, self.queue.busy())
 
     def on_experiment_end(self, trials: list, **info: object) -> None:
         self.board.close_all()
@@ -296,11 +299,6 @@ class Recorder(tune.Callback):
             self.failure = error
             return False
         return True
-
-
-def running(trials: list) -> list[str]:
-    """Return the names of those of Tune's trials that are running."""
-    return [str(trial) for trial in trials if trial.status == trial.RUNNING]
 
 
 def prune(search: Search, trials: list[Trial], models_kept: int) -> None:
