@@ -79,7 +79,7 @@ PROGRESS_PERIOD = 30  # seconds between progress blocks in a log file
 
 
 def new_scheduler(settings: Settings, trials: list[records.Trial], max_epochs: int) -> TrialScheduler:
-    """Build the scheduler that stops poor trials early. Any Ray scheduler that does not pause trials works."""
+    """Build the scheduler that stops poor trials early. Any Ray scheduler that never pauses trials works, too."""
     if settings.scheduler == "none":
         return FIFOScheduler()
     if settings.scheduler == "promote":
@@ -224,7 +224,7 @@ def fit(search: records.Search, trials: list[records.Trial], dataset: Dataset) -
         )
         search.record("started", resources=search_resources)
         for trial in trials:
-            if trial.error:
+            if trial.error:  # it is tried again
                 search.record("continued", trial=trial.name)
         try:
             console.run_in_thread(tuned.fit, recorder.interrupted)

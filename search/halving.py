@@ -100,5 +100,5 @@ class Promotion(FIFOScheduler):
         return next(chain(interrupted, sure, new, paused), None)
 
     def is_paused(self, trial: Trial) -> bool:
-        """Return whether a trial is paused at a rung."""
+        """Return whether a trial is paused at one of these rungs; the scheduler may have been edited since."""
         return trial.paused and len(trial.reports) in self.rungs

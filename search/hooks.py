@@ -80,7 +80,7 @@ class TrialQueue(Searcher):
         """Return the next trial's config; None while all workers are busy, or running trials may still pause."""
         if len(self.running) >= self.at_once:
             return None
-        begun, busy = set(self.names.values()), self.busy()
+        begun, busy = set(self.names.values()), self.busy()  # a trial begins once, but continues after each pause
         waiting = [trial for trial in self.trials if not trial.end and trial.name not in busy]
         trial = self.promotion.choose([trial for trial in waiting if trial.paused or trial.name not in begun])
         if not trial:
@@ -149,7 +149,7 @@ class ResumableScheduler(FIFOScheduler):
     def judge(self, controller: Any, trial: Trial, result: dict) -> str:
         """Tell the scheduler about a new epoch, and return its decision."""
         if result["epoch"] <= self.judged[trial.name] and not isinstance(self.scheduler, Promotion):
-            return self.CONTINUE
+            return self.CONTINUE  # Promotion counts no epoch twice: it judges by the trials' reports
         self.judged[trial.name] = result["epoch"]
         return self.scheduler.on_trial_result(controller, trial, result)
 
@@ -201,7 +201,7 @@ class Recorder(tune.Callback):
         return {}
 
     def setup(self, **info: object) -> None:
-        """Finish what an earlier process left undone."""
+        """Do what a process that was killed left undone."""
         self.end_beaten()
         prune(self.search, self.search.ended(), self.models_kept)
 
@@ -243,8 +243,8 @@ class Recorder(tune.Callback):
         if end:
             self.end(known)
         elif paused:
-            self.board.close(known.name)
-            prune_weights(self.search.folder / known.name, {known.best.epoch})
+            self.board.close(known.name)  # many trials may be paused, too many for open files
+            prune_weights(self.search.folder / known.name, {known.best.epoch})  # Tune has stopped it before it could
         if result["epoch"] in self.queue.promotion.rungs:
             self.end_beaten()
         over = known.name if result["done"] else None

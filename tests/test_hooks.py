@@ -8,11 +8,12 @@ import pytest
 from ray.tune.schedulers import FIFOScheduler, MedianStoppingRule
 
 from hparam_search import new_scheduler
-from search.hooks import ResumableScheduler, early_stop, error_sentence, prune
+from search.halving import Promotion
+from search.hooks import Recorder, ResumableScheduler, TrialQueue, early_stop, error_sentence, prune
 from search.records import open_search
 from search.settings import Settings
 from search.trial import TRAINING_FILE, weights_path
-from tests.helpers import CONFIG, NAN, add, report, search_in, tell
+from tests.helpers import CONFIG, END, NAN, add, report, search_in, tell
 
 SCHEDULERS = {
     "asha": lambda: new_scheduler(Settings(scheduler="asha", grace_period=2, reduction_factor=2.0), [], 12),
@@ -93,6 +94,20 @@ def test_five_best_of_the_ended_trials_keep_their_weights(tmp_path: Path) -> Non
     prune(search, search.ended(), 5)
     left = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in search.trials]
     assert left == [files if i == 2 else files[2:3] if i in (0, 1, 3, 5, 6) else [] for i in range(8)]
+
+
+def test_what_a_killed_process_left_undone_is_done_at_the_start(tmp_path: Path) -> None:
+    search = search_in(tmp_path)
+    paused, better, ended = (search.trials[add(search, 0.5, end=end)] for end in (None, None, END))
+    for trial, loss in ((paused, 2.0), (better, 1.0)):
+        tell(search, trial.name, report(1, loss=loss), paused=True)
+    for trial in (paused, better, ended):  # of the last, the process had recorded the end
+        (tmp_path / trial.name).mkdir()
+        (tmp_path / trial.name / TRAINING_FILE).touch()
+    promotion = Promotion([paused, better], {1: 1}, 4)
+    Recorder(search, TrialQueue(search, [], promotion, 1, lambda *_: {}), {}, 5, 30).setup()
+    assert [trial.end for trial in search.trials.values()] == ["stopped by the scheduler", None, END]
+    assert [path.parent.name for path in tmp_path.glob(f"*/{TRAINING_FILE}")] == [better.name]
 
 
 def test_traceback_comes_down_to_a_sentence() -> None:
