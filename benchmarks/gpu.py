@@ -92,7 +92,7 @@ def quick() -> None:
     print_row("a quick search", f"first epoch after {first - start:.1f} s, end after {end - start:.1f} s")
 
 
-def parts(data_dir: str) -> dict[str, tuple[int, list[str]]]:
+def parts(data_dir: str, output: Path) -> dict[str, tuple[int, list[str]]]:
     """Return name → (time limit in seconds, Python arguments) of all parts, in order."""
 
     def own(call: str) -> list[str]:
@@ -102,6 +102,9 @@ def parts(data_dir: str) -> dict[str, tuple[int, list[str]]]:
     images = ["--dataset", "folder", "--data-dir", data_dir]
     search = ["-m", "benchmarks.search", *(images if ON_GPU else ["--num-samples", "1", "--max-epochs", "2"])]
     search += ["--no-baseline", "--at-once"]
+    few = ["--dataset", "synthetic", "--classes", "2", "--images", "40", "--samples", "1", "--epochs", "1"]
+    curves = ["-m", "benchmarks.curves", *(images if ON_GPU else few), "--recipe", "default"]
+    curves += ["--output", str(output / "curves"), *(["--samples", "4", "--workers", "3"] if ON_GPU else [])]
     return {
         "smoke": (60, own("smoke()")),
         "tests": (150, ["-m", "pytest", "tests/test_gpu.py", "-vv", "--tb=short", "-rA"]),
@@ -112,6 +115,7 @@ def parts(data_dir: str) -> dict[str, tuple[int, list[str]]]:
         "no-autotune": (60, [*throughput, "--no-autotune", "--no-baseline"]),
         "search-2": (150, [*search, "2"]),
         "search-3": (150, [*search, "3"]),
+        "curves": (250, curves),
         "baseline": (250, [*search, "1", "--baseline-recipe"]),
     }
 
@@ -138,17 +142,17 @@ def run(arguments: list[str], seconds: float, output: Path) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the parts and show their tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", help=f"parts to run (default: all): {' '.join(parts(''))}")
+    parser.add_argument("parts", nargs="*", help=f"parts to run (default: all): {' '.join(parts('', Path()))}")
     parser.add_argument("--data-dir", default="data/cifar10", help="image folder (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=1200, help="total time limit (default: %(default)s)")
     parser.add_argument("--output-dir", help="folder for the output and table.md (default: a temporary one)")
     args = parser.parse_args(argv)
-    listed = parts(args.data_dir)
+    folder = Path(args.output_dir or tempfile.mkdtemp())
+    listed = parts(args.data_dir, folder)
     if unknown := set(args.parts) - set(listed):
         parser.error(f"no part is called {' or '.join(sorted(unknown))}")
     if ON_GPU and not Path(args.data_dir, "train").is_dir():
         parser.error(f"--data-dir {args.data_dir} has no subfolder train; pass an image folder, e.g. CIFAR-10")
-    folder = Path(args.output_dir or tempfile.mkdtemp())
     folder.mkdir(parents=True, exist_ok=True)
     device = torch.cuda.get_device_name() if ON_GPU else f"{platform.machine()} CPU, {usable_cpus()} cores"
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}"
@@ -158,7 +162,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in args.parts or listed:
         seconds, arguments = listed[name]
         start = time.monotonic()
-        outcome = run(arguments, max(0, min(seconds, end - start)), folder / f"{name}.txt")
+        if start >= end:
+            print(f"\n{name}: no time left", flush=True)
+            continue
+        outcome = run(arguments, min(seconds, end - start), folder / f"{name}.txt")
         lines = (folder / f"{name}.txt").read_text(errors="replace").splitlines()
         shown = [line for line in lines if line.startswith("|")]
         if outcome != "done" or not shown:

@@ -72,8 +72,9 @@ def run_search(arguments: list[str], dataset: Dataset) -> dict:
         seconds = time.perf_counter() - start
         if code:
             raise RuntimeError(f"the search ended with exit code {code}")
-        with (Path(folder) / "it" / "results.csv").open() as file:
-            rows = list(csv.DictReader(file))
+        table = (Path(folder) / "it" / "results.csv").read_text()
+        print(table)
+        rows = list(csv.DictReader(table.splitlines()))
         metrics = json.loads((Path(folder) / "it" / "best_model" / "metrics.json").read_text())
     epochs = {}  # (h_1, h_2) → epochs trained
     for row in rows:
