@@ -5,7 +5,7 @@ python -m benchmarks.gpu --data-dir data/cifar10
 If GPU time is short, split it into two calls (search-1 runs in both, as the GPUs may differ):
 
 python -m benchmarks.gpu --seconds 400 --data-dir CIFAR10 --output-dir FIGURES
-python -m benchmarks.gpu --seconds 300 --data-dir CIFAR10 --output-dir FIGURES search-1 search-2 quick no-autotune
+python -m benchmarks.gpu --seconds 300 --data-dir CIFAR10 --output-dir FIGURES search-1 search-2 quick autotune
 
 Each part runs in its own process with a time limit, and its output goes to a file; if one fails or times out, this is
 reported and the next one starts. The tables are shown and saved in table.md. Without a GPU the same parts do less, to
@@ -107,14 +107,14 @@ def parts(data_dir: str, output: Path) -> dict[str, tuple[int, list[str]]]:
     curves += ["--output", str(output / "curves"), *(["--samples", "4", "--workers", "3"] if ON_GPU else [])]
     return {
         "smoke": (60, own("smoke()")),
-        "tests": (150, ["-m", "pytest", "tests/test_gpu.py", "-vv", "--tb=short", "-rA"]),
+        "tests": (200, ["-m", "pytest", "tests/test_gpu.py", "-vv", "--tb=short", "-rA"]),
         "search-1": (180, [*search, "1"]),
         **{f"profile-{h_1}": (60, own(f"profile({h_1}, {h_2})")) for h_1, h_2 in WIDTHS},
         "throughput": (100, throughput),
         "quick": (80, own("quick()")),
-        "no-autotune": (60, [*throughput, "--no-autotune", "--no-baseline"]),
-        "search-2": (150, [*search, "2"]),
-        "search-3": (150, [*search, "3"]),
+        "autotune": (60, [*throughput, "--autotune", "--no-baseline"]),
+        "search-2": (180, [*search, "2"]),
+        "search-3": (180, [*search, "3"]),
         "curves": (250, curves),
         "baseline": (250, [*search, "1", "--baseline-recipe"]),
     }

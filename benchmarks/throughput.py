@@ -98,7 +98,6 @@ def baseline_steps(model: nn.Module, config: dict, dataset: Dataset, device: tor
 
 def steps_alone(config: dict, dataset: Dataset, device: torch.device) -> Iterator[None]:
     """Yield after each of the search's own steps on one batch, forever."""
-    torch.backends.cudnn.benchmark = True  # as in train_epochs
     training = new_training(config, len(dataset.classes), device)
     step = TrainStep(training, config, device)
     training.model.train()
@@ -173,10 +172,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=64, help="(default: %(default)s)")
     parser.add_argument("--no-baseline", action="store_true", help="skip the baseline's loop")
-    parser.add_argument("--no-autotune", action="store_true", help="let cuDNN choose algorithms without timing them")
+    parser.add_argument("--autotune", action="store_true", help="let cuDNN time algorithms, which the search does not")
     args = parser.parse_args(argv)
-    if args.no_autotune:  # replaces torch's property, so that train_epochs cannot set it
-        type(torch.backends.cudnn).benchmark = False
+    if args.autotune:
+        torch.backends.cudnn.benchmark = True
     dataset = make_synthetic(num_train=args.steps * args.batch_size * 5 // 4, num_test=8, num_classes=8)
     for h_1, h_2 in WIDTHS:
         config = example_config(h_1, h_2, args.batch_size)

@@ -4,13 +4,9 @@
 <trial>/training.pt          the training state: everything needed to continue
 """
 
-import functools
-import threading
 from collections.abc import Callable, Collection
-from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
-from queue import SimpleQueue
 
 import torch
 from ray import tune
@@ -136,36 +132,6 @@ def train_cifar(
         )
     resources = tune.get_context().get_trial_resources()
     folder = search_folder / tune.get_context().get_trial_name()
-
-    def run() -> None:
-        torch.set_num_threads(max(1, int(resources.head_cpus)))
-        device = best_device(resources.required_resources.get("GPU", 0))
-        run_trial(config, map_dataset(images), folder, objective, save_period, rungs, tune.report, device)
-
-    done = Future()
-    trial_thread().put((run, done))
-    try:
-        done.result()  # raises what run raised, e.g. SystemExit when Tune stops it
-    finally:
-        del done  # breaks the cycle error → frame → done, which holds GPU memory
-
-
-@functools.cache
-def trial_thread() -> SimpleQueue:
-    """Start the thread that runs all trials of this process; return its queue of (function, Future).
-
-    Tune starts a thread per trial, and cuDNN repeats its autotuning in every new thread.
-    """
-    tasks = SimpleQueue()
-
-    def work() -> None:
-        while True:
-            run, done = tasks.get()
-            try:
-                done.set_result(run())
-            except BaseException as error:
-                done.set_exception(error)
-            del run, done  # hold nothing while waiting
-
-    threading.Thread(target=work, daemon=True).start()
-    return tasks
+    torch.set_num_threads(max(1, int(resources.head_cpus)))
+    device = best_device(resources.required_resources.get("GPU", 0))
+    run_trial(config, map_dataset(images), folder, objective, save_period, rungs, tune.report, device)
