@@ -167,7 +167,7 @@ def train_epochs(training: Training, config: dict, dataset: Dataset, device: tor
     options = {"shuffle": True, "augment": config["augment"], "seed": config["seed"], "drop_last": True}
     batches = Batches(all_images, all_labels, config["batch_size"], dataset.mean, dataset.std, **options)
     validation = evaluation_batches(dataset, "val", device)
-    # cuDNN's autotuning stays off: it takes seconds, and chooses nothing faster (see benchmarks/RESULTS.md).
+    # cuDNN's autotuning stays off: it takes seconds and gains under 1 % (see benchmarks/RESULTS.md).
     schedule = SCHEDULES[config["schedule"]]
     step = TrainStep(training, config, device)
     total_steps = config["epochs"] * len(batches)

@@ -5,7 +5,7 @@ python -m benchmarks.gpu --data-dir data/cifar10
 If GPU time is short, split it into two calls (search-1 runs in both, as the GPUs may differ):
 
 python -m benchmarks.gpu --seconds 400 --data-dir CIFAR10 --output-dir FIGURES
-python -m benchmarks.gpu --seconds 300 --data-dir CIFAR10 --output-dir FIGURES search-1 search-2 quick autotune
+python -m benchmarks.gpu --seconds 300 --data-dir CIFAR10 --output-dir FIGURES search-1 search-2 throughput autotune
 
 Each part runs in its own process with a time limit, and its output goes to a file; if one fails or times out, this is
 reported and the next one starts. The tables are shown and saved in table.md. Without a GPU the same parts do less, to
@@ -115,8 +115,8 @@ def parts(data_dir: str, output: Path) -> dict[str, tuple[int, list[str]]]:
         "autotune": (60, [*throughput, "--autotune", "--no-baseline"]),
         "search-2": (180, [*search, "2"]),
         "search-3": (180, [*search, "3"]),
-        "curves": (250, curves),
         "baseline": (250, [*search, "1", "--baseline-recipe"]),
+        "curves": (250, curves),  # may be interrupted
     }
 
 

@@ -15,6 +15,7 @@ import io
 import json
 import statistics
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -73,8 +74,8 @@ def run_search(arguments: list[str], dataset: Dataset) -> dict:
         if code:
             raise RuntimeError(f"the search ended with exit code {code}")
         table = (Path(folder) / "it" / "results.csv").read_text()
-        print(table)
-        rows = list(csv.DictReader(table.splitlines()))
+        print(table, file=sys.stderr)
+        rows = list(csv.DictReader(io.StringIO(table)))
         metrics = json.loads((Path(folder) / "it" / "best_model" / "metrics.json").read_text())
     epochs = {}  # (h_1, h_2) → epochs trained
     for row in rows:
