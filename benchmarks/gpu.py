@@ -103,8 +103,8 @@ def parts(data_dir: str, output: Path) -> dict[str, tuple[int, list[str]]]:
     search = ["-m", "benchmarks.search", *(images if ON_GPU else ["--num-samples", "1", "--max-epochs", "2"])]
     search += ["--no-baseline", "--at-once"]
     few = ["--dataset", "synthetic", "--classes", "2", "--images", "40", "--samples", "1", "--epochs", "1"]
-    curves = ["-m", "benchmarks.curves", *(images if ON_GPU else few), "--recipe", "default"]
-    curves += ["--output", str(output / "curves"), *(["--samples", "4", "--workers", "3"] if ON_GPU else [])]
+    curves = ["-m", "benchmarks.curves", "--recipe", "default", "--output", str(output / "curves")]
+    curves += [*images, "--samples", "2"] if ON_GPU else few
     return {
         "smoke": (60, own("smoke()")),
         "tests": (200, ["-m", "pytest", "tests/test_gpu.py", "-vv", "--tb=short", "-rA"]),
@@ -116,7 +116,7 @@ def parts(data_dir: str, output: Path) -> dict[str, tuple[int, list[str]]]:
         "search-2": (180, [*search, "2"]),
         "search-3": (180, [*search, "3"]),
         "baseline": (250, [*search, "1", "--baseline-recipe"]),
-        "curves": (250, curves),  # may be interrupted
+        "curves": (250, curves),
     }
 
 

@@ -8,7 +8,7 @@ Parallel Hyperparameter Tuning".
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import chain, pairwise
 from typing import Any
 
@@ -91,16 +91,13 @@ class Promotion(FIFOScheduler):
         """
         interrupted = (trial for trial in trials if trial.reports and not self.is_paused(trial))
         new = (trial for trial in trials if not trial.reports)
-        paused = {trial for trial in trials if self.is_paused(trial)}
-        rungs = sorted({len(trial.reports) for trial in paused}, reverse=True)
-
-        def best(rung: int, count: int | None = None) -> Iterator[Trial]:
-            return (t for t in self.contenders(rung)[:count] if t in paused and len(t.reports) == rung)
-
-        places = {rung: self.rungs[rung] - self.to_come(rung) for rung in rungs}  # that no new trial can take
-        sure = (trial for rung in rungs if places[rung] > 0 for trial in best(rung, places[rung]))
-        others = (trial for rung in rungs for trial in best(rung))
-        return next(chain(interrupted, sure, new, others), None)
+        paused = [trial for trial in trials if self.is_paused(trial)]
+        rungs = {len(trial.reports) for trial in paused}
+        ranks = {rung: {trial: rank for rank, trial in enumerate(self.contenders(rung))} for rung in rungs}
+        to_come = {rung: self.to_come(rung) for rung in rungs}
+        paused.sort(key=lambda trial: (-len(trial.reports), ranks[len(trial.reports)][trial]))
+        sure = (t for t in paused if ranks[r := len(t.reports)][t] + to_come[r] < self.rungs[r])
+        return next(chain(interrupted, sure, new, paused), None)
 
     def is_paused(self, trial: Trial) -> bool:
         """Return whether a trial is paused at one of these rungs; the scheduler may have been edited since."""

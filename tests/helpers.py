@@ -14,6 +14,7 @@ from search.settings import Settings
 from search.space import summarize
 from train import Report, evaluation_batches
 
+ACCURACY = Objective("accuracy", "max")
 CPU, NAN, END = torch.device("cpu"), float("nan"), "all epochs done"
 IMAGES = make_synthetic(num_train=120, num_test=40, num_classes=5)  # 95 for training, 25 for validation
 VALIDATION = evaluation_batches(IMAGES, "val", CPU)

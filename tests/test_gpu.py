@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import traceback
 from dataclasses import asdict
 from pathlib import Path
@@ -20,9 +21,9 @@ from hparam_search import main, param_space
 from search.best_model import load_model
 from search.files import read_lines
 from search.hooks import error_sentence
-from search.trial import restore_training, save_training, save_weights, weights_path
+from search.trial import restore_training, run_trial, save_training, save_weights, weights_path
 from tests.conftest import REPOSITORY, figures, read_csv
-from tests.helpers import CPU
+from tests.helpers import ACCURACY, CPU
 from train import EAGER_STEPS, Report, Training, TrainStep, evaluate, evaluation_batches, new_training, train_epochs
 
 pytestmark = pytest.mark.gpu
@@ -227,15 +228,20 @@ def test_gpu_without_bfloat16(replays: list, monkeypatch: pytest.MonkeyPatch) ->
     assert torch.isfinite(result.after).all()
 
 
-def test_trials_in_a_row_leave_no_memory_taken() -> None:
+def test_trials_in_a_row_leave_no_memory_taken(tmp_path: Path) -> None:
+    def stop(metrics: dict) -> None:
+        if metrics.get("epoch") == 1:
+            raise SystemExit  # as Tune does, which also starts a thread per trial
+
     gc.disable()  # nothing may have to wait for it
     taken = []
     try:
-        for _ in range(10):
-            training = new_training(CONFIG, 5, GPU)
-            epochs = train_epochs(training, CONFIG, IMAGES, GPU)
-            next(epochs)  # stopped after the first epoch
-            del training, epochs
+        for i in range(10):
+            arguments = (CONFIG, IMAGES, tmp_path / str(i), ACCURACY, 0, (), stop, GPU)
+            thread = threading.Thread(target=run_trial, args=arguments)
+            thread.start()
+            thread.join()
+            assert list((tmp_path / str(i)).glob("weights_*"))
             torch.cuda.synchronize()
             taken.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
     finally:

@@ -8,12 +8,9 @@ import torch
 
 from data import make_synthetic
 from search.files import load_tensors
-from search.records import Objective
 from search.trial import TRAINING_FILE, run_trial, weights_path
-from tests.helpers import CONFIG, CPU, DAMAGES, IMAGES, VALIDATION, add, disk_full_after, search_in, tell
+from tests.helpers import ACCURACY, CONFIG, CPU, DAMAGES, IMAGES, VALIDATION, add, disk_full_after, search_in, tell
 from train import Report, evaluate, new_model
-
-ACCURACY = Objective("accuracy", "max")
 
 
 def run(config: dict, folder: Path, until: int = -1) -> list[dict]:
