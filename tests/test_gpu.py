@@ -1,5 +1,6 @@
 """What can only break on a GPU."""
 
+import contextlib
 import gc
 import itertools
 import json
@@ -231,14 +232,17 @@ def test_gpu_without_bfloat16(replays: list, monkeypatch: pytest.MonkeyPatch) ->
 def test_trials_in_a_row_leave_no_memory_taken(tmp_path: Path) -> None:
     def stop(metrics: dict) -> None:
         if metrics.get("epoch") == 1:
-            raise SystemExit  # as Tune does, which also starts a thread per trial
+            raise SystemExit
+
+    def trial(folder: Path) -> None:
+        with contextlib.suppress(SystemExit):  # pytest would keep it, and with it the trial's frames
+            run_trial(CONFIG, IMAGES, folder, ACCURACY, 0, (), stop, GPU)
 
     gc.disable()  # nothing may have to wait for it
     taken = []
     try:
         for i in range(10):
-            arguments = (CONFIG, IMAGES, tmp_path / str(i), ACCURACY, 0, (), stop, GPU)
-            thread = threading.Thread(target=run_trial, args=arguments)
+            thread = threading.Thread(target=trial, args=(tmp_path / str(i),))  # Tune starts one per trial, too
             thread.start()
             thread.join()
             assert list((tmp_path / str(i)).glob("weights_*"))
