@@ -208,9 +208,9 @@ def usable_cpus() -> int:
 def read_picture(path: str | Path) -> Tensor:
     """Read a picture in any format that Pillow opens as uint8 (32, 32, 3), resized if necessary.
 
-    16-bit grey levels are scaled to 8 bits, transparency becomes white (except a PNG's transparent grey level), and
-    EXIF orientation is applied. Raises InputError if it is not an image, has over 50 million pixels, or floats or
-    32-bit integers of unknown range.
+    16-bit grey levels are scaled to 8 bits, transparency becomes white (except a PNG's transparent grey level of 1, 2,
+    4 or 16 bits), and EXIF orientation is applied. Raises InputError if it is not an image, has over 50 million pixels,
+    or floats or 32-bit integers of unknown range.
     """
     return torch.from_numpy(_read_picture(str(path))[0])
 

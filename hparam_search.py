@@ -62,7 +62,7 @@ QUICK_SPACE = {
 QUICK_IMAGES = {"num_train": 2000, "num_test": 1000, "num_classes": 10}
 
 # The scheduler compares the losses of trials at rungs, here after 2, 4, 8 and 16 epochs. With --scheduler promote, the
-# best 6, 3, 2 and 2 of 12 trials continue. With the baseline's noisier recipe (see README), use KEEP = 3.
+# best 6, 3, 2 and 2 of 12 trials continue. With 12 trials of the baseline's noisier recipe, use KEEP = 3.
 GRACE_PERIOD = 2  # epoch of the first rung
 REDUCTION_FACTOR = 2.0  # promote 1 in this many trials; also the ratio between successive rungs
 KEEP = 2  # promote at least this many at each rung
@@ -73,7 +73,7 @@ MAX_SECONDS_PER_TRIAL = 3600
 MAX_FAILURES_PER_TRIAL = 2
 SAVE_PERIOD = 30  # save the training state after this many seconds of training
 MODELS_KEPT = 5  # keep the weights of this many of the best trials
-STARTUP_TRIALS = 4  # --sampler tpe draws this many trials at random first
+STARTUP_TRIALS = 4  # --sampler tpe draws at random until it knows this many results
 REPEATED_TRIALS = 3  # --repeats trains this many of the best configs again
 PROGRESS_PERIOD = 30  # seconds between progress blocks in a log file
 

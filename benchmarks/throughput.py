@@ -7,10 +7,10 @@ Three loops are timed in turn, round after round, with the same model, batch siz
     search      an epoch of train_epochs, as a trial runs it
     baseline    a DataLoader with eight workers, one picture at a time through Pillow, ToTensor and Normalize; float32,
                 NCHW, and the loss read at every step
-    step alone  the search's own step on one batch that is already on the device: no pipeline, no metrics
+    step alone  the search's own step on one batch that is already on the device: no pipeline
 
 Validation and checkpoints are timed separately, and given as shares of an epoch of CIFAR-100: 40,000 training and
-10,000 validation images, weights saved once, and the training state saved once per SAVE_PERIOD.
+10,000 validation images, weights saved once, and the training state saved once per SAVE_PERIOD (not at rungs, too).
 """
 
 import argparse

@@ -106,7 +106,7 @@ def read_model(folder: Path) -> tuple[SmallResNet, dict]:
         raise InputError(f"{folder / CONFIG} is damaged, or from another version; pass another model") from error
     model = load_model(folder / WEIGHTS, about["hyperparameters"], about["classes"])
     if model is None:
-        raise InputError(f"{folder / WEIGHTS} is damaged; resume the search to rebuild its best model")
+        raise InputError(f"{folder / WEIGHTS} is damaged; pass another model, or resume its search to rebuild it")
     return model, about
 
 

@@ -33,7 +33,7 @@ def atomic_write(target: Path) -> Iterator[Path]:
         flush(target.parent)
     except (OSError, RuntimeError) as error:  # torch.save raises either
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise OSError(f"cannot write {target} ({reason}); make room there, then --resume the search") from error
+        raise OSError(f"cannot write {target} ({reason}); make room there") from error
     finally:
         remove(temporary)
 

@@ -119,9 +119,9 @@ class ResumableScheduler(FIFOScheduler):
     """Lets Promotion, or any Ray scheduler that never pauses trials, continue where an earlier process stopped.
 
     The log is first replayed to Ray's scheduler, which must be new. It is told of records.Trial in place of Tune's, so
-    that its trials are the same in all processes. Epochs that it has seen are not judged again. early_stop returns why
-    a trial ends by itself after its reports, or None; it alone ends trials that repeat another one. `ends` maps the
-    names of trials that ended to why. A paused trial is stopped in Tune, but is not in `ends`.
+    that its trials are the same in all processes; it judges no epoch twice. early_stop returns why a trial ends by
+    itself after its reports, or None; it alone ends trials that repeat another one. `ends` maps the names of trials
+    that ended to why. A paused trial is stopped in Tune, but is not in `ends`.
     """
 
     def __init__(self, scheduler: Any, search: Search, early_stop: Callable[[list[Report]], str | None]) -> None:

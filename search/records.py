@@ -219,7 +219,7 @@ def new_folder(settings: Settings) -> Path:
     name = settings.name or datetime.now().strftime("search_%Y-%m-%d_%H-%M-%S")
     folder = Path(settings.output_dir).absolute() / name
     if settings.name and folder.exists():
-        raise InputError(f"{short_path(folder)} already exists; choose another --name, or --resume it")
+        raise InputError(f"{short_path(folder)} already exists; choose another --name, or resume it if it is a search")
     parent = next(parent for parent in folder.parents if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"{parent} is not a writable folder; choose another --output-dir")

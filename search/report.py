@@ -190,7 +190,8 @@ def list_searches(output_dir: Path) -> str:
             trials, ended, ranking = search.own_trials(), len(search.ended()), search.ranking()
             metrics = read_best_model(search) or {}
             with lock(folder) as free:
-                status = "finished" if metrics and ended == len(trials) else "interrupted" if free else "running"
+                over = not search.interrupted() and (metrics or not ranking)
+                status = "running" if not free else "finished" if over else "interrupted"
             row |= {"status": status, "trials": f"{ended}/{len(trials)}"}
             row |= {"validation": cell(ranking[0].best.accuracy if ranking else None, ".4f")}
             row |= {"test": cell(metrics.get("test_accuracy"), ".4f")}

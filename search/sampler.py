@@ -44,7 +44,7 @@ def draw_configs(
     fixed = {key: entry for key, entry in space.items() if not isinstance(entry, dict | Domain)}
     random, random_first = np.random.default_rng(seed), np.random.default_rng([seed, 1])
     try:
-        drawn = [draw_grid(space | values, random_first)[0] for values in first_trials]
+        drawn = [draw_grid(without_grids(space) | values, random_first)[0] for values in first_trials]
         for _ in range(num_samples):
             drawn += [fixed] * points if tpe else draw_grid(space, random)
     except Exception as error:  # raised by a user's function
@@ -61,14 +61,20 @@ def draw_grid(space: dict, random: np.random.Generator) -> list[dict]:
     return [variant["config"] for _, variant in generate_variants({"config": space}, random_state=random)]
 
 
+def without_grids(space: dict) -> dict:
+    """Return a space with a random choice in place of each grid."""
+    return {
+        key: tune.choice(value["grid_search"]) if isinstance(value, dict) else value for key, value in space.items()
+    }
+
+
 def distributions(space: dict) -> dict:
-    """Return the searched entries of a space as Optuna's distributions; a grid becomes a choice.
+    """Return the searched entries of a space as Optuna's distributions.
 
     Raises InputError, naming the entry, if Optuna cannot draw from one.
     """
     found = {}
-    for key, entry in space.items():
-        domain = tune.choice(entry["grid_search"]) if isinstance(entry, dict) else entry
+    for key, domain in without_grids(space).items():
         if not isinstance(domain, Domain):
             continue
         try:

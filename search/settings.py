@@ -64,7 +64,7 @@ class Settings:
     quick: bool = option(False, "a one-minute demo on two cores, on synthetic images", action="store_true")
     scheduler: str = option("promote", "what stops poor trials early", choices=("promote", "asha", "none"))
     grace_period: int | None = option(
-        None, "epoch of the first rung, before which none is stopped (default: 2)", type=int
+        None, "epoch of the first rung, where trials are first compared (default: 2)", type=int
     )
     reduction_factor: float | None = option(None, "promote 1 in F trials at each rung (default: 2)", type=float)
     keep: int | None = option(None, "promote at least N trials at each rung (default: 2)", type=int)

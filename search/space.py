@@ -47,7 +47,7 @@ def check_space(space: dict) -> None:
             "param_space['epochs'] cannot be searched, as the scheduler compares trials at equal epochs; use one value"
         )
     if True in possible_values(space["nesterov"]) and 0 in possible_values(space["momentum"]):
-        raise InputError("param_space['nesterov'] cannot be True with momentum 0; raise momentum, or make it False")
+        raise InputError("nesterov cannot be True with momentum 0; raise momentum, or make nesterov False")
 
 
 def check_value(key: str, value: object) -> None:

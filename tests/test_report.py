@@ -1,5 +1,6 @@
 import random
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,8 @@ import pytest
 from search import report as reports
 from search.files import lock
 from search.progress import Progress, block
+from search.records import open_search
+from tests.conftest import Finished
 from tests.helpers import END, add, report, search_in, tell
 
 
@@ -59,13 +62,24 @@ def test_rungs_and_repeats_are_summarized(tmp_path: Path) -> None:
     ]
 
 
-def test_list_shows_every_search_and_its_status(tmp_path: Path) -> None:
+def test_list_shows_every_search_and_its_status(finished: Finished, tmp_path: Path) -> None:
     for name, end in (("one", None), ("two", END), ("three", END)):
         add(search_in(tmp_path / name), 0.3, end=end)
     (tmp_path / "three" / "search.json").write_text("{}")
+    failed = search_in(tmp_path / "four")
+    failed.record("failed", trial=add(failed), error="out of memory")
     with lock(tmp_path / "two"):
-        rows = [" ".join(line.split()) for line in reports.list_searches(tmp_path).splitlines()[2:5]]
-    assert rows == ["one interrupted 0/1 0.3000", "two running 1/1 0.3000", "three damaged, or from another version"]
+        rows = [" ".join(line.split()) for line in reports.list_searches(tmp_path).splitlines()[2:6]]
+    assert rows == [
+        "one interrupted 0/1 0.3000",
+        "two running 1/1 0.3000",
+        "three damaged, or from another version",
+        "four finished 0/1",
+    ]
+    # A finished search whose repeats have begun.
+    shutil.copytree(finished.folder, tmp_path / "again" / "it")
+    add(open_search(tmp_path / "again" / "it", {}), 0.3, end=None, repeats="train_cifar_00000")
+    assert re.search(r"it +interrupted +4/4", reports.list_searches(tmp_path / "again"))
 
 
 @pytest.mark.parametrize("terminal", [True, False])

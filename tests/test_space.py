@@ -49,10 +49,11 @@ def test_every_grid_point_is_drawn_as_often_as_asked_and_first_trials_change_no_
     assert all(points.count((h_1, h_2)) == 250 for h_1 in (64, 128) for h_2 in (512, 1024))
     assert all(1e-5 <= config["lr"] <= 1e-1 and 0.1 <= config["p_drop"] <= 0.5 for config in configs)
     assert 400 < sum(config["lr"] < 1e-3 for config in configs) < 600  # half lie below the geometric mean
-    drawn, *others = draw_configs(SPACE, 5, 3, [{"lr": 0.01}, first])
-    assert others == [configs[0] | first, *configs[:20]]
-    assert drawn["lr"] == 0.01
-    check_space(drawn)
+    drawn = draw_configs(SPACE, 5, 3, [{"lr": 0.01}] * 20 + [first])
+    assert drawn[20:] == [configs[0] | first, *configs[:20]]
+    for config in drawn[:20]:
+        check_space(config)
+    assert {(config["lr"], config["h_1"]) for config in drawn[:20]} == {(0.01, 64), (0.01, 128)}
     for bad, words in (({"momentum": 0.8}, "not searched"), ({"lr": -1}, "cannot be -1"), ([], "make it a dict")):
         with pytest.raises(InputError, match=words):
             draw_configs(SPACE, 3, 5, [bad])
