@@ -107,7 +107,7 @@ def parts(data_dir: str, output: Path) -> dict[str, tuple[int, list[str]]]:
     curves += [*images, "--samples", "2"] if ON_GPU else few
     return {
         "smoke": (60, own("smoke()")),
-        "tests": (200, ["-m", "pytest", "tests/test_gpu.py", "-vv", "--tb=short", "-rA"]),
+        "tests": (200, ["-m", "pytest", "tests/test_gpu.py", "-v", "--tb=short", "--disable-warnings"]),
         "search-1": (180, [*search, "1"]),
         **{f"profile-{h_1}": (60, own(f"profile({h_1}, {h_2})")) for h_1, h_2 in WIDTHS},
         "throughput": (100, throughput),
