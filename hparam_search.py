@@ -246,6 +246,8 @@ def finish(search: records.Search, dataset: Dataset | None) -> int:
         metrics = best_model.evaluate_best_model(search, dataset or load_images(search), image_source(search.settings))
     if search.interrupted():
         print(f"The time budget is spent. To resume: {records.resume_command(search.folder)} --time-budget MORE")
+    elif search.unfinished():
+        print(f"To try the failed trials again: {records.resume_command(search.folder)}")
     if not metrics:
         print("No trial has a model, so there is no best model.", file=sys.stderr)
         return 1

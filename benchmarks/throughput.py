@@ -10,7 +10,8 @@ Three loops are timed in turn, round after round, with the same model, batch siz
     step alone  the search's own step on one batch that is already on the device: no pipeline
 
 Validation and checkpoints are timed separately, and given as shares of an epoch of CIFAR-100: 40,000 training and
-10,000 validation images, weights saved once, and the training state saved once per SAVE_PERIOD (not at rungs, too).
+10,000 validation images, weights saved once, and the training state saved once per SAVE_PERIOD. What is saved at rungs
+is left out.
 """
 
 import argparse

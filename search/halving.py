@@ -95,9 +95,16 @@ class Promotion(FIFOScheduler):
         rungs = {len(trial.reports) for trial in paused}
         ranks = {rung: {trial: rank for rank, trial in enumerate(self.contenders(rung))} for rung in rungs}
         to_come = {rung: self.to_come(rung) for rung in rungs}
-        paused.sort(key=lambda trial: (-len(trial.reports), ranks[len(trial.reports)][trial]))
-        sure = (t for t in paused if ranks[r := len(t.reports)][t] + to_come[r] < self.rungs[r])
-        return next(chain(interrupted, sure, new, paused), None)
+
+        def rank(trial: Trial) -> int:
+            return ranks[len(trial.reports)][trial]
+
+        def is_sure(trial: Trial) -> bool:  # even if all trials to come are better
+            rung = len(trial.reports)
+            return rank(trial) + to_come[rung] < self.rungs[rung]
+
+        paused.sort(key=lambda trial: (-len(trial.reports), rank(trial)))
+        return next(chain(interrupted, filter(is_sure, paused), new, paused), None)
 
     def is_paused(self, trial: Trial) -> bool:
         """Return whether a trial is paused at one of these rungs; the scheduler may have been edited since."""

@@ -190,8 +190,8 @@ def list_searches(output_dir: Path) -> str:
             trials, ended, ranking = search.own_trials(), len(search.ended()), search.ranking()
             metrics = read_best_model(search) or {}
             with lock(folder) as free:
-                over = not search.interrupted() and (metrics or not ranking)
-                status = "running" if not free else "finished" if over else "interrupted"
+                interrupted = search.interrupted() or (ranking and not metrics)
+                status = "running" if not free else "interrupted" if interrupted else "finished"
             row |= {"status": status, "trials": f"{ended}/{len(trials)}"}
             row |= {"validation": cell(ranking[0].best.accuracy if ranking else None, ".4f")}
             row |= {"test": cell(metrics.get("test_accuracy"), ".4f")}
