@@ -341,6 +341,9 @@ class Batches:
     augment: bool = False  # random crops after 4 pixels of reflected padding, and random flips
     seed: int = 0
     drop_last: bool = False  # skip a last, smaller batch, unless it is the only one
+    crop: int = CROP_PADDING
+    cutout: int = 0
+    flip: str = "random"
 
     def __post_init__(self) -> None:
         self.count = len(self.images)  # images per epoch
@@ -359,9 +362,16 @@ class Batches:
         if self.shuffle:
             order = torch.randperm(count, generator=generator, device=device)
         if self.augment:
-            shift = torch.randint(-CROP_PADDING, CROP_PADDING + 1, (2, count, 1), generator=generator, device=device)
+            shift = torch.randint(-self.crop, self.crop + 1, (2, count, 1), generator=generator, device=device)
             flip = torch.rand(count, 1, generator=generator, device=device) < 0.5
+            if self.flip == "alternating":
+                first = torch.Generator(device).manual_seed(self.seed)
+                flip = torch.rand(count, 1, generator=first, device=device) < 0.5
+                flip = (flip ^ (epoch % 2 == 1))[order]
             pixels = torch.arange(IMAGE_SIZE, device=device)
+            if self.cutout:
+                corner = torch.randint(-self.cutout + 1, IMAGE_SIZE, (2, count, 1), generator=generator, device=device)
+                hidden = (pixels >= corner) & (pixels < corner + self.cutout)
             index = torch.stack([pixels + shift[0], torch.where(flip, pixels.flip(0), pixels) + shift[1]])
             # Mirror positions outside the image about its border pixels, as reflected padding does.
             rows, columns = last - (last - index.abs()).abs()  # (N, 32) each
@@ -374,6 +384,8 @@ class Batches:
                 index = torch.arange(len(images), device=device)[:, None, None]
                 images = images[index, rows[part, :, None], columns[part, None, :]]
             images = images.float().sub_(self.offset).div_(self.scale)
+            if self.augment and self.cutout:
+                images.masked_fill_((hidden[0, part, :, None] & hidden[1, part, None, :])[..., None], 0)
             images = images.permute(0, 3, 1, 2)  # NHWC seen as NCHW is channels_last
             yield from zip(images.split(self.batch_size), labels.split(self.batch_size), strict=True)
 

@@ -62,7 +62,25 @@ LOOP = {
     "ema_decay": FRACTION,  # decay per step of the averaged weights; 0 switches averaging off
     "seed": SEED,  # random seed of weights, batches and dropout
 }
-CONFIG_KEYS = MODEL | OPTIMIZER | LOSS | LOOP
+# Candidates for the recipe, to be measured by benchmarks.recipes: not part of param_space.
+CANDIDATES = {
+    "bias_lr": 0.0,  # smallest learning rate of batch norm's biases
+    "bias_decay": 0.0,  # their weight decay, with bias_lr
+    "gain_lr": 0.0,  # smallest learning rate of batch norm's weights
+    "head_lr": 0.0,  # smallest learning rate of the classifier
+    "crop": 4,  # pixels
+    "cutout": 0,  # width of a square of each image to hide
+    "flip": "random",  # or alternating
+    "logit_scale": 1.0,
+    "dirac": False,  # initialise the convolutions of the residual blocks as the identity
+    "whiten": False,  # initialise the stem with the eigenvectors of 3x3 patches
+    "bn_momentum": 0.1,
+    "cooldown": COOLDOWN,
+    "shape": "linear",  # of the cooldown
+    "warmup": 0.0,  # share of the steps
+    "tta": False,  # average each image with its mirror image
+}
+CONFIG_KEYS = MODEL | OPTIMIZER | LOSS | LOOP | CANDIDATES
 
 
 def arguments(config: dict, keys: dict) -> dict:
@@ -119,11 +137,34 @@ def new_training(config: dict, num_classes: int, device: torch.device) -> Traini
     """Build a model with weights drawn from config["seed"], its moving average and its optimizer."""
     torch.manual_seed(config["seed"])
     model = new_model(config, num_classes).to(device, memory_format=torch.channels_last)
+    c = CANDIDATES | config
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    for m in norms:
+        m.momentum = c["bn_momentum"]
+    if c["dirac"]:
+        for block in (model.stage_1[-1], model.stage_2[-1]):
+            for m in block.modules():
+                if isinstance(m, nn.Conv2d):
+                    nn.init.dirac_(m.weight)
+    model.logit_scale = c["logit_scale"]
     averaged = AveragedModel(model) if config["ema_decay"] > 0 else None
-    optimizer = torch.optim.SGD(model.parameters(), **arguments(config, OPTIMIZER), fused=True)
+    special = {
+        "bias_lr": [m.bias for m in norms],
+        "gain_lr": [m.weight for m in norms],
+        "head_lr": list(model.classifier.parameters()),
+    }
+    groups, taken = [], set()
+    for key, parameters in special.items():
+        if c[key]:
+            group = {"params": parameters, "lr": max(config["lr"], c[key])}
+            groups.append(group | ({"weight_decay": c["bias_decay"]} if key == "bias_lr" else {}))
+            taken |= {id(p) for p in parameters}
+    groups.insert(0, {"params": [p for p in model.parameters() if id(p) not in taken]})
+    optimizer = torch.optim.SGD(groups, **arguments(config, OPTIMIZER), fused=True)
     for group in optimizer.param_groups:
         # A tensor, so that a CUDA graph can read it at every step.
-        group["lr"] = torch.tensor(float(config["lr"]), device=device)
+        group["initial_lr"] = group["lr"]
+        group["lr"] = torch.tensor(float(group["lr"]), device=device)
     return Training(model, averaged, optimizer)
 
 
@@ -164,11 +205,25 @@ def train_epochs(training: Training, config: dict, dataset: Dataset, device: tor
     """
     all_images, all_labels = dataset.train_images.to(device), dataset.train_labels.to(device)
     # A smaller last batch would add noise right before validation: see benchmarks/RESULTS.md.
-    options = {"shuffle": True, "augment": config["augment"], "seed": config["seed"], "drop_last": True}
+    c = CANDIDATES | config
+    options = {"crop": c["crop"], "cutout": c["cutout"], "flip": c["flip"]}
+    if c["whiten"] and training.epoch == 0:
+        whiten(training.model.stem[0].weight, all_images, dataset)
+        if training.averaged:
+            training.averaged.module.load_state_dict(training.model.state_dict())
+    options |= {"shuffle": True, "augment": config["augment"], "seed": config["seed"], "drop_last": True}
     batches = Batches(all_images, all_labels, config["batch_size"], dataset.mean, dataset.std, **options)
     validation = evaluation_batches(dataset, "val", device)
     # cuDNN's autotuning stays off: it takes seconds and gains under 1 % (see benchmarks/RESULTS.md).
     schedule = SCHEDULES[config["schedule"]]
+    if config["schedule"] == "cooldown":
+
+        def schedule(t):
+            left = min(1.0, (1 - t) / c["cooldown"])
+            up = min(1.0, 0.1 + 0.9 * t / c["warmup"]) if c["warmup"] else 1.0
+            shapes = {"linear": left, "sqrt": 1 - math.sqrt(1 - left), "cosine": 0.5 * (1 - math.cos(math.pi * left))}
+            return up * shapes[c["shape"]]
+
     step = TrainStep(training, config, device)
     total_steps = config["epochs"] * len(batches)
     while training.epoch < config["epochs"]:
@@ -178,12 +233,12 @@ def train_epochs(training: Training, config: dict, dataset: Dataset, device: tor
         training.model.train()
         step.sums.zero_()
         for i, (images, labels) in enumerate(batches.epoch(epoch)):
-            lr = config["lr"] * schedule((training.epoch * len(batches) + i) / total_steps)
+            lr = schedule((training.epoch * len(batches) + i) / total_steps)
             step(images, labels, lr)
         # Read once per epoch, since reading makes the CPU wait for the GPU.
         train_loss, train_accuracy = (total / batches.count for total in step.sums.tolist())
         seconds = time.perf_counter() - start
-        loss, accuracy = evaluate(training.evaluated, validation)
+        loss, accuracy = evaluate(training.evaluated, validation, c["tta"])
         report = Report(
             epoch=epoch,
             loss=loss if math.isfinite(loss) else math.nan,  # an infinity would spoil the scheduler's percentiles
@@ -196,6 +251,16 @@ def train_epochs(training: Training, config: dict, dataset: Dataset, device: tor
         )
         training.history.append(report)
         yield report
+
+
+@torch.no_grad()
+def whiten(weight: Tensor, images: Tensor, dataset: Dataset) -> None:
+    """Initialise 3x3 filters (64, 3, 3, 3) with the whitened eigenvectors of the images' patches, and their negatives."""
+    some = next(Batches(images, torch.zeros(len(images)), 2000, dataset.mean, dataset.std).epoch())[0]
+    patches = F.unfold(some.contiguous(), 3).transpose(1, 2).reshape(-1, 27)
+    values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+    filters = (vectors / (values + 5e-4).sqrt()).T.reshape(27, 3, 3, 3)
+    weight[:54] = torch.cat([filters, -filters]) * weight.std() / filters.std()
 
 
 class TrainStep:
@@ -229,7 +294,7 @@ class TrainStep:
 
     def __call__(self, images: Tensor, labels: Tensor, lr: float) -> None:
         for group in self.training.optimizer.param_groups:
-            group["lr"].fill_(lr)
+            group["lr"].fill_(lr * group["initial_lr"])
         if self.graphed:
             self.replay(images, labels)
         else:
@@ -309,7 +374,7 @@ def evaluation_batches(dataset: Dataset, split: str, device: torch.device) -> Ba
     return Batches(images, labels, EVALUATION_BATCH_SIZE, dataset.mean, dataset.std)
 
 
-def logits_of(model: nn.Module, batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
+def logits_of(model: nn.Module, batches: Batches, tta: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the logits (B, C) and labels (B,) of an epoch of batches, on their device."""
     model.eval()
     device = batches.images.device
@@ -317,16 +382,18 @@ def logits_of(model: nn.Module, batches: Batches) -> Iterator[tuple[Tensor, Tens
     for images, labels in batches.epoch():
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             logits = model(images)
+            if tta:
+                logits = (logits + model(images.flip(3))) / 2
         yield logits, labels
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, batches: Batches) -> tuple[float, float]:
+def evaluate(model: nn.Module, batches: Batches, tta: bool = False) -> tuple[float, float]:
     """Return the mean cross-entropy, in nats, and the accuracy, from 0 to 1; NaN without images."""
     if not len(batches):
         return math.nan, math.nan
     sums = torch.zeros(2, device=batches.images.device)
-    for logits, labels in logits_of(model, batches):
+    for logits, labels in logits_of(model, batches, tta):
         loss = F.cross_entropy(logits.float(), labels, reduction="sum")
         sums += torch.stack([loss, (logits.argmax(1) == labels).sum()])
     loss, correct = sums.tolist()
