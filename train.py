@@ -72,7 +72,7 @@ CANDIDATES = {
     "cutout": 0,  # width of a square of each image to hide
     "flip": "random",  # or alternating
     "logit_scale": 1.0,
-    "dirac": False,  # initialise the convolutions of the residual blocks as the identity
+    "dirac": False,  # initialise the convolutions of the residual blocks, or all, as the identity
     "whiten": False,  # initialise the stem with the eigenvectors of 3x3 patches
     "bn_momentum": 0.1,
     "cooldown": COOLDOWN,
@@ -142,7 +142,7 @@ def new_training(config: dict, num_classes: int, device: torch.device) -> Traini
     for m in norms:
         m.momentum = c["bn_momentum"]
     if c["dirac"]:
-        for block in (model.stage_1[-1], model.stage_2[-1]):
+        for block in [model] if c["dirac"] == "all" else [model.stage_1[-1], model.stage_2[-1]]:
             for m in block.modules():
                 if isinstance(m, nn.Conv2d):
                     nn.init.dirac_(m.weight)
