@@ -26,7 +26,6 @@ from torch.nn import functional as F
 IMAGE_SIZE = 32
 VALIDATION_FRACTION = 0.2
 SPLIT_SEED = 0  # not the search's seed, so that searches with different seeds stay comparable
-CROP_PADDING = 4  # pixels
 IMAGES_AT_ONCE = 1024  # images augmented and normalised together; 13 MB
 MIN_IMAGES_PER_CLASS = 5  # the smallest number of which 20 % is a whole image
 DOWNLOAD_TIMEOUT = 10  # seconds to wait for an answer
@@ -338,12 +337,10 @@ class Batches:
     mean: tuple[float, ...]  # per channel, as fractions of 255
     std: tuple[float, ...]
     shuffle: bool = False  # a new order in every epoch
-    augment: bool = False  # random crops after 4 pixels of reflected padding, and random flips
+    crop_padding: int = 0  # random crops after this many pixels of reflected padding, from 0 to 31
+    flip: bool = False  # random flips
     seed: int = 0
     drop_last: bool = False  # skip a last, smaller batch, unless it is the only one
-    crop: int = CROP_PADDING
-    cutout: int = 0
-    flip: str = "random"
 
     def __post_init__(self) -> None:
         self.count = len(self.images)  # images per epoch
@@ -361,17 +358,12 @@ class Batches:
         order = torch.arange(count, device=device)
         if self.shuffle:
             order = torch.randperm(count, generator=generator, device=device)
-        if self.augment:
-            shift = torch.randint(-self.crop, self.crop + 1, (2, count, 1), generator=generator, device=device)
-            flip = torch.rand(count, 1, generator=generator, device=device) < 0.5
-            if self.flip == "alternating":
-                first = torch.Generator(device).manual_seed(self.seed)
-                flip = torch.rand(count, 1, generator=first, device=device) < 0.5
-                flip = (flip ^ (epoch % 2 == 1))[order]
+        augment = self.crop_padding > 0 or self.flip
+        if augment:
+            low, high = -self.crop_padding, self.crop_padding + 1
+            shift = torch.randint(low, high, (2, count, 1), generator=generator, device=device)
+            flip = torch.rand(count, 1, generator=generator, device=device) < 0.5 * self.flip
             pixels = torch.arange(IMAGE_SIZE, device=device)
-            if self.cutout:
-                corner = torch.randint(-self.cutout + 1, IMAGE_SIZE, (2, count, 1), generator=generator, device=device)
-                hidden = (pixels >= corner) & (pixels < corner + self.cutout)
             index = torch.stack([pixels + shift[0], torch.where(flip, pixels.flip(0), pixels) + shift[1]])
             # Mirror positions outside the image about its border pixels, as reflected padding does.
             rows, columns = last - (last - index.abs()).abs()  # (N, 32) each
@@ -380,12 +372,10 @@ class Batches:
         for start in range(0, self.count, several):
             part = slice(start, min(start + several, self.count))
             images, labels = self.images[order[part]], self.labels[order[part]]
-            if self.augment:
+            if augment:
                 index = torch.arange(len(images), device=device)[:, None, None]
                 images = images[index, rows[part, :, None], columns[part, None, :]]
             images = images.float().sub_(self.offset).div_(self.scale)
-            if self.augment and self.cutout:
-                images.masked_fill_((hidden[0, part, :, None] & hidden[1, part, None, :])[..., None], 0)
             images = images.permute(0, 3, 1, 2)  # NHWC seen as NCHW is channels_last
             yield from zip(images.split(self.batch_size), labels.split(self.batch_size), strict=True)
 

@@ -37,9 +37,11 @@ param_space = {
     "batch_size": 64,
     # The training recipe; these can be searched, too.
     "momentum": 0.9,
+    "bias_lr": 0.5,  # lowest learning rate of batch norm's biases
     "weight_decay": 5e-4,
     "nesterov": True,
-    "augment": True,
+    "crop_padding": 2,  # pixels, for random crops
+    "flip": True,
     "schedule": "cooldown",  # or constant, cosine, one_cycle
     "ema_decay": 0.998,
     "label_smoothing": 0.0,

@@ -66,7 +66,6 @@ class SmallResNet(nn.Module):
         self.stage_2 = stage(h_1, h_2, pool=4)
         self.dropout = nn.Dropout(p_drop)
         self.classifier = nn.Linear(h_2, num_classes)
-        self.logit_scale = 1.0
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits, float (B, num_classes), of normalised float images (B, 3, 32, 32)."""
@@ -74,4 +73,4 @@ class SmallResNet(nn.Module):
         x = self.stage_1(x)  # (B, h_1, 16, 16)
         x = self.stage_2(x)  # (B, h_2, 4, 4)
         x = F.adaptive_avg_pool2d(x, 1).flatten(1)  # (B, h_2)
-        return self.classifier(self.dropout(x)) * self.logit_scale
+        return self.classifier(self.dropout(x))

@@ -1,13 +1,11 @@
 """Validation accuracy of training recipes at equal epochs, each compared with the default recipe, seed by seed.
 
-python -m benchmarks.recipes --data-dir data/cifar10 --widths 16 64 --epochs 6 --seeds 5 label_smoothing=0.1 "augment=false ema_decay=0"
+python -m benchmarks.recipes --data-dir data/cifar10 --widths 16 64 --seeds 5 momentum=0.8 "flip=false ema_decay=0"
 
-A recipe is one argument, the hyperparameters in which it differs from the default, as JSON values; `default` and
-`baseline` are names of two. With several rates (--lr), recipes are also compared at the best rate of each. Every run is
-appended to a CSV as it ends, and the command trains only what is missing there.
-
-`plain loop` is the baseline's recipe in the baseline's own loop (see benchmarks.throughput); compared with `baseline`,
-it shows what the faster loop costs in accuracy.
+A recipe is one argument: the entries of `param_space` in which it differs from the default. `baseline` and `former`
+name two; `plain loop` is the baseline's recipe in the baseline's own loop (see benchmarks.throughput). With several
+rates (--lr), recipes are also compared at the best rate of each. Every run is appended to a CSV as it ends, and the
+command trains only what is missing there.
 """
 
 import argparse
@@ -27,43 +25,44 @@ from pathlib import Path
 import torch
 
 from benchmarks.throughput import baseline_steps, new_model, take
-from data import Dataset, read_images, usable_cpus
+from data import Dataset, InputError, read_images, usable_cpus
 from hparam_search import param_space
-from train import CONFIG_KEYS, best_device, evaluate, evaluation_batches, new_training, train_epochs
+from search.retrain import parse_value
+from search.space import check_space
+from train import best_device, evaluate, evaluation_batches, new_training, train_epochs
 
 # The recipe of the baseline: `param_space | BASELINE_RECIPE` trains as the baseline did.
 BASELINE_RECIPE = {
     "momentum": 0.9,
+    "bias_lr": 0.0,
     "weight_decay": 0.0,
     "nesterov": False,
-    "augment": False,
+    "crop_padding": 0,
+    "flip": False,
     "schedule": "constant",
     "ema_decay": 0.0,
     "label_smoothing": 0.0,
 }
 PLAIN_LOOP = "plain loop"
-NAMED = {"default": {}, "baseline": BASELINE_RECIPE, PLAIN_LOOP: BASELINE_RECIPE}
-SETTING = ("images", "h_1", "h_2", "epochs")  # what two runs must share to be compared
-RUN = (*SETTING, "recipe", "lr", "seed")
-COLUMNS = (*RUN, "code", "seconds", "loss", "accuracies")
+NAMED = {
+    "default": {},
+    "former": {"bias_lr": 0.0, "crop_padding": 4},  # the default before these were measured
+    "baseline": BASELINE_RECIPE,
+    PLAIN_LOOP: BASELINE_RECIPE | {"loop": PLAIN_LOOP},
+}
+COLUMNS = ("images", "config", "code", "seconds", "loss", "accuracies")
 FILE = Path(__file__).parent / "recipes.csv"
 dataset: Dataset  # set in each worker process
 
 
-def parse_recipe(text: str) -> dict:
-    """Return the entries of `param_space` that a recipe changes."""
-    if text in NAMED:
-        return NAMED[text]
-    entries = {}
-    for pair in text.split():
-        key, _, value = pair.partition("=")
-        if key not in CONFIG_KEYS:
-            raise argparse.ArgumentTypeError(f"{pair!r} is not key=value with a key of param_space")
-        try:
-            entries[key] = json.loads(value)
-        except ValueError:
-            entries[key] = value
-    return entries
+def new_config(recipe: str, **varied: object) -> dict:
+    """Return the config of a recipe; raise InputError if it is invalid."""
+    changes = NAMED.get(recipe)
+    if changes is None:
+        changes = {key: parse_value(value) for key, _, value in (pair.partition("=") for pair in recipe.split())}
+    config = param_space | {"p_drop": 0.1} | varied | changes
+    check_space({key: value for key, value in config.items() if key != "loop"})
+    return config
 
 
 def first_classes(dataset: Dataset, count: int) -> Dataset:
@@ -103,25 +102,24 @@ def train_in_plain_loop(config: dict) -> list[tuple[float, float]]:
     return at_epoch
 
 
-def run(row: dict) -> dict:
-    """Train what the first columns of a row describe, and return the whole row."""
+def measure(config: dict) -> dict:
+    """Train a config, and return the last columns of its row."""
     start = time.perf_counter()
-    varied = {"p_drop": 0.1} | {key: row[key] for key in ("h_1", "h_2", "epochs", "lr", "seed")}
-    config = param_space | varied | parse_recipe(row["recipe"])
-    at_epoch = (train_in_plain_loop if row["recipe"] == PLAIN_LOOP else train)(config)
+    at_epoch = (train_in_plain_loop if "loop" in config else train)(config)
     accuracies = " ".join(f"{accuracy:.4f}" for _, accuracy in at_epoch)
-    measured = {"seconds": round(time.perf_counter() - start, 1), "loss": round(at_epoch[-1][0], 4)}
-    return row | measured | {"accuracies": accuracies}
+    seconds = round(time.perf_counter() - start, 1)
+    return {"seconds": seconds, "loss": round(at_epoch[-1][0], 4), "accuracies": accuracies}
 
 
-def key_of(row: dict) -> tuple:
-    """Return what identifies a run."""
-    return tuple(str(row[column]) for column in RUN)
+def key_of(images: str, config: dict) -> tuple[str, str]:
+    """Return what identifies a run: the first two columns of its row."""
+    return images, json.dumps(config, sort_keys=True)
 
 
-def read_rows(path: Path) -> list[dict]:
-    """Return the rows of a CSV of runs."""
-    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+def read_runs(path: Path) -> dict[tuple[str, str], float]:
+    """Return the final accuracies in a CSV of runs, by their keys."""
+    rows = csv.DictReader(path.read_text().splitlines()) if path.exists() else []
+    return {(row["images"], row["config"]): float(row["accuracies"].split()[-1]) for row in rows}
 
 
 def append_row(path: Path, row: dict) -> None:
@@ -134,96 +132,94 @@ def append_row(path: Path, row: dict) -> None:
         writer.writerow(row)
 
 
-def compare(default: dict[str, float], other: dict[str, float]) -> tuple[float, float, float]:
-    """Return the mean difference of accuracies with the same seed, its standard error, and its p-value.
+def standard_error(values: Sequence[float]) -> float:
+    """Return the standard error of a mean; NaN of one value."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
-    The p-value is exact, of a two-sided test by flipping signs: the share of all 2ⁿ ways to swap the two within the n
+
+def compare(one: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:
+    """Return the mean of other - one, pair by pair, its standard error, and its p-value.
+
+    The p-value is exact, of a two-sided test by exchange: the share of all 2ⁿ ways to exchange the two within the n
     pairs that give at least this difference.
     """
-    differences = [other[seed] - default[seed] for seed in default if seed in other]
-    if len(differences) < 2:
-        return statistics.mean(differences or [math.nan]), math.nan, math.nan
-    mean, error = statistics.mean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
-    flipped = torch.zeros(1, dtype=torch.float64)
+    differences = [b - a for a, b in zip(one, other, strict=True)]
+    sums = torch.zeros(1, dtype=torch.float64)
     for each in differences:
-        flipped = torch.cat([flipped + each, flipped - each])
-    p = (flipped.abs() >= abs(sum(differences)) - 1e-9).double().mean().item()
-    return mean, error, p
+        sums = torch.cat([sums + each, sums - each])
+    p = (sums.abs() >= abs(sum(differences)) - 1e-9).double().mean().item()
+    return statistics.mean(differences), standard_error(differences), p
 
 
-def print_table(rows: list[dict], recipes: list[str], rates: list[float]) -> None:
-    """Print the runs of one setting as a Markdown table."""
-    final = {}  # recipe → rate → seed → final accuracy
-    for row in rows:
-        by_rate = final.setdefault(row["recipe"], {})
-        by_rate.setdefault(float(row["lr"]), {})[row["seed"]] = float(row["accuracies"].split()[-1])
+def print_table(accuracies: dict[str, dict[float, list[float]]]) -> None:
+    """Print final accuracies as a Markdown table: recipe (the reference first) → learning rate → one per seed."""
+    print("| recipe | lr | seeds | final accuracy | gain | p |\n| --- | --- | --- | --- | --- | --- |")
+    reference = next(iter(accuracies))
 
-    def line(recipe: str, rate: str, other: dict[str, float], reference: dict[str, float] | None) -> None:
-        mean, n = statistics.mean(other.values()), len(other)
-        error = statistics.stdev(other.values()) / math.sqrt(n) if n > 1 else math.nan
-        gain = "" if reference is None else "{:+.4f} ± {:.4f} | {:.3f}".format(*compare(reference, other))
-        print(f"| {recipe} | {rate} | {n} | {mean:.4f} ± {error:.4f} | {gain or ' | '} |")
+    def show(recipe: str, rate: str, found: list[float], compared: list[float]) -> None:
+        gain = "{:+.4f} ± {:.4f} | {:.3f}".format(*compare(compared, found)) if recipe != reference else " | "
+        mean = f"{statistics.mean(found):.4f} ± {standard_error(found):.4f}"
+        print(f"| {recipe} | {rate} | {len(found)} | {mean} | {gain} |")
 
-    print("\n| recipe | lr | seeds | final accuracy | gain | p |\n| --- | --- | --- | --- | --- | --- |")
     best = {}
-    for recipe in recipes:
-        by_rate = {rate: final[recipe][rate] for rate in rates if rate in final.get(recipe, {})}
-        for rate, accuracies in by_rate.items():
-            reference = final.get(recipes[0], {}).get(rate) if recipe != recipes[0] else None
-            line(recipe, f"{rate:g}", accuracies, reference)
-        if by_rate:
-            best[recipe] = max(by_rate, key=lambda rate: statistics.mean(by_rate[rate].values()))
-    if len(rates) > 1:
+    for recipe, by_rate in accuracies.items():
+        best[recipe] = max(by_rate, key=lambda rate: statistics.mean(by_rate[rate]))
+        for rate, found in by_rate.items():
+            show(recipe, f"{rate:g}", found, accuracies[reference][rate])
+    if len(by_rate) > 1:
         for recipe, rate in best.items():
-            reference = final[recipes[0]][best[recipes[0]]] if recipe != recipes[0] else None
-            line(recipe, f"best: {rate:g}", final[recipe][rate], reference)
+            show(recipe, f"best: {rate:g}", accuracies[recipe][rate], accuracies[reference][best[reference]])
     print(flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train the runs that are not recorded yet, and print a table for each set of images and number of epochs."""
+    """Train the runs that are not recorded yet, and print a table for each set of images."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipes", nargs="*", metavar="RECIPE", help="key=value …, separated by spaces")
-    parser.add_argument("--reference", default="default", help="recipe to compare with (default: %(default)s)")
+    parser.add_argument("recipes", nargs="*", metavar="RECIPE", help='for example, "lr=0.05 flip=false"')
+    parser.add_argument("--reference", default="default", metavar="RECIPE", help="what to compare with (%(default)s)")
     parser.add_argument("--dataset", choices=("cifar100", "folder", "synthetic"), default="folder")
-    parser.add_argument("--data-dir", nargs="+", default=["data"])
+    parser.add_argument("--data-dir", action="append", help="repeatable (default: data)", metavar="PATH")
     parser.add_argument("--classes", type=int, help="train on only the first N classes, to save time", metavar="N")
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--widths", type=int, nargs=2, default=(64, 512), metavar=("H_1", "H_2"))
     parser.add_argument("--lr", type=float, nargs="+", default=[0.02])
-    parser.add_argument("--seeds", type=int, default=1, help="number of random seeds (default: %(default)s)")
-    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=1, help="number of random seeds, from 0 (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=1 if torch.cuda.is_available() else usable_cpus())
     parser.add_argument("--output", type=Path, default=FILE)
     args = parser.parse_args(argv)
-    recipes = list(dict.fromkeys([args.reference, *args.recipes]))
-    for recipe in recipes:
-        parse_recipe(recipe)
     command = ["git", "describe", "--always", "--dirty"]
     code = subprocess.run(command, capture_output=True, text=True, check=False, cwd=FILE.parent).stdout.strip()
-    for folder in args.data_dir:
-        images = f"{Path(folder).name}" + (f", {args.classes} classes" if args.classes else "")
-        setting = {"images": images, "h_1": args.widths[0], "h_2": args.widths[1], "epochs": args.epochs}
-        seeds = range(args.first_seed, args.first_seed + args.seeds)
-        runs = [
-            setting | {"recipe": recipe, "lr": lr, "seed": seed, "code": code}
-            for seed, lr, recipe in itertools.product(seeds, args.lr, recipes)
-        ]
-        recorded = {key_of(row) for row in read_rows(args.output)}
-        if missing := [row for row in runs if key_of(row) not in recorded]:
+    varied = {"h_1": args.widths[0], "h_2": args.widths[1], "epochs": args.epochs}
+    recipes = list(dict.fromkeys([args.reference, *args.recipes]))
+    try:
+        configs = {
+            (recipe, lr, seed): new_config(recipe, **varied, lr=lr, seed=seed)
+            for seed, lr, recipe in itertools.product(range(args.seeds), args.lr, recipes)
+        }
+    except InputError as error:
+        parser.error(str(error))
+    for folder in args.data_dir or ["data"]:
+        images = Path(folder).name + (f", {args.classes} classes" if args.classes else "")
+        recorded = read_runs(args.output)
+        if missing := {run: each for run, each in configs.items() if key_of(images, each) not in recorded}:
             loaded = read_images(args.dataset, folder, {})
             loaded = first_classes(loaded, args.classes) if args.classes else loaded
             threads = max(1, usable_cpus() // args.workers)
             with ProcessPoolExecutor(
                 args.workers, multiprocessing.get_context("spawn"), initializer=prepare, initargs=(loaded, threads)
             ) as pool:
-                for done in as_completed([pool.submit(run, row) for row in missing]):
-                    row = done.result()
-                    append_row(args.output, row)
-                    print(f"{row['recipe']}, lr {row['lr']}, seed {row['seed']}: {row['accuracies']}", flush=True)
-        wanted = {key_of(row) for row in runs}
-        print(f"\n{images}, {args.widths[0]}/{args.widths[1]}, {args.epochs} epochs")
-        print_table([row for row in read_rows(args.output) if key_of(row) in wanted], recipes, args.lr)
+                futures = {pool.submit(measure, config): run for run, config in missing.items()}
+                for future in as_completed(futures):
+                    run, measured = futures[future], future.result()
+                    key = dict(zip(COLUMNS, key_of(images, configs[run]), strict=False))
+                    append_row(args.output, key | {"code": code} | measured)
+                    print(*run, measured["accuracies"], sep=", ", flush=True)
+        print(f"\n{images}; {args.widths[0]}/{args.widths[1]}; {args.epochs} epochs\n")
+        recorded = read_runs(args.output)
+        accuracies = {recipe: {lr: [] for lr in args.lr} for recipe in recipes}
+        for (recipe, lr, _), config in configs.items():
+            accuracies[recipe][lr].append(recorded[key_of(images, config)])
+        print_table(accuracies)
 
 
 if __name__ == "__main__":

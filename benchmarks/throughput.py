@@ -105,7 +105,7 @@ def steps_alone(config: dict, dataset: Dataset, device: torch.device) -> Iterato
     images, labels = dataset.train_images.to(device), dataset.train_labels.to(device)
     batch = next(Batches(images, labels, config["batch_size"], dataset.mean, dataset.std).epoch())
     while True:
-        step(*batch, config["lr"])
+        step(*batch, 1.0)
         yield
 
 

@@ -69,7 +69,8 @@ def test_batches_are_normalised_images_in_order_or_shuffled_without_a_smaller_on
 
 def test_augmented_images_are_flipped_crops_of_the_reflected_image() -> None:
     count = len(NOISE)
-    batches = Batches(NOISE, torch.arange(count), 64, (0, 0, 0), (1 / 255,) * 3, shuffle=True, augment=True, seed=3)
+    options = {"shuffle": True, "crop_padding": 4, "flip": True, "seed": 3}
+    batches = Batches(NOISE, torch.arange(count), 64, (0, 0, 0), (1 / 255,) * 3, **options)
     padded = F.pad(NOISE.permute(0, 3, 1, 2).float(), (4, 4, 4, 4), mode="reflect")
     seen, crops = [], []
     for (batch, labels), (again, _) in zip(batches.epoch(1), batches.epoch(1), strict=True):

@@ -31,8 +31,9 @@ pytestmark = pytest.mark.gpu
 
 GPU = torch.device("cuda")
 IMAGES = make_synthetic(num_train=375, num_test=100, num_classes=5)  # 300 for training, 75 for validation
-# At this low learning rate, rounding errors do not make two trainings diverge.
+# At these low learning rates, rounding errors do not make two trainings diverge.
 CONFIG = param_space | {"epochs": 3, "h_1": 8, "h_2": 32, "p_drop": 0.3, "lr": 5e-4, "batch_size": 24, "seed": 5}
+CONFIG |= {"bias_lr": 2e-3}
 RECIPES = {
     "default": CONFIG,
     "baseline": CONFIG | BASELINE_RECIPE,
@@ -110,7 +111,7 @@ def test_captured_steps_are_exactly_the_eager_ones(monkeypatch: pytest.MonkeyPat
     training, two_batches = new_training(CONFIG, 5, GPU), list(itertools.islice(batches().epoch(), 2))
     step = TrainStep(training, CONFIG, GPU)
     for _ in range(EAGER_STEPS):
-        step(*two_batches[0], 0.01)
+        step(*two_batches[0], 20.0)
     momentum = [state["momentum_buffer"] for state in training.optimizer.state.values()]
     state = [*training.model.state_dict().values(), *training.averaged.state_dict().values(), *momentum]
     before = [tensor.clone() for tensor in state]
@@ -120,8 +121,8 @@ def test_captured_steps_are_exactly_the_eager_ones(monkeypatch: pytest.MonkeyPat
         for tensor, value in zip(state, before, strict=True):
             tensor.copy_(value)
         torch.manual_seed(7)  # dropout
-        for batch, lr in zip(two_batches, (0.01, 0.02), strict=True):
-            step(*batch, lr)
+        for batch, scale in zip(two_batches, (20.0, 40.0), strict=True):
+            step(*batch, scale)
         return [(tensor - value).float() for tensor, value in zip(state, before, strict=True)]
 
     captured = moved()
@@ -186,14 +187,14 @@ def test_failed_capture_is_told_and_the_process_trains_eagerly() -> None:
 
 
 def test_no_wait_for_the_gpu_within_an_epoch() -> None:
-    training, shuffled = new_training(CONFIG, 5, GPU), batches(shuffle=True, augment=True)
+    training, shuffled = new_training(CONFIG, 5, GPU), batches(shuffle=True, crop_padding=2, flip=True)
     step = TrainStep(training, CONFIG, GPU)
     training.model.train()
     for epoch in (1, 2):  # in the first one the step is captured
         torch.cuda.set_sync_debug_mode("error" if epoch == 2 else "default")
         try:
             for batch in shuffled.epoch(epoch):
-                step(*batch, 0.01)
+                step(*batch, 20.0)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert training.notes == []

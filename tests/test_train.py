@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -8,9 +9,16 @@ from model import SmallResNet
 from tests.helpers import CONFIG, CPU, IMAGES, VALIDATION
 from train import SCHEDULES, evaluation_batches, new_training, predict, train_epochs
 
-PLAIN = CONFIG | {"nesterov": False, "weight_decay": 0.0, "augment": False, "schedule": "constant", "p_drop": 0.0}
-PLAIN |= {"ema_decay": 0.0, "lr": 0.01}
-OTHER = PLAIN | {"nesterov": True, "weight_decay": 0.1, "label_smoothing": 0.3, "ema_decay": 0.6}
+PLAIN = CONFIG | {
+    "nesterov": False,
+    "weight_decay": 0.0,
+    "crop_padding": 0,
+    "flip": False,
+    "schedule": "constant",
+    "p_drop": 0.0,
+}
+PLAIN |= {"ema_decay": 0.0, "lr": 0.01, "bias_lr": 0.0, "label_smoothing": 0.0}
+OTHER = PLAIN | {"nesterov": True, "weight_decay": 0.1, "label_smoothing": 0.3, "ema_decay": 0.6, "bias_lr": 0.04}
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +43,8 @@ def test_training_is_sgd_on_the_cross_entropy_and_its_average_is_evaluated(confi
     torch.manual_seed(config["seed"])
     model, evaluated = SmallResNet(4, 8, 0.0, 5), SmallResNet(4, 8, 0.0, 5)
     velocity, steps = [torch.zeros_like(parameter) for parameter in model.parameters()], 0
+    biases = {f"{name}.bias" for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    rates = [max(0.01, config["bias_lr"]) if name in biases else 0.01 for name, _ in model.named_parameters()]
     images, labels = IMAGES.train_images, IMAGES.train_labels
     batches = Batches(images, labels, 32, IMAGES.mean, IMAGES.std, shuffle=True, seed=config["seed"], drop_last=True)
     for report in train_epochs(new_training(config, 5, CPU), config, IMAGES, CPU):
@@ -46,10 +56,10 @@ def test_training_is_sgd_on_the_cross_entropy_and_its_average_is_evaluated(confi
             loss = ((smoothing - 1) * log_p.gather(1, labels[:, None])[:, 0] - smoothing * log_p.mean(1)).mean()
             gradients = torch.autograd.grad(loss, list(model.parameters()))
             with torch.no_grad():
-                for parameter, gradient, v in zip(model.parameters(), gradients, velocity, strict=True):
-                    gradient = gradient + config["weight_decay"] * parameter
+                for parameter, gradient, v, rate in zip(model.parameters(), gradients, velocity, rates, strict=True):
+                    gradient = gradient + config["weight_decay"] * parameter * 0.01 / rate
                     v.mul_(0.9).add_(gradient)
-                    parameter.sub_(0.01 * (gradient + 0.9 * v if config["nesterov"] else v))
+                    parameter.sub_(rate * (gradient + 0.9 * v if config["nesterov"] else v))
                 # The first steps are soon forgotten.
                 decay = min(config["ema_decay"], steps / (9 + steps))
                 for average, value in zip(evaluated.state_dict().values(), model.state_dict().values(), strict=True):
