@@ -173,10 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=64, help="(default: %(default)s)")
     parser.add_argument("--no-baseline", action="store_true", help="skip the baseline's loop")
-    parser.add_argument("--autotune", action="store_true", help="let cuDNN time algorithms, which the search does not")
     args = parser.parse_args(argv)
-    if args.autotune:
-        torch.backends.cudnn.benchmark = True
     dataset = make_synthetic(num_train=args.steps * args.batch_size * 5 // 4, num_test=8, num_classes=8)
     for h_1, h_2 in WIDTHS:
         config = example_config(h_1, h_2, args.batch_size)

@@ -25,7 +25,7 @@ from train import Report
 
 SEARCH_FILE, LOG_FILE, TRIAL_PREFIX = "search.json", "log.jsonl", "train_cifar_"
 METRICS = [key.name for key in fields(Report)]
-FORMAT = 6  # version of both files; others are refused
+FORMAT = 7  # version of both files; others are refused
 
 
 @dataclass(frozen=True)
