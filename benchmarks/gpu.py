@@ -106,8 +106,8 @@ def parts(data_dir: str, output: Path) -> dict[str, tuple[int, list[str]]]:
     curves = ["-m", "benchmarks.curves", "--recipe", "default", "--output", str(output / "curves")]
     curves += [*images, "--samples", "2"] if ON_GPU else few
     recipes = ["-m", "benchmarks.recipes", "--output", str(output / "recipes.csv"), "--reference", "former", "default"]
-    few = ["--dataset", "synthetic", "--classes", "2", "--widths", "4", "4", "--epochs", "1"]
-    recipes += ["--data-dir", data_dir, "--epochs", "20", "--seeds", "5"] if ON_GPU else few
+    tiny = ["--dataset", "synthetic", "--classes", "2", "--widths", "4", "4", "--epochs", "1"]
+    recipes += ["--data-dir", data_dir, "--epochs", "20", "--seeds", "5"] if ON_GPU else tiny
     return {
         "smoke": (60, own("smoke()")),
         "tests": (200, ["-m", "pytest", "tests/test_gpu.py", "-v", "--tb=short", "--disable-warnings"]),
