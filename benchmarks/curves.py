@@ -9,45 +9,26 @@ CSV per recipe, with a row per epoch. If interrupted, the command continues with
 
 import argparse
 import csv
-import multiprocessing
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from ray import tune
 
-from benchmarks.recipes import BASELINE_RECIPE, first_classes
+from benchmarks import recipes
 from data import Dataset, read_images, usable_cpus
 from hparam_search import param_space
 from search.files import atomic_write
 from search.sampler import draw_configs
-from train import best_device, new_training, train_epochs
 
 FOLDER = Path(__file__).parent / "curves"
-RECIPES = {"default": {}, "baseline": BASELINE_RECIPE}
+RECIPES = {"default": {}, "baseline": recipes.BASELINE_RECIPE}
 DRAWN = ("h_1", "h_2", "p_drop", "lr")
 REPORTED = ("loss", "accuracy", "train_loss", "train_accuracy", "seconds")
 COLUMNS = ("config", *DRAWN, "epoch", *REPORTED)
 FLOATS = ("p_drop", "lr", *REPORTED)
-dataset: Dataset  # set in each worker process
-
-
-def curve(config: dict) -> list[dict]:
-    """Train a config to its last epoch, on the best device here, and return the reports of all epochs, rounded."""
-    device = best_device()
-    training = new_training(config, len(dataset.classes), device)
-    epochs = train_epochs(training, config, dataset, device)
-    return [{"epoch": each.epoch} | {key: round(getattr(each, key), 5) for key in REPORTED} for each in epochs]
-
-
-def prepare(images: Dataset) -> None:
-    """Prepare a worker process to train on these images with one thread."""
-    global dataset
-    dataset = images
-    torch.set_num_threads(1)
 
 
 def first_images(dataset: Dataset, count: int) -> Dataset:
@@ -89,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     images = read_images(args.dataset, args.data_dir, {})
     if args.classes:
-        images = first_classes(images, args.classes)
+        images = recipes.first_classes(images, args.classes)
     if args.images:
         images = first_images(images, args.images)
     widths = {key: tune.grid_search(values) for key, values in (("h_1", args.h_1), ("h_2", args.h_2)) if values}
@@ -102,16 +83,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         for i, rows in curves.items():
             if i >= len(configs) or len(rows) != args.epochs or rows[0]["lr"] != configs[i]["lr"]:
                 sys.exit(f"{path} has curves of other configs; use another --output, or remove it.")
-        with ProcessPoolExecutor(
-            args.workers, multiprocessing.get_context("spawn"), initializer=prepare, initargs=(images,)
-        ) as pool:
-            futures = {pool.submit(curve, config): i for i, config in enumerate(configs) if i not in curves}
-            for future in as_completed(futures):
-                i = futures[future]
-                drawn = {"config": i} | {key: configs[i][key] for key in DRAWN}
-                curves[i] = [drawn | metrics for metrics in future.result()]
-                write_curves(path, curves)
-                print(f"{recipe}: {len(curves)} of {len(configs)}, {curves[i][-1]['accuracy']:.4f}", flush=True)
+        missing = {i: config for i, config in enumerate(configs) if i not in curves}
+        for i, reports in recipes.train_all(recipes.train, missing, images, args.workers):
+            row = {"config": i} | {key: configs[i][key] for key in DRAWN}
+            curves[i] = [
+                row | {"epoch": each.epoch} | {key: round(getattr(each, key), 5) for key in REPORTED}
+                for each in reports
+            ]
+            write_curves(path, curves)
+            print(f"{recipe}: {len(curves)} of {len(configs)}, {curves[i][-1]['accuracy']:.4f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,16 @@ import itertools
 import json
 import math
 import multiprocessing
+import os
 import statistics
 import subprocess
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,7 +32,7 @@ from data import Dataset, InputError, read_images, usable_cpus
 from hparam_search import param_space
 from search.retrain import parse_value
 from search.space import check_space
-from train import best_device, evaluate, evaluation_batches, new_training, train_epochs
+from train import Report, best_device, evaluate, evaluation_batches, new_training, train_epochs
 
 # The recipe of the baseline: `param_space | BASELINE_RECIPE` trains as the baseline did.
 BASELINE_RECIPE = {
@@ -74,22 +77,33 @@ def first_classes(dataset: Dataset, count: int) -> Dataset:
     return replace(dataset, **parts)
 
 
+def train_all(
+    work: Callable[[dict], Any], configs: dict, images: Dataset, workers: int
+) -> Iterator[tuple[Hashable, Any]]:
+    """Call work(config) in processes that hold the images as `dataset`, and yield key and result of each as it ends."""
+    context, threads = multiprocessing.get_context("spawn"), max(1, usable_cpus() // workers)
+    with ProcessPoolExecutor(workers, context, initializer=prepare, initargs=(images, threads)) as pool:
+        futures = {pool.submit(work, config): key for key, config in configs.items()}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+
+
 def prepare(images: Dataset, threads: int) -> None:
-    """Prepare a worker process to train on these images."""
+    """Prepare a process to train on these images, and to end if the command is killed."""
     global dataset
     dataset = images
     torch.set_num_threads(threads)
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
-def train(config: dict) -> list[tuple[float, float]]:
-    """Train on the best device here, and return validation loss and accuracy after each epoch."""
+def train(config: dict) -> list[Report]:
+    """Train on the best device here, and return the reports of all epochs."""
     device = best_device()
-    training = new_training(config, len(dataset.classes), device)
-    return [(report.loss, report.accuracy) for report in train_epochs(training, config, dataset, device)]
+    return list(train_epochs(new_training(config, len(dataset.classes), device), config, dataset, device))
 
 
 def train_in_plain_loop(config: dict) -> list[tuple[float, float]]:
-    """Train in the baseline's loop on the best device here, and return the same."""
+    """Train in the baseline's loop on the best device here; return validation loss and accuracy after each epoch."""
     device = best_device()
     model = new_model(config, dataset, device)
     steps = baseline_steps(model, config, dataset, device)
@@ -105,7 +119,10 @@ def train_in_plain_loop(config: dict) -> list[tuple[float, float]]:
 def measure(config: dict) -> dict:
     """Train a config, and return the last columns of its row."""
     start = time.perf_counter()
-    at_epoch = (train_in_plain_loop if "loop" in config else train)(config)
+    if "loop" in config:
+        at_epoch = train_in_plain_loop(config)
+    else:
+        at_epoch = [(report.loss, report.accuracy) for report in train(config)]
     accuracies = " ".join(f"{accuracy:.4f}" for _, accuracy in at_epoch)
     seconds = round(time.perf_counter() - start, 1)
     return {"seconds": seconds, "loss": round(at_epoch[-1][0], 4), "accuracies": accuracies}
@@ -204,16 +221,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if missing := {run: each for run, each in configs.items() if key_of(images, each) not in recorded}:
             loaded = read_images(args.dataset, folder, {})
             loaded = first_classes(loaded, args.classes) if args.classes else loaded
-            threads = max(1, usable_cpus() // args.workers)
-            with ProcessPoolExecutor(
-                args.workers, multiprocessing.get_context("spawn"), initializer=prepare, initargs=(loaded, threads)
-            ) as pool:
-                futures = {pool.submit(measure, config): run for run, config in missing.items()}
-                for future in as_completed(futures):
-                    run, measured = futures[future], future.result()
-                    key = dict(zip(COLUMNS, key_of(images, configs[run]), strict=False))
-                    append_row(args.output, key | {"code": code} | measured)
-                    print(*run, measured["accuracies"], sep=", ", flush=True)
+            for run, measured in train_all(measure, missing, loaded, args.workers):
+                key = dict(zip(COLUMNS, key_of(images, configs[run]), strict=False))
+                append_row(args.output, key | {"code": code} | measured)
+                print(*run, measured["accuracies"], sep=", ", flush=True)
         print(f"\n{images}; {args.widths[0]}/{args.widths[1]}; {args.epochs} epochs\n")
         recorded = read_runs(args.output)
         accuracies = {recipe: {lr: [] for lr in args.lr} for recipe in recipes}
