@@ -37,7 +37,7 @@ param_space = {
     "batch_size": 64,
     # The training recipe; these can be searched, too.
     "momentum": 0.9,
-    "bias_lr": 0.5,  # lowest learning rate of batch norm's biases
+    "bias_lr": 0.5,  # learning rate of batch norm's biases, unless lr is higher
     "weight_decay": 5e-4,
     "nesterov": True,
     "crop_padding": 2,  # pixels, for random crops

@@ -24,7 +24,7 @@ EAGER_STEPS = 3  # steps to run eagerly before one is captured as a CUDA graph
 COOLDOWN = 0.3  # share of the steps, at the end, in which the learning rate decays
 WARMUP = 0.3  # share of the steps, at the start, in which one_cycle raises the learning rate
 
-# The learning rate as a fraction of config["lr"], after a fraction t of all steps.
+# The factor by which the learning rates are multiplied after a fraction t of all steps.
 SCHEDULES = {
     "constant": lambda t: 1.0,
     # Constant, then linear to zero: "trapezoidal", Xing et al. 2018, "A Walk with SGD".
@@ -46,7 +46,7 @@ POSITIVE = (lambda v: _is_number(v) and v > 0, "a number above 0")
 NOT_NEGATIVE = (lambda v: _is_number(v) and v >= 0, "a number of at least 0")
 FRACTION = (lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 up to but not including 1")
 SWITCH = (lambda v: isinstance(v, bool), "True or False")
-PADDING = (lambda v: type(v) is int and 0 <= v < IMAGE_SIZE, "a whole number from 0 to 31")
+PADDING = (lambda v: type(v) is int and 0 <= v < IMAGE_SIZE, f"a whole number from 0 to {IMAGE_SIZE - 1}")
 SCHEDULE = (lambda v: isinstance(v, str) and v in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
 SEED = (lambda v: type(v) is int and 0 <= v < 2**63, "a whole number from 0 up to but not including 2**63")
 
@@ -63,7 +63,7 @@ BATCHES = {
 }
 LOOP = {
     "epochs": WHOLE,
-    "bias_lr": NOT_NEGATIVE,  # lowest learning rate of batch norm's biases
+    "bias_lr": NOT_NEGATIVE,  # learning rate of batch norm's biases, unless lr is higher
     "schedule": SCHEDULE,  # learning-rate schedule
     "ema_decay": FRACTION,  # decay per step of the averaged weights; 0 switches averaging off
 }
@@ -84,7 +84,7 @@ class Report:
     accuracy: float  # validation accuracy, from 0 to 1
     train_loss: float  # training loss over the epoch, with the weights before each step and with label smoothing
     train_accuracy: float
-    lr: float  # learning rate of the last step
+    lr: float  # learning rate of the last step, except for batch norm's biases
     images_per_second: float  # during training, without validation
     seconds: float  # time for training and validation, over all epochs so far
 
@@ -131,7 +131,8 @@ def new_training(config: dict, num_classes: int, device: torch.device) -> Traini
 def new_optimizer(model: SmallResNet, config: dict) -> torch.optim.SGD:
     """Build SGD, with the learning rate max(lr, bias_lr) for the biases of batch norm.
 
-    A far higher rate for these: Page 2019, "How to Train Your ResNet 8: Bag of Tricks".
+    Page 2019, "How to Train Your ResNet 8: Bag of Tricks", and Jordan 2024, arXiv 2404.00498, use 64 times lr. A rate
+    that does not depend on lr helps at low rates, too, and does no harm at high ones.
     """
     biases = [module.bias for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     others = [parameter for parameter in model.parameters() if all(parameter is not bias for bias in biases)]

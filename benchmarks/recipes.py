@@ -1,14 +1,15 @@
-"""Validation accuracy of training recipes at equal epochs, each compared with the default recipe, seed by seed.
+"""Validation accuracy of training recipes at equal epochs, each compared with a reference, seed by seed.
 
-python -m benchmarks.recipes --data-dir data/cifar10 --widths 16 64 --seeds 5 momentum=0.8 "flip=false ema_decay=0"
+python -m benchmarks.recipes momentum=0.8 "flip=false ema_decay=0" --data-dir data/cifar10 --widths 16 64 --seeds 6
 
-A recipe is one argument: the entries of `param_space` in which it differs from the default. `baseline` and `former`
-name two; `plain loop` is the baseline's recipe in the baseline's own loop (see benchmarks.throughput). With several
-rates (--lr), recipes are also compared at the best rate of each. Every run is appended to a CSV as it ends, and the
-command trains only what is missing there.
+A recipe is one argument: the entries of `param_space` in which it differs from the default. NAMED below has names of
+some; `plain loop` is the baseline's recipe in the baseline's own loop (see benchmarks.throughput). With several rates
+(--lr), recipes are also compared at the best rate of each. Every run is appended to a CSV as it ends, and the command
+trains only what is missing there. At n seeds no p-value is below 2 / 2ⁿ; with many recipes some are small by chance.
 """
 
 import argparse
+import contextlib
 import csv
 import itertools
 import json
@@ -22,17 +23,18 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.throughput import baseline_steps, new_model, take
+from benchmarks.throughput import baseline_steps, new_model, print_row, take
 from data import Dataset, InputError, read_images, usable_cpus
 from hparam_search import param_space
 from search.retrain import parse_value
 from search.space import check_space
-from train import Report, best_device, evaluate, evaluation_batches, new_training, train_epochs
+from train import Report, autocast_dtype, best_device, evaluate, evaluation_batches, new_training, train_epochs
 
 # The recipe of the baseline: `param_space | BASELINE_RECIPE` trains as the baseline did.
 BASELINE_RECIPE = {
@@ -53,18 +55,20 @@ NAMED = {
     "baseline": BASELINE_RECIPE,
     PLAIN_LOOP: BASELINE_RECIPE | {"loop": PLAIN_LOOP},
 }
-COLUMNS = ("images", "config", "code", "seconds", "loss", "accuracies")
+COLUMNS = ("images", "device", "config", "code", "seconds", "loss", "accuracies")
 FILE = Path(__file__).parent / "recipes.csv"
 dataset: Dataset  # set in each worker process
 
 
 def new_config(recipe: str, **varied: object) -> dict:
     """Return the config of a recipe; raise InputError if it is invalid."""
-    changes = NAMED.get(recipe)
-    if changes is None:
-        changes = {key: parse_value(value) for key, _, value in (pair.partition("=") for pair in recipe.split())}
+    if recipe in NAMED:
+        return param_space | {"p_drop": 0.1} | varied | NAMED[recipe]
+    changes = {key: parse_value(value) for key, _, value in (pair.partition("=") for pair in recipe.split())}
+    if fixed := varied.keys() & changes.keys():
+        raise InputError(f"{recipe!r} sets {fixed.pop()!r}, which has a flag of its own; use the flag")
     config = param_space | {"p_drop": 0.1} | varied | changes
-    check_space({key: value for key, value in config.items() if key != "loop"})
+    check_space(config)
     return config
 
 
@@ -84,8 +88,11 @@ def train_all(
     context, threads = multiprocessing.get_context("spawn"), max(1, usable_cpus() // workers)
     with ProcessPoolExecutor(workers, context, initializer=prepare, initargs=(images, threads)) as pool:
         futures = {pool.submit(work, config): key for key, config in configs.items()}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # if one fails, do not train the others in vain
 
 
 def prepare(images: Dataset, threads: int) -> None:
@@ -128,15 +135,30 @@ def measure(config: dict) -> dict:
     return {"seconds": seconds, "loss": round(at_epoch[-1][0], 4), "accuracies": accuracies}
 
 
-def key_of(images: str, config: dict) -> tuple[str, str]:
-    """Return what identifies a run: the first two columns of its row."""
-    return images, json.dumps(config, sort_keys=True)
+def describe_device() -> str:
+    """Return the name of the device and the type in which it trains."""
+    device = best_device()
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    return f"{name}, {autocast_dtype(device) or torch.float32}"
 
 
-def read_runs(path: Path) -> dict[tuple[str, str], float]:
-    """Return the final accuracies in a CSV of runs, by their keys."""
+def describe_code() -> str:
+    """Return the commit of the code, marked if a Python file has changed since; nothing outside a git repository."""
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        run = partial(subprocess.run, capture_output=True, text=True, check=True, cwd=FILE.parent)
+        changed = run(["git", "status", "--porcelain", "--", "*.py"]).stdout
+        return run(["git", "describe", "--always"]).stdout.strip() + ("-dirty" if changed else "")
+    return ""
+
+
+def read_runs(path: Path, images: str, device: str) -> dict[frozenset, float]:
+    """Return the final accuracies in a CSV of the runs on these images and this kind of device, by their config."""
     rows = csv.DictReader(path.read_text().splitlines()) if path.exists() else []
-    return {(row["images"], row["config"]): float(row["accuracies"].split()[-1]) for row in rows}
+    return {
+        frozenset(json.loads(row["config"]).items()): float(row["accuracies"].split()[-1])
+        for row in rows
+        if (row["images"], row["device"]) == (images, device) and row["accuracies"]
+    }
 
 
 def append_row(path: Path, row: dict) -> None:
@@ -157,8 +179,8 @@ def standard_error(values: Sequence[float]) -> float:
 def compare(one: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:
     """Return the mean of other - one, pair by pair, its standard error, and its p-value.
 
-    The p-value is exact, of a two-sided test by exchange: the share of all 2ⁿ ways to exchange the two within the n
-    pairs that give at least this difference.
+    The p-value is that of a two-sided test by exchange: of all 2ⁿ ways to exchange the two within the n pairs, the
+    share in which the mean is at least as far from 0.
     """
     differences = [b - a for a, b in zip(one, other, strict=True)]
     sums = torch.zeros(1, dtype=torch.float64)
@@ -170,29 +192,33 @@ def compare(one: Sequence[float], other: Sequence[float]) -> tuple[float, float,
 
 def print_table(accuracies: dict[str, dict[float, list[float]]]) -> None:
     """Print final accuracies as a Markdown table: recipe (the reference first) → learning rate → one per seed."""
-    print("| recipe | lr | seeds | final accuracy | gain | p |\n| --- | --- | --- | --- | --- | --- |")
+    print_row("recipe", "lr", "seeds", "final accuracy", "gain", "p")
+    print_row(*["---"] * 6)
     reference = next(iter(accuracies))
 
-    def show(recipe: str, rate: str, found: list[float], compared: list[float]) -> None:
-        gain = "{:+.4f} ± {:.4f} | {:.3f}".format(*compare(compared, found)) if recipe != reference else " | "
-        mean = f"{statistics.mean(found):.4f} ± {standard_error(found):.4f}"
-        print(f"| {recipe} | {rate} | {len(found)} | {mean} | {gain} |")
+    def with_error(mean: float, error: float, sign: str) -> str:
+        return f"{mean:{sign}.4f}" + ("" if math.isnan(error) else f" ± {error:.4f}")
+
+    def show(recipe: str, rate: str, found: list[float], compared: list[float], with_p: bool) -> None:
+        gain, error, p = compare(compared, found)
+        cells = [with_error(gain, error, "+"), f"{p:.3f}" if with_p else ""] if recipe != reference else ["", ""]
+        print_row(recipe, rate, len(found), with_error(statistics.mean(found), standard_error(found), ""), *cells)
 
     best = {}
     for recipe, by_rate in accuracies.items():
         best[recipe] = max(by_rate, key=lambda rate: statistics.mean(by_rate[rate]))
         for rate, found in by_rate.items():
-            show(recipe, f"{rate:g}", found, accuracies[reference][rate])
-    if len(by_rate) > 1:
-        for recipe, rate in best.items():
-            show(recipe, f"best: {rate:g}", accuracies[recipe][rate], accuracies[reference][best[reference]])
+            show(recipe, f"{rate:g}", found, accuracies[reference][rate], True)
+    if len(accuracies[reference]) > 1:
+        for recipe, rate in best.items():  # without p, since the rates were chosen on the same accuracies
+            show(recipe, f"best: {rate:g}", accuracies[recipe][rate], accuracies[reference][best[reference]], False)
     print(flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train the runs that are not recorded yet, and print a table for each set of images."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipes", nargs="*", metavar="RECIPE", help='for example, "lr=0.05 flip=false"')
+    parser.add_argument("recipes", nargs="*", metavar="RECIPE", help=f"key=value …, or one of {', '.join(NAMED)}")
     parser.add_argument("--reference", default="default", metavar="RECIPE", help="what to compare with (%(default)s)")
     parser.add_argument("--dataset", choices=("cifar100", "folder", "synthetic"), default="folder")
     parser.add_argument("--data-dir", action="append", help="repeatable (default: data)", metavar="PATH")
@@ -200,12 +226,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--widths", type=int, nargs=2, default=(64, 512), metavar=("H_1", "H_2"))
     parser.add_argument("--lr", type=float, nargs="+", default=[0.02])
-    parser.add_argument("--seeds", type=int, default=1, help="number of random seeds, from 0 (default: %(default)s)")
+    seeds = {"choices": range(1, 21), "metavar": "N", "help": "number of random seeds, at most 20 (default: 1)"}
+    parser.add_argument("--seeds", type=int, default=1, **seeds)
     parser.add_argument("--workers", type=int, default=1 if torch.cuda.is_available() else usable_cpus())
     parser.add_argument("--output", type=Path, default=FILE)
     args = parser.parse_args(argv)
-    command = ["git", "describe", "--always", "--dirty"]
-    code = subprocess.run(command, capture_output=True, text=True, check=False, cwd=FILE.parent).stdout.strip()
+    device, code = describe_device(), describe_code()
     varied = {"h_1": args.widths[0], "h_2": args.widths[1], "epochs": args.epochs}
     recipes = list(dict.fromkeys([args.reference, *args.recipes]))
     try:
@@ -216,20 +242,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     except InputError as error:
         parser.error(str(error))
     for folder in args.data_dir or ["data"]:
-        images = Path(folder).name + (f", {args.classes} classes" if args.classes else "")
-        recorded = read_runs(args.output)
-        if missing := {run: each for run, each in configs.items() if key_of(images, each) not in recorded}:
+        images = Path(folder).resolve().name if args.dataset == "folder" else args.dataset
+        images += f", {args.classes} classes" if args.classes else ""
+        recorded = read_runs(args.output, images, device)
+        missing = {key: each for each in configs.values() if (key := frozenset(each.items())) not in recorded}
+        if missing:
             loaded = read_images(args.dataset, folder, {})
             loaded = first_classes(loaded, args.classes) if args.classes else loaded
-            for run, measured in train_all(measure, missing, loaded, args.workers):
-                key = dict(zip(COLUMNS, key_of(images, configs[run]), strict=False))
-                append_row(args.output, key | {"code": code} | measured)
-                print(*run, measured["accuracies"], sep=", ", flush=True)
-        print(f"\n{images}; {args.widths[0]}/{args.widths[1]}; {args.epochs} epochs\n")
-        recorded = read_runs(args.output)
+            names = {frozenset(config.items()): name for name, config in configs.items()}
+            for key, measured in train_all(measure, missing, loaded, args.workers):
+                config = json.dumps(missing[key], sort_keys=True)
+                append_row(args.output, {"images": images, "device": device, "config": config, "code": code} | measured)
+                print(*names[key], measured["accuracies"], sep=", ", flush=True)
+        print(f"\n{images}; h_1 {args.widths[0]}, h_2 {args.widths[1]}; epochs: {args.epochs}\n")
+        recorded = read_runs(args.output, images, device)
         accuracies = {recipe: {lr: [] for lr in args.lr} for recipe in recipes}
         for (recipe, lr, _), config in configs.items():
-            accuracies[recipe][lr].append(recorded[key_of(images, config)])
+            accuracies[recipe][lr].append(recorded[frozenset(config.items())])
         print_table(accuracies)
 
 

@@ -66,7 +66,7 @@ def restore_training(config: dict, num_classes: int, device: torch.device, folde
     training.model.load_state_dict(state["model"])
     if training.averaged:
         training.averaged.load_state_dict(state["averaged"])
-    # The learning rate is set at every step; what else the groups hold comes from the config.
+    # The learning rates are set at every step; what else the groups hold comes from the config.
     groups = training.optimizer.state_dict()["param_groups"]
     training.optimizer.load_state_dict({"state": state["momentum"], "param_groups": groups})
     training.history = [Report(**report) for report in state["history"]]

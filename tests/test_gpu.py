@@ -34,6 +34,7 @@ IMAGES = make_synthetic(num_train=375, num_test=100, num_classes=5)  # 300 for t
 # At these low learning rates, rounding errors do not make two trainings diverge.
 CONFIG = param_space | {"epochs": 3, "h_1": 8, "h_2": 32, "p_drop": 0.3, "lr": 5e-4, "batch_size": 24, "seed": 5}
 CONFIG |= {"bias_lr": 2e-3}
+SCALE = 20.0  # of the learning rates, for steps that change the weights visibly
 RECIPES = {
     "default": CONFIG,
     "baseline": CONFIG | BASELINE_RECIPE,
@@ -111,7 +112,7 @@ def test_captured_steps_are_exactly_the_eager_ones(monkeypatch: pytest.MonkeyPat
     training, two_batches = new_training(CONFIG, 5, GPU), list(itertools.islice(batches().epoch(), 2))
     step = TrainStep(training, CONFIG, GPU)
     for _ in range(EAGER_STEPS):
-        step(*two_batches[0], 20.0)
+        step(*two_batches[0], SCALE)
     momentum = [state["momentum_buffer"] for state in training.optimizer.state.values()]
     state = [*training.model.state_dict().values(), *training.averaged.state_dict().values(), *momentum]
     before = [tensor.clone() for tensor in state]
@@ -121,7 +122,7 @@ def test_captured_steps_are_exactly_the_eager_ones(monkeypatch: pytest.MonkeyPat
         for tensor, value in zip(state, before, strict=True):
             tensor.copy_(value)
         torch.manual_seed(7)  # dropout
-        for batch, scale in zip(two_batches, (20.0, 40.0), strict=True):
+        for batch, scale in zip(two_batches, (SCALE, 2 * SCALE), strict=True):
             step(*batch, scale)
         return [(tensor - value).float() for tensor, value in zip(state, before, strict=True)]
 
@@ -194,7 +195,7 @@ def test_no_wait_for_the_gpu_within_an_epoch() -> None:
         torch.cuda.set_sync_debug_mode("error" if epoch == 2 else "default")
         try:
             for batch in shuffled.epoch(epoch):
-                step(*batch, 20.0)
+                step(*batch, SCALE)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert training.notes == []

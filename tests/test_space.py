@@ -23,6 +23,8 @@ def test_bad_spaces_are_refused() -> None:
         ("batch_size", True, "batch_size cannot be True"), ("schedule", tune.choice(["linear"]), "cannot be 'linear'"),
         ("nesterov", 1, "nesterov cannot be 1"), ("momentum", 0.0, "cannot be True with momentum 0"),
         ("ema_decay", 1, "ema_decay cannot be 1"), ("weight_decay", -1e-4, "weight_decay cannot be -0.0001"),
+        ("bias_lr", -1, "bias_lr cannot be -1"), ("crop_padding", 32, "cannot be 32; use a whole number from 0 to 31"),
+        ("crop_padding", 2.0, "crop_padding cannot be 2.0"), ("flip", 1, "flip cannot be 1; use True or False"),
         ("epochs", tune.grid_search([5, 10]), "'epochs'. cannot be searched"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=words):
