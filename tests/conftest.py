@@ -23,6 +23,7 @@ from PIL import Image
 import hparam_search  # before Ray: it sets what Ray reads at its import
 from search.files import load_tensors, read_lines
 from search.records import LOG_FILE, Search, open_search
+from tests.helpers import RECIPE
 
 torch.set_num_threads(1)  # of two, one may wait for the other if the machine is busy
 REPOSITORY = Path(hparam_search.__file__).parent
@@ -76,7 +77,7 @@ def small_search(ray_started: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_small(setattr: Callable) -> None:
-    space = hparam_search.QUICK_SPACE | {"h_1": 4, "h_2": hparam_search.tune.grid_search([16, 32])}
+    space = hparam_search.QUICK_SPACE | RECIPE | {"h_1": 4, "h_2": hparam_search.tune.grid_search([16, 32])}
     values = {"QUICK_IMAGES": SMALL_IMAGES, "QUICK_SPACE": space, "MODELS_KEPT": 2, "REPEATED_TRIALS": 1}
     values |= {"PATIENCE": 1000, "SAVE_PERIOD": 0}  # the loss on few images is rough; as if epochs were long
     for name, value in values.items():

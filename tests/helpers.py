@@ -18,7 +18,9 @@ ACCURACY = Objective("accuracy", "max")
 CPU, NAN, END = torch.device("cpu"), float("nan"), "all epochs done"
 IMAGES = make_synthetic(num_train=120, num_test=40, num_classes=5)  # 95 for training, 25 for validation
 VALIDATION = evaluation_batches(IMAGES, "val", CPU)
-SPACE = {"seed": 0} | hparam_search.param_space
+# With a recipe of their own, so that a new default does not change what happens in the tests.
+RECIPE = {"bias_lr": 0.0, "crop_padding": 4}
+SPACE = {"seed": 0} | hparam_search.param_space | RECIPE
 CONFIG = SPACE | {"epochs": 4, "h_1": 4, "h_2": 8, "p_drop": 0.3, "lr": 0.05, "batch_size": 32, "seed": 5}
 DAMAGES: list[Callable[[Path], object]] = [
     lambda path: path.write_bytes((text := path.read_bytes())[: len(text) // 2] + b"~" + text[len(text) // 2 + 1 :]),

@@ -27,7 +27,7 @@ def run(config: dict, folder: Path, until: int = -1) -> list[dict]:
     return told
 
 
-@pytest.mark.parametrize("recipe", [{}, {"schedule": "one_cycle", "ema_decay": 0.0, "nesterov": False}])
+@pytest.mark.parametrize("recipe", [{"bias_lr": 0.5}, {"schedule": "one_cycle", "ema_decay": 0.0, "nesterov": False}])
 def test_stopped_trial_continues_bit_for_bit(recipe: dict, tmp_path: Path) -> None:
     config = CONFIG | recipe
     whole, first = run(config, tmp_path / "whole"), run(config, tmp_path / "stopped", until=2)
