@@ -135,7 +135,7 @@ def new_optimizer(model: SmallResNet, config: dict) -> torch.optim.SGD:
     that does not depend on lr helps at low rates, too, and does no harm at high ones.
     """
     biases = [module.bias for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    others = [parameter for parameter in model.parameters() if all(parameter is not bias for bias in biases)]
+    others = [parameter for parameter in model.parameters() if parameter not in set(biases)]
     lr, bias_lr = config["lr"], max(config["lr"], config["bias_lr"])
     # The decay per step, lr · weight_decay, is that of the other weights.
     fast = {"params": biases, "lr": bias_lr, "weight_decay": config["weight_decay"] * lr / bias_lr}

@@ -106,7 +106,7 @@ def parts(data_dir: str, output: Path) -> dict[str, tuple[int, list[str]]]:
     few = ["--dataset", "synthetic", "--classes", "2", "--images", "40", "--samples", "1", "--epochs", "1"]
     curves = ["-m", "benchmarks.curves", "--recipe", "default", "--output", str(output / "curves")]
     curves += [*images, "--samples", "2"] if ON_GPU else few
-    recipes = ["-m", "benchmarks.recipes", "--output", str(output / "recipes.csv"), "--reference", "former", "default"]
+    recipes = ["-m", "benchmarks.recipes", "default", "--reference", "former", "--output", str(output / "recipes.csv")]
     tiny = ["--dataset", "synthetic", "--classes", "2", "--widths", "4", "4", "--epochs", "1"]
     recipes += ["--data-dir", data_dir, "--epochs", "20", "--seeds", "6"] if ON_GPU else tiny
     return {

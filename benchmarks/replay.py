@@ -1,6 +1,6 @@
 """What a scheduler spends and loses: the search's own and Ray's on recorded curves, in hundreds of random searches.
 
-    python -m benchmarks.curves …     # records benchmarks/curves/default.csv
+    python -m benchmarks.curves …     # records benchmarks/curves/*.csv
     python -m benchmarks.replay       # prints a table; with --plot FILE.png, draws it with matplotlib
 
 A search draws some of the recorded configs, in random order, and trains several at once; an epoch takes as long as it
@@ -183,7 +183,7 @@ def rank_agreement(curves: list[Curve], epoch: int) -> float:
 def main(argv: Sequence[str] | None = None) -> None:
     """Print a table of all schedulers, for several numbers of trials, and of trials at once."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--curves", type=Path, default=FOLDER / "default.csv")
+    parser.add_argument("--curves", type=Path, default=FOLDER / "former.csv")
     parser.add_argument(
         "--trials", type=int, nargs="+", default=[12, 24, 48], help="trials per search (default: %(default)s)"
     )

@@ -78,7 +78,7 @@ def search(recorded: list[Curve], scheduler: str, startup: int | None, trials: i
 def main(argv: Sequence[str] | None = None) -> None:
     """Print a table of the samplers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--curves", type=Path, default=FOLDER / "default.csv")
+    parser.add_argument("--curves", type=Path, default=FOLDER / "former.csv")
     parser.add_argument("--searches", type=int, default=300)
     args = parser.parse_args(argv)
     recorded = list(read_curves(args.curves).values())
