@@ -132,7 +132,7 @@ def new_optimizer(model: SmallResNet, config: dict) -> torch.optim.SGD:
     """Build SGD, with the learning rate max(lr, bias_lr) for the biases of batch norm.
 
     Page 2019, "How to Train Your ResNet 8: Bag of Tricks", and Jordan 2024, arXiv 2404.00498, use 64 times lr. A rate
-    that does not depend on lr helps at low rates, too, and does no harm at high ones.
+    that does not depend on lr helps at low rates, too, and does not harm at high ones.
     """
     biases = [module.bias for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     others = [parameter for parameter in model.parameters() if parameter not in set(biases)]
