@@ -24,7 +24,6 @@ from search.files import atomic_write
 from search.sampler import draw_configs
 
 FOLDER = Path(__file__).parent / "curves"
-RECIPES = {name: recipes.NAMED[name] for name in ("default", "former", "baseline")}
 DRAWN = ("h_1", "h_2", "p_drop", "lr")
 REPORTED = ("loss", "accuracy", "train_loss", "train_accuracy", "seconds")
 COLUMNS = ("config", *DRAWN, "epoch", *REPORTED)
@@ -64,7 +63,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--h-2", type=int, nargs="+", help="widths to use (default: those of param_space)")
     parser.add_argument("--epochs", type=int, default=param_space["epochs"])
     parser.add_argument("--samples", type=int, default=15, help="draws for each pair of widths (default: %(default)s)")
-    parser.add_argument("--recipe", choices=RECIPES, action="append", help="repeatable (default: default and baseline)")
+    parser.add_argument(
+        "--recipe", choices=recipes.NAMED, action="append", help="repeatable (default: default and baseline)"
+    )
     parser.add_argument("--workers", type=int, default=1 if torch.cuda.is_available() else usable_cpus())
     parser.add_argument("--output", type=Path, default=FOLDER)
     args = parser.parse_args(argv)
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     widths = {key: tune.grid_search(values) for key, values in (("h_1", args.h_1), ("h_2", args.h_2)) if values}
     args.output.mkdir(parents=True, exist_ok=True)
     for recipe in args.recipe or ("default", "baseline"):
-        space = param_space | {"seed": 0, "epochs": args.epochs} | widths | RECIPES[recipe]
+        space = param_space | {"seed": 0, "epochs": args.epochs} | widths | recipes.NAMED[recipe]
         configs = draw_configs(space, args.samples, seed=0)
         path = args.output / f"{recipe}.csv"
         curves = read_curves(path) if path.exists() else {}

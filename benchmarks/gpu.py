@@ -29,7 +29,8 @@ import ray
 import torch
 import torchvision
 
-from benchmarks.throughput import WIDTHS, example_config, print_row, seconds_of, steps_alone, take
+from benchmarks import print_header, print_row
+from benchmarks.throughput import WIDTHS, example_config, seconds_of, steps_alone, take
 from data import make_synthetic, usable_cpus
 from search.files import read_lines
 from train import EAGER_STEPS, TrainStep, best_device, new_training, train_epochs
@@ -45,8 +46,7 @@ def smoke() -> None:
     """Train two short epochs of each pair of widths: a quick check for anything slow or missing."""
     launched, replay = [], torch.cuda.CUDAGraph.replay
     torch.cuda.CUDAGraph.replay = lambda graph: launched.append(replay(graph))
-    print_row("smoke", "images/s", f"replays (of {2 * STEPS - EAGER_STEPS})", "notes")
-    print_row(*["---"] * 4)
+    print_header("smoke", "images/s", f"replays (of {2 * STEPS - EAGER_STEPS})", "notes")
     for h_1, h_2 in WIDTHS:
         config = example_config(h_1, h_2) | {"epochs": 2}
         dataset = make_synthetic(num_train=STEPS * config["batch_size"] * 5 // 4, num_test=8, num_classes=8)
@@ -64,8 +64,7 @@ def profile(h_1: int, h_2: int) -> None:
     ways = {"CUDA graph": TrainStep.replay} if ON_GPU else {}
     ways |= {"eager": TrainStep.descend}
     steps = {way: steps_alone(example_config(h_1, h_2), images, DEVICE) for way in ways}
-    print_row("kernel", "µs/step", "launches/step")
-    print_row(*["---"] * 3)
+    print_header("kernel", "µs/step", "launches/step")
     for way in ways:  # before the profiler slows down the launches
         TrainStep.replay = ways[way]
         take(steps[way], 10 if ON_GPU else 1)
@@ -118,7 +117,6 @@ def parts(data_dir: str, output: Path) -> dict[str, tuple[int, list[str]]]:
         "quick": (80, own("quick()")),
         "search-2": (180, [*search, "2"]),
         "search-3": (180, [*search, "3"]),
-        "baseline": (250, [*search, "1", "--baseline-recipe"]),
         "curves": (250, curves),
         "recipes": (250, recipes),
     }

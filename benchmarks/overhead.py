@@ -5,11 +5,12 @@ python -m benchmarks.overhead
 Each search runs in its own process with its own Ray, whose start is timed separately. An idle trial reads every image
 once, and then only reports. The searches:
 
-    12 × 20            12 trials of 20 epochs, as hparam_search.main runs them
-    12 × 20 (T)        the same trials with Tune's defaults: a process per trial, the images captured in the closure,
-                       Tune's own loggers and snapshots
-    100 × 5, 1000 × 5  to see whether a trial costs more in a large search
-    1000 × 5 (A)       the same with --scheduler asha, which pauses no trial
+    12 × 20, none       12 trials of 20 epochs, as hparam_search.main runs them with --scheduler none
+    12 × 20, tune       the same trials with Tune's defaults: a process per trial, the images captured in the closure,
+                        Tune's own loggers and snapshots
+    100 × 5, promote    with the default scheduler
+    1000 × 5, promote   to see whether a trial costs more in a large search
+    1000 × 5, asha      the same with a scheduler that pauses no trial
 
 The 12 trials all train to the end; in the other searches the scheduler stops some.
 
@@ -21,7 +22,6 @@ import argparse
 import contextlib
 import functools
 import io
-import json
 import os
 import subprocess
 import sys
@@ -34,20 +34,19 @@ import torch
 from ray import tune
 
 import hparam_search
+from benchmarks import print_header, print_row
 from data import Dataset, map_dataset
 from search.records import METRICS
 
+COLUMNS = ("Ray's start, s", "seconds", "seconds per trial", "processes", "driver, MB", "a worker, MB")
 IMAGES = 12_000  # training images, 37 MB; with many more, Ray refuses the closure of Tune's defaults
 REPORT = dict.fromkeys(METRICS, 0.0)
 
 
-def status(key: str, pid: int | str = "self") -> float:
-    """Return a value of /proc/<pid>/status in MB, or NaN if there is none."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-        return next(int(line.split()[1]) / 1000 for line in lines if line.startswith(f"{key}:"))
-    except (OSError, StopIteration):
-        return float("nan")
+def status(key: str) -> float:
+    """Return a value of /proc/self/status in MB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1000 for line in lines if line.startswith(f"{key}:"))
 
 
 def blank_images() -> Dataset:
@@ -111,8 +110,8 @@ SEARCHES = {name: functools.partial(own_search, scheduler=name) for name in ("no
 SEARCHES |= {"tune": tune_search}
 
 
-def measure(kind: str, trials: int, epochs: int) -> dict:
-    """Run one search, and return its figures."""
+def measure(kind: str, trials: int, epochs: int) -> list[float]:
+    """Run one search, and return its figures, in the order of COLUMNS."""
     if kind == "tune":  # undo what hparam_search sets for itself
         for name in ("TUNE_GLOBAL_CHECKPOINT_S", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"):
             del os.environ[name]
@@ -124,59 +123,32 @@ def measure(kind: str, trials: int, epochs: int) -> dict:
             SEARCHES[kind](trials, epochs, dataset, Path(folder))
             ended = time.perf_counter()
         workers = [float(path.read_text()) for path in Path(folder).glob("it/*.memory")]
-    return {
-        "search": kind,
-        "trials": trials,
-        "epochs": epochs,
-        "ray_seconds": started - start,
-        "seconds": ended - started,
-        "seconds_a_trial": (ended - started) / trials,
-        "processes": len(workers),
-        "driver_mb": status("VmHWM"),
-        "worker_mb": max(workers),
-    }
+    seconds = ended - started
+    return [started - start, seconds, seconds / trials, len(workers), status("VmHWM"), max(workers)]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the searches, each in a process, and print a table, or a line of JSON per search."""
+    """Run the searches, each in a process, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--many", type=int, default=1000, help="trials of the largest search (default: %(default)s)")
-    parser.add_argument("--json", action="store_true")
     parser.add_argument(
         "--search", nargs=3, metavar=("KIND", "TRIALS", "EPOCHS"), help="only this one: none, promote, asha or tune"
     )
     args = parser.parse_args(argv)
     if args.search:
         kind, trials, epochs = args.search
-        print(json.dumps(measure(kind, int(trials), int(epochs))))
+        print_row(f"{trials} × {epochs}, {kind}", *measure(kind, int(trials), int(epochs)))
         return
-    if not args.json:
-        print("search       Ray's start   seconds   a trial   processes   driver     worker")
-    figures = {}
-    for name, *search in (
-        ("12 × 20", "none", 12, 20),
-        ("12 × 20 (T)", "tune", 12, 20),
-        ("100 × 5", "promote", 100, 5),
-        (f"{args.many} × 5", "promote", args.many, 5),
-        (f"{args.many} × 5 (A)", "asha", args.many, 5),
+    print_header("trials × epochs, scheduler", *COLUMNS)
+    for search in (
+        ("none", 12, 20),
+        ("tune", 12, 20),
+        ("promote", 100, 5),
+        ("promote", args.many, 5),
+        ("asha", args.many, 5),
     ):
         command = [sys.executable, "-m", "benchmarks.overhead", "--search", *map(str, search)]
-        line = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-        result = figures[name] = json.loads(line)
-        if args.json:
-            print(line, end="", flush=True)
-        else:
-            print(
-                f"{name:12} {result['ray_seconds']:9.1f} s {result['seconds']:7.1f} s "
-                f"{result['seconds_a_trial']:7.3f} s {result['processes']:11} "
-                f"{result['driver_mb']:6.0f} MB {result['worker_mb']:7.0f} MB",
-                flush=True,
-            )
-    if not args.json:
-        own, defaults, few, many, asha = figures.values()
-        print(f"12 × 20: {own['seconds'] / defaults['seconds']:.2f} of Tune's defaults")
-        print(f"a trial of {args.many}: {many['seconds_a_trial'] / few['seconds_a_trial']:.2f} × a trial of 100")
-        print(f"a trial of {args.many}: {many['seconds_a_trial'] / asha['seconds_a_trial']:.2f} × one with ASHA")
+        subprocess.run(command, check=True)
 
 
 if __name__ == "__main__":

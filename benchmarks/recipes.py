@@ -3,9 +3,9 @@
 python -m benchmarks.recipes momentum=0.8 "flip=false ema_decay=0" --data-dir data/cifar10 --widths 16 64 --seeds 6
 
 A recipe is one argument: the entries of `param_space` in which it differs from the default. NAMED below has names of
-some; `plain loop` is the baseline's recipe in the baseline's own loop (see benchmarks.throughput). With several rates
-(--lr), recipes are also compared at the best rate of each. Every run is appended to a CSV as it ends, and the command
-trains only what is missing there. At n seeds no p-value is below 2 / 2ⁿ; with many recipes some are small by chance.
+some. With several rates (--lr), recipes are also compared at the best rate of each. Every run is appended to a CSV as
+it ends, and the command trains only what is missing there. At n seeds no p-value is below 2 / 2ⁿ; with many recipes
+some are small by chance.
 """
 
 import argparse
@@ -29,12 +29,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.throughput import baseline_steps, new_model, print_row, take
+from benchmarks import print_header, print_row
 from data import Dataset, InputError, read_images, usable_cpus
 from hparam_search import param_space
 from search.retrain import parse_value
 from search.space import check_space
-from train import Report, autocast_dtype, best_device, evaluate, evaluation_batches, new_training, train_epochs
+from train import Report, autocast_dtype, best_device, new_training, train_epochs
 
 # The recipe of the baseline: `param_space | BASELINE_RECIPE` trains as the baseline did.
 BASELINE_RECIPE = {
@@ -48,12 +48,10 @@ BASELINE_RECIPE = {
     "ema_decay": 0.0,
     "label_smoothing": 0.0,
 }
-PLAIN_LOOP = "plain loop"
 NAMED = {
     "default": {},
     "former": {"bias_lr": 0.0, "crop_padding": 4},  # the default before these were measured
     "baseline": BASELINE_RECIPE,
-    PLAIN_LOOP: BASELINE_RECIPE | {"loop": PLAIN_LOOP},
 }
 COLUMNS = ("images", "device", "config", "code", "seconds", "loss", "accuracies")
 FILE = Path(__file__).parent / "recipes.csv"
@@ -62,9 +60,8 @@ dataset: Dataset  # set in each worker process
 
 def new_config(recipe: str, **varied: object) -> dict:
     """Return the config of a recipe; raise InputError if it is invalid."""
-    if recipe in NAMED:
-        return param_space | {"p_drop": 0.1} | varied | NAMED[recipe]
-    changes = {key: parse_value(value) for key, _, value in (pair.partition("=") for pair in recipe.split())}
+    pairs = (pair.partition("=") for pair in recipe.split())
+    changes = NAMED[recipe] if recipe in NAMED else {key: parse_value(value) for key, _, value in pairs}
     if fixed := varied.keys() & changes.keys():
         raise InputError(f"{recipe!r} sets {fixed.pop()!r}, which has a flag of its own; use the flag")
     config = param_space | {"p_drop": 0.1} | varied | changes
@@ -109,30 +106,13 @@ def train(config: dict) -> list[Report]:
     return list(train_epochs(new_training(config, len(dataset.classes), device), config, dataset, device))
 
 
-def train_in_plain_loop(config: dict) -> list[tuple[float, float]]:
-    """Train in the baseline's loop on the best device here; return validation loss and accuracy after each epoch."""
-    device = best_device()
-    model = new_model(config, dataset, device)
-    steps = baseline_steps(model, config, dataset, device)
-    validation = evaluation_batches(dataset, "val", device)
-    at_epoch = []
-    for _ in range(config["epochs"]):
-        model.train()
-        take(steps, len(dataset.train_images) // config["batch_size"])
-        at_epoch.append(evaluate(model, validation))
-    return at_epoch
-
-
 def measure(config: dict) -> dict:
     """Train a config, and return the last columns of its row."""
     start = time.perf_counter()
-    if "loop" in config:
-        at_epoch = train_in_plain_loop(config)
-    else:
-        at_epoch = [(report.loss, report.accuracy) for report in train(config)]
-    accuracies = " ".join(f"{accuracy:.4f}" for _, accuracy in at_epoch)
+    reports = train(config)
+    accuracies = " ".join(f"{report.accuracy:.4f}" for report in reports)
     seconds = round(time.perf_counter() - start, 1)
-    return {"seconds": seconds, "loss": round(at_epoch[-1][0], 4), "accuracies": accuracies}
+    return {"seconds": seconds, "loss": round(reports[-1].loss, 4), "accuracies": accuracies}
 
 
 def describe_device() -> str:
@@ -192,8 +172,7 @@ def compare(one: Sequence[float], other: Sequence[float]) -> tuple[float, float,
 
 def print_table(accuracies: dict[str, dict[float, list[float]]]) -> None:
     """Print final accuracies as a Markdown table: recipe (the reference first) → learning rate → one per seed."""
-    print_row("recipe", "lr", "seeds", "final accuracy", "gain", "p")
-    print_row(*["---"] * 6)
+    print_header("recipe", "lr", "seeds", "final accuracy", "gain", "p")
     reference = next(iter(accuracies))
 
     def with_error(mean: float, error: float, sign: str) -> str:

@@ -1,7 +1,7 @@
 """What a scheduler spends and loses: the search's own and Ray's on recorded curves, in hundreds of random searches.
 
     python -m benchmarks.curves …     # records benchmarks/curves/*.csv
-    python -m benchmarks.replay       # prints a table; with --plot FILE.png, draws it with matplotlib
+    python -m benchmarks.replay       # prints a table
 
 A search draws some of the recorded configs, in random order, and trains several at once; an epoch takes as long as it
 took when it was recorded. The winner, the trial with the best accuracy if all were trained to the end, is lost if it
@@ -11,7 +11,6 @@ was stopped before reaching that.
 import argparse
 import functools
 import heapq
-import importlib.util
 import itertools
 import math
 import multiprocessing
@@ -25,14 +24,12 @@ from types import SimpleNamespace
 import numpy as np
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
+from benchmarks import print_header, print_row
 from benchmarks.curves import FOLDER, read_curves
 from hparam_search import (
-    GRACE_PERIOD,
-    KEEP,
     MAX_SECONDS_PER_TRIAL,
     MIN_DELTA,
     PATIENCE,
-    REDUCTION_FACTOR,
     new_scheduler,
 )
 from search.halving import Promotion
@@ -42,13 +39,6 @@ from search.report import rank_correlation
 from search.settings import Settings
 
 Curve = list[dict]  # the reports of a config, one per epoch, with the keys of curves.COLUMNS
-
-
-class Controller:
-    """The part of Tune that schedulers which stop trials use."""
-
-    def get_live_trials(self) -> list:
-        return []
 
 
 @dataclass
@@ -83,7 +73,8 @@ def play(
         stop: see early_stop, or None; called before the scheduler.
         at_once: how many trials run at once.
     """
-    controller, curves = Controller(), {}
+    controller = SimpleNamespace(get_live_trials=list)  # the part of Tune that schedulers which stop trials use
+    curves = {}
     running = []  # a heap of (time of the next report, name, trial)
     played, now = Played([], 0.0, 0), 0.0
 
@@ -141,8 +132,10 @@ def new_schedulers(max_epochs: int) -> dict[str, Callable[[list[Trial]], TrialSc
     return made
 
 
-def replay(curves: list[Curve], scheduler: str, early_stopping: bool, at_once: int, trials: int, searches: int) -> dict:
-    """Return the outcome of random searches: means of epochs, found (accuracy), lost (0 or 1), idle, and most states.
+def replay(
+    curves: list[Curve], scheduler: str, early_stopping: bool, at_once: int, trials: int, searches: int
+) -> tuple[float, float, float, float, int]:
+    """Return the outcome of random searches: means of epochs, accuracy, lost (0 or 1), idle; most states.
 
     Args:
         curves: the curves of all recorded configs.
@@ -164,14 +157,8 @@ def replay(curves: list[Curve], scheduler: str, early_stopping: bool, at_once: i
         winner = int(np.argmax(possible))
         lost = reached[winner] < possible[winner]
         results.append((len(played.order), max(reached), lost, played.idle, played.states))
-    epochs, found, lost, idle, states = np.array(results, dtype=float).T
-    return {
-        "epochs": epochs.mean(),
-        "found": found.mean(),
-        "lost": lost.mean(),
-        "idle": idle.mean(),
-        "states": int(states.max()),
-    }
+    epochs, found, lost, idle, _ = np.mean(results, axis=0)
+    return epochs, found, lost, idle, max(states for *_, states in results)
 
 
 def rank_agreement(curves: list[Curve], epoch: int) -> float:
@@ -183,7 +170,7 @@ def rank_agreement(curves: list[Curve], epoch: int) -> float:
 def main(argv: Sequence[str] | None = None) -> None:
     """Print a table of all schedulers, for several numbers of trials, and of trials at once."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--curves", type=Path, default=FOLDER / "former.csv")
+    parser.add_argument("--curves", type=Path, default=FOLDER / "default.csv")
     parser.add_argument(
         "--trials", type=int, nargs="+", default=[12, 24, 48], help="trials per search (default: %(default)s)"
     )
@@ -191,10 +178,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--at-once", type=int, nargs="+", default=[1, 2, 4, 16], help="trials (default: %(default)s)")
     parser.add_argument("--only", default="", help="only schedulers whose name begins with this")
     parser.add_argument("--early-stopping", action="store_true", help="let trials also end by themselves")
-    parser.add_argument("--plot", type=Path, help="PNG file to draw the table into; needs matplotlib")
     args = parser.parse_args(argv)
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        parser.error("--plot needs the package matplotlib; run pip install matplotlib")
     curves = list(read_curves(args.curves).values())
     if len(curves) < max(args.trials):
         most = max(args.trials)
@@ -202,9 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{len(curves)} recorded configs, {args.searches} searches per row.")
     agreements = (f"{epoch}: {rank_agreement(curves, epoch):+.2f}" for epoch in (1, 2, 4, 8) if epoch <= len(curves[0]))
     print(f"Rank agreement of the loss after an epoch with the best accuracy: {', '.join(agreements)}.\n")
-    print("| scheduler | trials | at once | epochs | share | accuracy | winner lost | idle | states |")
-    print("| --- |" + " --- |" * 8)
-    points = {}
+    print_header("scheduler", "trials", "at once", "epochs", "share", "accuracy", "winner lost", "idle", "states")
     names = [name for name in new_schedulers(len(curves[0])) if name.startswith(args.only)]
     rows = list(itertools.product(args.trials, names, args.at_once))
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -213,39 +195,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             for trials, name, at_once in rows
         ]
         for (trials, name, at_once), future in zip(rows, futures, strict=True):
-            found = future.result()
-            share = found["epochs"] / trials / len(curves[0])
-            points[trials, name, at_once] = share, found["lost"]
-            print(
-                f"| {name} | {trials} | {at_once} | {found['epochs']:.0f} | {share:.3f} | {found['found']:.4f} | "
-                f"{found['lost']:.1%} | {found['idle']:.0f} s | {found['states']} |",
-                flush=True,
-            )
-    if args.plot:
-        plot({key[1:]: point for key, point in points.items() if key[0] == args.trials[0]}, args.plot)
-
-
-def plot(points: dict[tuple[str, int], tuple[float, float]], path: Path) -> None:
-    """Draw winners lost against epochs spent into a PNG, with a dot per scheduler and number of trials at once."""
-    import matplotlib.pyplot as plt  # here, since nothing else needs it
-
-    figure, axes = plt.subplots(figsize=(8, 5))
-    for kind in ("none", "median", "asha", "promote"):
-        dots = [point for (name, _), point in points.items() if name.startswith(kind)]
-        if dots:
-            axes.scatter(*zip(*dots, strict=True), s=14, label=kind)
-    default = f"promote, grace {GRACE_PERIOD}, factor {REDUCTION_FACTOR:g}, keep {KEEP}"
-    for height, words, name in (
-        (50, "the default", default),
-        (80, "the baseline's", "asha, grace 3, factor 2"),
-    ):
-        if (name, 1) in points:
-            arrow = {"arrowstyle": "->"}
-            axes.annotate(words, points[name, 1], (50, height), textcoords="offset points", arrowprops=arrow)
-    axes.set(xlabel="epochs spent, as a share of all", ylabel="searches that stopped the winner, as a share")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=80)
+            epochs, found, lost, idle, states = future.result()
+            share = epochs / trials / len(curves[0])
+            cells = f"{epochs:.0f}", f"{share:.3f}", f"{found:.4f}", f"{lost:.1%}", f"{idle:.0f} s", states
+            print_row(name, trials, at_once, *cells)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from ray import tune
 
+from benchmarks import print_header, print_row
 from benchmarks.curves import FOLDER, read_curves
 from benchmarks.replay import Curve, new_trials, own_early_stop, play
 from hparam_search import GRACE_PERIOD, KEEP, METRIC, MODE, REDUCTION_FACTOR, new_scheduler, param_space
@@ -78,13 +79,12 @@ def search(recorded: list[Curve], scheduler: str, startup: int | None, trials: i
 def main(argv: Sequence[str] | None = None) -> None:
     """Print a table of the samplers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--curves", type=Path, default=FOLDER / "former.csv")
+    parser.add_argument("--curves", type=Path, default=FOLDER / "default.csv")
     parser.add_argument("--searches", type=int, default=300)
     args = parser.parse_args(argv)
     recorded = list(read_curves(args.curves).values())
     print(f"{len(recorded)} recorded configs, {args.searches} searches per cell: epochs, accuracy ± standard error.\n")
-    print("| sampler | scheduler | " + " | ".join(f"{trials} trials" for trials in TRIALS) + " |")
-    print("| --- | --- |" + " --- |" * len(TRIALS))
+    print_header("sampler", "scheduler", *(f"{trials} trials" for trials in TRIALS))
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         for (name, startup), scheduler in itertools.product(SAMPLERS.items(), ("promote", "asha")):
             cells = []
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 epochs, found = np.array(list(pool.map(one, range(args.searches), chunksize=10))).T
                 error = found.std() / math.sqrt(len(found))
                 cells.append(f"{epochs.mean():.0f}, {found.mean():.4f} ± {error:.4f}")
-            print(f"| {name} | {scheduler} | " + " | ".join(cells) + " |", flush=True)
+            print_row(name, scheduler, *cells)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A whole search: how long it takes, what it trained, and how well trials share the machine.
+"""A whole search: how long it takes, and what it trained.
 
 python -m benchmarks.search --dataset folder --data-dir data/imagenet32-a
 
@@ -13,60 +13,27 @@ import contextlib
 import csv
 import io
 import json
-import statistics
-import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 import hparam_search
-from benchmarks.overhead import status
-from benchmarks.recipes import BASELINE_RECIPE
-from benchmarks.throughput import baseline_steps, example_config, new_model, print_row, seconds_of, take
+from benchmarks import print_header, print_row
+from benchmarks.throughput import baseline_steps, example_config, new_model, seconds_of, take
 from data import Dataset, usable_cpus
 from train import best_device
 
 BASELINE_STEPS = 100
 
 
-@contextlib.contextmanager
-def watching() -> Iterator[list[dict]]:
-    """Yield a list that gains a sample every second: worker_mb (largest trial); on a GPU also busy (0 to 1), gpu_mb."""
-    samples, over = [], threading.Event()
-    command = ["nvidia-smi", "--query-gpu=utilization.gpu,memory.used", "--format=csv,noheader,nounits", "--id=0"]
-
-    def watch() -> None:
-        while not over.wait(1):
-            sample = {"worker_mb": 0.0}
-            for path in Path("/proc").glob("[0-9]*/comm"):
-                with contextlib.suppress(OSError):  # the process may end meanwhile
-                    if path.read_text().startswith("ray::"):
-                        sample["worker_mb"] = max(sample["worker_mb"], status("RssAnon", path.parent.name))
-            if torch.cuda.is_available():
-                line = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-                with contextlib.suppress(ValueError):
-                    busy, used = map(float, line.split(","))
-                    sample |= {"busy": busy / 100, "gpu_mb": used}
-            samples.append(sample)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield samples
-    finally:
-        over.set()
-        thread.join()
-
-
 def run_search(arguments: list[str], dataset: Dataset) -> dict:
     """Run a search to its end and return its figures."""
     hparam_search.read_images = lambda **source: dataset
-    with tempfile.TemporaryDirectory() as folder, watching() as samples:
+    with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()):
             code = hparam_search.main([*arguments, "--output-dir", folder, "--name", "it"])
@@ -81,16 +48,11 @@ def run_search(arguments: list[str], dataset: Dataset) -> dict:
     for row in rows:
         widths = int(row["h_1"]), int(row["h_2"])
         epochs[widths] = epochs.get(widths, 0) + int(row["epochs"])
-    gpu = [sample for sample in samples if "busy" in sample]
     return {
         "seconds": seconds,
         "epochs": epochs,
         "max epochs": sum(int(row["max_epochs"]) for row in rows),
         "images/s": sum(epochs.values()) * len(dataset.train_images) / seconds,
-        "GPU busy": statistics.mean(sample["busy"] for sample in gpu) if gpu else 0.0,
-        "GPU MB": max((sample["gpu_mb"] for sample in gpu), default=0.0),
-        "worker MB": max((sample["worker_mb"] for sample in samples), default=0.0),
-        "driver MB": status("VmHWM"),
         "validation": metrics["val_accuracy"],
         "test": metrics["test_accuracy"],
     }
@@ -115,15 +77,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     at_once = [1, 2, 3, 4] if on_gpu else [1, usable_cpus()]
     parser.add_argument("--at-once", type=int, nargs="+", default=at_once, help="trials (default: %(default)s)")
     parser.add_argument("--widths", type=int, nargs=2, metavar=("H_1", "H_2"), help="fixed widths (default: searched)")
-    parser.add_argument("--baseline-recipe", action="store_true", help="train as the baseline did")
     parser.add_argument("--no-baseline", action="store_true", help="skip the baseline's loop")
     args, rest = parser.parse_known_args(argv)
     rest = rest if on_gpu else ["--quick", *rest]
     if args.widths:
         for space in (hparam_search.param_space, hparam_search.QUICK_SPACE):
             space["h_1"], space["h_2"] = args.widths
-    if args.baseline_recipe:
-        hparam_search.param_space |= BASELINE_RECIPE
     settings, _ = hparam_search.parse_args(rest, __doc__)
     dataset = hparam_search.read_images(**hparam_search.image_source(settings))
     results = []
@@ -132,8 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         result = run_search([*rest, "--gpus-per-trial" if on_gpu else "--cpus-per-trial", share], dataset)
         row = {"at once": count} | result | {"epochs": sum(result["epochs"].values())}
         if not results:
-            print_row(*row)
-            print_row(*["---"] * len(row))
+            print_header(*row)
         print_row(*row.values())
         results.append(result)
     if args.no_baseline:

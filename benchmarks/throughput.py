@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
+from benchmarks import print_header, print_row
 from data import Batches, Dataset, make_synthetic
 from hparam_search import SAVE_PERIOD, param_space
 from model import SmallResNet
@@ -36,6 +37,7 @@ from search.trial import prune_weights, save_training, save_weights, weights_pat
 from train import EAGER_STEPS, TrainStep, best_device, new_training, train_epochs
 
 WIDTHS = ((64, 512), (128, 1024))
+BATCH_SIZE = 64
 BASELINE_WORKERS = 8
 CIFAR_TRAINING, CIFAR_VALIDATION = 40_000, 10_000  # images
 
@@ -54,7 +56,7 @@ class Pictures(torch.utils.data.Dataset):
         return self.transform(Image.fromarray(self.images[i])), self.labels[i]
 
 
-def example_config(h_1: int, h_2: int, batch_size: int = 64) -> dict:
+def example_config(h_1: int, h_2: int, batch_size: int = BATCH_SIZE) -> dict:
     """Return a config of the search space with these widths."""
     return param_space | {"h_1": h_1, "h_2": h_2, "p_drop": 0.1, "lr": 0.01, "batch_size": batch_size, "seed": 0}
 
@@ -114,18 +116,17 @@ def take(steps: Iterator, count: int) -> None:
         pass
 
 
-def measure(config: dict, dataset: Dataset, rounds: int, with_baseline: bool, device: torch.device) -> dict[str, float]:
+def measure(config: dict, dataset: Dataset, rounds: int, device: torch.device) -> dict[str, float]:
     """Return the figures of one config: name → images per second, ratio, or share of an epoch."""
     config = config | {"epochs": rounds + 1}
     batch_size = config["batch_size"]
     count = len(dataset.train_images) // batch_size  # the number of whole batches, on which all three loops train
     training = new_training(config, len(dataset.classes), device)
     epochs = train_epochs(training, config, dataset, device)
-    others = {"step alone": steps_alone(config, dataset, device)}
-    if with_baseline:
-        others["baseline"] = baseline_steps(new_model(config, dataset, device), config, dataset, device)
+    baseline = baseline_steps(new_model(config, dataset, device), config, dataset, device)
+    others = {"step alone": steps_alone(config, dataset, device), "baseline": baseline}
     # Warm-up, not in the rates: libraries choose their algorithms here.
-    first_seconds = before = next(epochs).seconds
+    before = next(epochs).seconds
     for steps in others.values():
         take(steps, EAGER_STEPS + 1 if device.type == "cuda" else 1)
     rates, validation, weights, state = {name: [] for name in ("search", *others)}, [], [], []
@@ -155,13 +156,7 @@ def measure(config: dict, dataset: Dataset, rounds: int, with_baseline: bool, de
         figures[f"search ÷ {name}"] = statistics.median(ratios)
     figures["validation share"] = parts["validation"] / sum(parts.values())
     figures["checkpoint share"] = (parts["weights"] + parts["training state"]) / sum(parts.values())
-    return figures | {"first epoch, s": first_seconds}
-
-
-def print_row(*cells: object) -> None:
-    """Print a row of a Markdown table, numbers with at least four digits."""
-    texts = [format(cell, ".4g" if cell < 1000 else ".0f") if isinstance(cell, float) else str(cell) for cell in cells]
-    print(f"| {' | '.join(texts)} |", flush=True)
+    return figures
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -171,16 +166,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     on_gpu = device.type == "cuda"
     parser.add_argument("--steps", type=int, default=300 if on_gpu else 3, help="per round (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=64, help="(default: %(default)s)")
-    parser.add_argument("--no-baseline", action="store_true", help="skip the baseline's loop")
     args = parser.parse_args(argv)
-    dataset = make_synthetic(num_train=args.steps * args.batch_size * 5 // 4, num_test=8, num_classes=8)
+    dataset = make_synthetic(num_train=args.steps * BATCH_SIZE * 5 // 4, num_test=8, num_classes=8)
     for h_1, h_2 in WIDTHS:
-        config = example_config(h_1, h_2, args.batch_size)
-        figures = {"h_1/h_2": f"{h_1}/{h_2}"} | measure(config, dataset, args.rounds, not args.no_baseline, device)
+        config = example_config(h_1, h_2)
+        figures = {"h_1/h_2": f"{h_1}/{h_2}"} | measure(config, dataset, args.rounds, device)
         if (h_1, h_2) == WIDTHS[0]:
-            print_row(*figures)
-            print_row(*["---"] * len(figures))
+            print_header(*figures)
         print_row(*figures.values())
 
 

@@ -1,17 +1,8 @@
 #!/usr/bin/env bash
-# Runs the one-minute demo with several Pythons, each in a new virtual environment (needs 6 GB of disk space).
+# Runs the one-minute demo with each of these Pythons, in a new virtual environment (needs 6 GB of disk space):
 #     scripts/try_pythons.sh python3.10 python3.13
-# Without arguments, it uses the oldest and the newest Python that it finds.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-if [ $# -eq 0 ]; then
-    found=()
-    for minor in 10 11 12 13 14; do
-        if command -v "python3.$minor" > /dev/null; then found+=("python3.$minor"); fi
-    done
-    [ ${#found[@]} -gt 0 ] || { echo "found no Python 3.10 or newer; pass one as an argument" >&2; exit 1; }
-    set -- "${found[0]}" "${found[-1]}"
-fi
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 for python in "$@"; do

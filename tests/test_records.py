@@ -20,10 +20,8 @@ def test_replay_gives_the_same_search_and_damage_costs_only_what_follows_in_a_tr
     search.record("started", resources="2 CPUs")
     events = [*((name, 0) for name in names), (None, 0)]  # each event's trial, and the epoch that it reports or 0
     for name in generator.choices(names, k=50):
-        reports, kind = (
-            search.trials[name].reports,
-            generator.choice(["reported"] * 7 + ["restarted", "failed", "continued", "ended"]),
-        )
+        reports = search.trials[name].reports
+        kind = generator.choice(["reported"] * 7 + ["restarted", "failed", "continued", "ended"])
         events.append((name, len(reports) + 1 if kind == "reported" else 0))
         if kind == "reported":
             loss = generator.choice([generator.random()] * 9 + [NAN])

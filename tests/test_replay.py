@@ -41,11 +41,8 @@ def test_schedulers_on_curves_that_can_be_reckoned_by_hand() -> None:
     curves = [curve(loss, pace=pace) for loss, pace in ((1.0, 1000.0), (2.0, 100.0), (0.5, 10.0), (3.0, 1.0))]
     for scheduler, at_once, epochs in (
         # ASHA looks after 1, 2 and 4 epochs, and lets pass what is no worse than the median of those before.
-        (
-            asha,
-            1,
-            [4, 1, 4, 1],
-        ),  # the first passes; 2.0 is worse than 1.0; 0.5 is better than 1.5; 3.0 is worse than 1.0
+        # The first passes; 2.0 is worse than 1.0; 0.5 is better than 1.5; 3.0 is worse than 1.0.
+        (asha, 1, [4, 1, 4, 1]),
         (asha, 4, [4, 1, 4, 4]),  # the fastest, 3.0, is now the first; then come 0.5; 2.0, worse than 1.75; 1.0
         (promote, 1, [2, 1, 4, 1]),  # the best two continue after epoch 1, and the best one after epoch 2
         (promote, 4, [2, 2, 4, 4]),  # no worker waits for 1.0 and 0.5: 3.0 continues

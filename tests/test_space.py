@@ -9,7 +9,7 @@ from ray import tune
 from data import InputError
 from search.sampler import draw_configs, outcomes, suggest_config
 from search.space import check_space
-from tests.helpers import END, SPACE, add, search_in
+from tests.helpers import SPACE, add, search_in
 
 
 def test_bad_spaces_are_refused() -> None:
@@ -63,20 +63,11 @@ def test_every_grid_point_is_drawn_as_often_as_asked_and_first_trials_change_no_
 
 def test_tpe_is_told_of_the_first_rung_which_all_trials_reach_or_else_of_the_best_epochs(tmp_path: Path) -> None:
     search = search_in(tmp_path)
-    for accuracies, end in (
-        ([0.3, 0.2, 0.9], None),
-        ([0.1, 0.4], END),
-        ([0.5], None),
-        ([0.6, 0.7, -1], END),
-        ([-1], END),
-    ):
-        add(
-            search,
-            *accuracies,
-            end=end,
-            repeats="train_cifar_00000" if accuracies == [0.5] else None,
-            h_1=len(search.trials),
-        )
+    add(search, 0.3, 0.2, 0.9, end=None, h_1=0)
+    add(search, 0.1, 0.4, h_1=1)
+    add(search, 0.5, end=None, repeats="train_cifar_00000", h_1=2)
+    add(search, 0.6, 0.7, -1, h_1=3)
+    add(search, -1, h_1=4)
     for rung, expected in ((2, {0: 0.3, 1: 0.4, 3: 0.3, 4: 0.3}), (None, {1: 0.4, 3: 0.4, 4: 0.4})):
         told = outcomes(search.own_trials(), search.objective, rung)
         assert {config["h_1"]: score for config, score in told} == expected

@@ -4,20 +4,13 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.recipes import BASELINE_RECIPE
 from data import Batches
 from model import SmallResNet
 from tests.helpers import CONFIG, CPU, IMAGES, VALIDATION
 from train import SCHEDULES, evaluation_batches, new_training, predict, train_epochs
 
-PLAIN = CONFIG | {
-    "nesterov": False,
-    "weight_decay": 0.0,
-    "crop_padding": 0,
-    "flip": False,
-    "schedule": "constant",
-    "p_drop": 0.0,
-}
-PLAIN |= {"ema_decay": 0.0, "lr": 0.01, "bias_lr": 0.0, "label_smoothing": 0.0}
+PLAIN = CONFIG | BASELINE_RECIPE | {"p_drop": 0.0, "lr": 0.01}
 OTHER = PLAIN | {"nesterov": True, "weight_decay": 0.1, "label_smoothing": 0.3, "ema_decay": 0.6, "bias_lr": 0.04}
 
 
