@@ -105,7 +105,8 @@ def rungs(search: Search, ended: list[Trial]) -> list[str]:
     if search.settings.scheduler == "none" or not ended:
         return []
     counts = sorted(Counter(len(trial.reports) for trial in ended).items())
-    lines = [f"Epochs trained: {', '.join(f'{epoch} ({count} trials)' for epoch, count in counts)}."]
+    spent = (f"{epoch} ({count} trial{'s' * (count > 1)})" for epoch, count in counts)
+    lines = [f"Epochs trained: {', '.join(spent)}."]
     survivors = [trial for trial in ended if len(trial.reports) > first and trial.best]
     about = f"Rank agreement between epoch {first} and the end"
     if len(survivors) < 3:

@@ -48,6 +48,7 @@ def test_rungs_and_repeats_are_summarized(tmp_path: Path) -> None:
         names.append(add(search, *accuracies))
     about = "Rank agreement between epoch 2 and the end"
     assert reports.rungs(search, search.ended()[:5])[1] == f"{about}: needs 3 surviving trials (2 so far)."
+    assert reports.rungs(search, search.ended()[:1])[0] == "Epochs trained: 2 (1 trial)."
     lines = ["Epochs trained: 2 (2 trials), 3 (4 trials).", f"{about}: +0.50 (3 trials)."]
     assert reports.rungs(search, search.ended()) == lines
     assert reports.repeats(search) == []
