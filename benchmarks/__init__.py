@@ -2,7 +2,7 @@
 
 
 def print_row(*cells: object) -> None:
-    """Print a row of a Markdown table, fractions with four significant digits."""
+    """Print a row of a Markdown table, fractions with at least four digits, zeros at the end left out."""
     texts = [format(cell, ".4g" if cell < 1000 else ".0f") if isinstance(cell, float) else str(cell) for cell in cells]
     print(f"| {' | '.join(texts)} |", flush=True)
 

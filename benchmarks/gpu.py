@@ -116,7 +116,6 @@ def parts(data_dir: str, output: Path) -> dict[str, tuple[int, list[str]]]:
         "throughput": (100, throughput),
         "quick": (80, own("quick()")),
         "search-2": (180, [*search, "2"]),
-        "search-3": (180, [*search, "3"]),
         "curves": (250, curves),
         "recipes": (250, recipes),
     }

@@ -14,13 +14,12 @@ once, and then only reports. The searches:
 
 The 12 trials all train to the end; in the other searches the scheduler stops some.
 
-Memory is taken from /proc: the driver's peak, and the highest private memory of a trial's process (anonymous pages,
-without the images, which it maps from a file).
+Memory is taken from /proc, hence only on Linux: the driver's peak, and the highest private memory of a trial's
+process (anonymous pages, without the images, which it maps from a file).
 """
 
 import argparse
 import contextlib
-import functools
 import io
 import os
 import subprocess
@@ -106,10 +105,6 @@ def tune_search(trials: int, epochs: int, dataset: Dataset, folder: Path) -> Non
     ).fit()
 
 
-SEARCHES = {name: functools.partial(own_search, scheduler=name) for name in ("none", "promote", "asha")}
-SEARCHES |= {"tune": tune_search}
-
-
 def measure(kind: str, trials: int, epochs: int) -> list[float]:
     """Run one search, and return its figures, in the order of COLUMNS."""
     if kind == "tune":  # undo what hparam_search sets for itself
@@ -120,7 +115,10 @@ def measure(kind: str, trials: int, epochs: int) -> list[float]:
         start = time.perf_counter()
         with hparam_search.tuner.running_ray():
             started = time.perf_counter()
-            SEARCHES[kind](trials, epochs, dataset, Path(folder))
+            if kind == "tune":
+                tune_search(trials, epochs, dataset, Path(folder))
+            else:
+                own_search(trials, epochs, dataset, Path(folder), kind)
             ended = time.perf_counter()
         workers = [float(path.read_text()) for path in Path(folder).glob("it/*.memory")]
     seconds = ended - started
@@ -130,13 +128,17 @@ def measure(kind: str, trials: int, epochs: int) -> list[float]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the searches, each in a process, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--many", type=int, default=1000, help="trials of the largest search (default: %(default)s)")
     parser.add_argument(
-        "--search", nargs=3, metavar=("KIND", "TRIALS", "EPOCHS"), help="only this one: none, promote, asha or tune"
+        "--search",
+        nargs=3,
+        metavar=("SCHEDULER", "TRIALS", "EPOCHS"),
+        help="only this one, and only its row; SCHEDULER is none, promote, asha or tune",
     )
     args = parser.parse_args(argv)
     if args.search:
         kind, trials, epochs = args.search
+        if kind not in ("none", "promote", "asha", "tune"):
+            parser.error(f"--search {kind}: no such scheduler; use none, promote, asha or tune")
         print_row(f"{trials} × {epochs}, {kind}", *measure(kind, int(trials), int(epochs)))
         return
     print_header("trials × epochs, scheduler", *COLUMNS)
@@ -144,8 +146,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         ("none", 12, 20),
         ("tune", 12, 20),
         ("promote", 100, 5),
-        ("promote", args.many, 5),
-        ("asha", args.many, 5),
+        ("promote", 1000, 5),
+        ("asha", 1000, 5),
     ):
         command = [sys.executable, "-m", "benchmarks.overhead", "--search", *map(str, search)]
         subprocess.run(command, check=True)

@@ -26,12 +26,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 
 from benchmarks import print_header, print_row
 from benchmarks.curves import FOLDER, read_curves
-from hparam_search import (
-    MAX_SECONDS_PER_TRIAL,
-    MIN_DELTA,
-    PATIENCE,
-    new_scheduler,
-)
+from hparam_search import MAX_SECONDS_PER_TRIAL, MIN_DELTA, PATIENCE, new_scheduler
 from search.halving import Promotion
 from search.hooks import early_stop
 from search.records import TRIAL_PREFIX, Trial
@@ -176,7 +171,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--searches", type=int, default=400, help="searches per row (default: %(default)s)")
     parser.add_argument("--at-once", type=int, nargs="+", default=[1, 2, 4, 16], help="trials (default: %(default)s)")
-    parser.add_argument("--only", default="", help="only schedulers whose name begins with this")
     parser.add_argument("--early-stopping", action="store_true", help="let trials also end by themselves")
     args = parser.parse_args(argv)
     curves = list(read_curves(args.curves).values())
@@ -186,9 +180,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{len(curves)} recorded configs, {args.searches} searches per row.")
     agreements = (f"{epoch}: {rank_agreement(curves, epoch):+.2f}" for epoch in (1, 2, 4, 8) if epoch <= len(curves[0]))
     print(f"Rank agreement of the loss after an epoch with the best accuracy: {', '.join(agreements)}.\n")
-    print_header("scheduler", "trials", "at once", "epochs", "share", "accuracy", "winner lost", "idle", "states")
-    names = [name for name in new_schedulers(len(curves[0])) if name.startswith(args.only)]
-    rows = list(itertools.product(args.trials, names, args.at_once))
+    print_header("scheduler", "trials", "at once", "epochs", "accuracy", "winner lost", "idle", "states")
+    rows = list(itertools.product(args.trials, new_schedulers(len(curves[0])), args.at_once))
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = [
             pool.submit(replay, curves, name, args.early_stopping, at_once, trials, args.searches)
@@ -196,8 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ]
         for (trials, name, at_once), future in zip(rows, futures, strict=True):
             epochs, found, lost, idle, states = future.result()
-            share = epochs / trials / len(curves[0])
-            cells = f"{epochs:.0f}", f"{share:.3f}", f"{found:.4f}", f"{lost:.1%}", f"{idle:.0f} s", states
+            cells = f"{epochs:.0f}", f"{found:.4f}", f"{lost:.1%}", f"{idle:.0f} s", states
             print_row(name, trials, at_once, *cells)
 
 

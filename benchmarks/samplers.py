@@ -27,6 +27,7 @@ from search.sampler import draw_configs, outcomes, suggest_config
 from search.settings import Settings
 
 TRIALS = (12, 24, 48)
+SEARCHES = 300  # per cell
 RANGES = ("p_drop", "lr")
 SAMPLERS = {"random": None, "TPE after 4": 4, "TPE after 10": 10}  # → trials drawn at random first
 
@@ -80,17 +81,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print a table of the samplers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--curves", type=Path, default=FOLDER / "default.csv")
-    parser.add_argument("--searches", type=int, default=300)
     args = parser.parse_args(argv)
     recorded = list(read_curves(args.curves).values())
-    print(f"{len(recorded)} recorded configs, {args.searches} searches per cell: epochs, accuracy ± standard error.\n")
+    print(f"{len(recorded)} recorded configs, {SEARCHES} searches per cell: epochs, accuracy ± standard error.\n")
     print_header("sampler", "scheduler", *(f"{trials} trials" for trials in TRIALS))
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         for (name, startup), scheduler in itertools.product(SAMPLERS.items(), ("promote", "asha")):
             cells = []
             for trials in TRIALS:
                 one = partial(search, recorded, scheduler, startup, trials)
-                epochs, found = np.array(list(pool.map(one, range(args.searches), chunksize=10))).T
+                epochs, found = np.array(list(pool.map(one, range(SEARCHES), chunksize=10))).T
                 error = found.std() / math.sqrt(len(found))
                 cells.append(f"{epochs.mean():.0f}, {found.mean():.4f} ± {error:.4f}")
             print_row(name, scheduler, *cells)

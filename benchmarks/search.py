@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the searches, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     on_gpu = torch.cuda.is_available()
-    at_once = [1, 2, 3, 4] if on_gpu else [1, usable_cpus()]
+    at_once = [1, 2] if on_gpu else [1, usable_cpus()]
     parser.add_argument("--at-once", type=int, nargs="+", default=at_once, help="trials (default: %(default)s)")
     parser.add_argument("--widths", type=int, nargs=2, metavar=("H_1", "H_2"), help="fixed widths (default: searched)")
     parser.add_argument("--no-baseline", action="store_true", help="skip the baseline's loop")

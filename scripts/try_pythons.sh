@@ -3,6 +3,7 @@
 #     scripts/try_pythons.sh python3.10 python3.13
 set -euo pipefail
 cd "$(dirname "$0")/.."
+[ $# -gt 0 ] || { echo "usage: scripts/try_pythons.sh PYTHON…" >&2; exit 2; }
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 for python in "$@"; do

@@ -65,9 +65,7 @@ def test_idle_time_and_training_states_are_counted() -> None:
     assert ([len(trial.reports) for trial in trials], result.states) == ([4, 2, 1], 3)
 
 
-def test_tables_of_recorded_curves(
-    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tables_of_recorded_curves(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path = tmp_path / "curves.csv"
     curves = {i: curve(0.5 + i, i, epochs=20) for i in range(5)}
     write_curves(path, curves)
@@ -77,7 +75,7 @@ def test_tables_of_recorded_curves(
     assert lines[0] == "5 recorded configs, 4 searches per row."
     assert lines[1].endswith("with the best accuracy: 1: +1.00, 2: +1.00, 4: +1.00, 8: +1.00.")
     rows = {line.split("|")[1].strip(): line for line in lines[5:]}
-    assert rows["none"].split("|")[3:6] == [" 1 ", " 60 ", " 1.000 "]
+    assert rows["none"].split("|")[3:6] == [" 1 ", " 60 ", " 0.9000 "]
     assert all("| 0.0% |" in rows[name] for name in ("none", "promote, grace 2, factor 2, keep 2"))
     assert len(rows) == 1 + 9 * 4 + 1
     with pytest.raises(SystemExit):
