@@ -70,12 +70,12 @@ def test_tables_of_recorded_curves(tmp_path: Path, capsys: pytest.CaptureFixture
     curves = {i: curve(0.5 + i, i, epochs=20) for i in range(5)}
     write_curves(path, curves)
     assert read_curves(path) == curves
-    main(["--curves", str(path), "--trials", "3", "--searches", "4", "--at-once", "1"])
+    main(["--curves", str(path), "--trials", "5", "--searches", "4", "--at-once", "1"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "5 recorded configs, 4 searches per row."
     assert lines[1].endswith("with the best accuracy: 1: +1.00, 2: +1.00, 4: +1.00, 8: +1.00.")
     rows = {line.split("|")[1].strip(): line for line in lines[5:]}
-    assert rows["none"].split("|")[3:6] == [" 1 ", " 60 ", " 0.9000 "]
+    assert rows["none"].split("|")[3:6] == [" 1 ", " 100 ", " 0.9500 "]
     assert all("| 0.0% |" in rows[name] for name in ("none", "promote, grace 2, factor 2, keep 2"))
     assert len(rows) == 1 + 9 * 4 + 1
     with pytest.raises(SystemExit):
