@@ -132,18 +132,18 @@ def new_optimizer(model: SmallResNet, config: dict) -> torch.optim.SGD:
     """Build SGD, with the learning rate max(lr, bias_lr) for the biases of batch norm.
 
     Page 2019, "How to Train Your ResNet 8: Bag of Tricks", and Jordan 2024, arXiv 2404.00498, use 64 times lr. A rate
-    that does not depend on lr helps at low rates, too, and does not harm at high ones.
+    that does not depend on lr helps at low rates, too, and does no harm at high ones.
     """
-    biases = [module.bias for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    others = [parameter for parameter in model.parameters() if parameter not in set(biases)]
+    biases = dict.fromkeys(module.bias for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+    others = [parameter for parameter in model.parameters() if parameter not in biases]
     lr, bias_lr = config["lr"], max(config["lr"], config["bias_lr"])
     # The decay per step, lr · weight_decay, is that of the other weights.
-    fast = {"params": biases, "lr": bias_lr, "weight_decay": config["weight_decay"] * lr / bias_lr}
+    fast = {"params": list(biases), "lr": bias_lr, "weight_decay": config["weight_decay"] * lr / bias_lr}
     optimizer = torch.optim.SGD([{"params": others}, fast], **arguments(config, OPTIMIZER), fused=True)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
         # A tensor, so that a CUDA graph can read it at every step.
-        group["lr"] = torch.tensor(float(group["lr"]), device=biases[0].device)
+        group["lr"] = torch.tensor(float(group["lr"]), device=group["params"][0].device)
     return optimizer
 
 

@@ -37,6 +37,7 @@ from benchmarks import print_header, print_row
 from data import Dataset, map_dataset
 from search.records import METRICS
 
+SCHEDULERS = ("none", "promote", "asha", "tune")  # hparam_search's, and Tune's defaults
 COLUMNS = ("Ray's start, s", "seconds", "seconds per trial", "processes", "driver, MB", "a worker, MB")
 IMAGES = 12_000  # training images, 37 MB; with many more, Ray refuses the closure of Tune's defaults
 REPORT = dict.fromkeys(METRICS, 0.0)
@@ -105,9 +106,9 @@ def tune_search(trials: int, epochs: int, dataset: Dataset, folder: Path) -> Non
     ).fit()
 
 
-def measure(kind: str, trials: int, epochs: int) -> list[float]:
+def measure(scheduler: str, trials: int, epochs: int) -> list[float]:
     """Run one search, and return its figures, in the order of COLUMNS."""
-    if kind == "tune":  # undo what hparam_search sets for itself
+    if scheduler == "tune":  # undo what hparam_search sets for itself
         for name in ("TUNE_GLOBAL_CHECKPOINT_S", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"):
             del os.environ[name]
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
@@ -115,10 +116,10 @@ def measure(kind: str, trials: int, epochs: int) -> list[float]:
         start = time.perf_counter()
         with hparam_search.tuner.running_ray():
             started = time.perf_counter()
-            if kind == "tune":
+            if scheduler == "tune":
                 tune_search(trials, epochs, dataset, Path(folder))
             else:
-                own_search(trials, epochs, dataset, Path(folder), kind)
+                own_search(trials, epochs, dataset, Path(folder), scheduler)
             ended = time.perf_counter()
         workers = [float(path.read_text()) for path in Path(folder).glob("it/*.memory")]
     seconds = ended - started
@@ -132,14 +133,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--search",
         nargs=3,
         metavar=("SCHEDULER", "TRIALS", "EPOCHS"),
-        help="only this one, and only its row; SCHEDULER is none, promote, asha or tune",
+        help=f"only this one, and only its row; SCHEDULER is one of {', '.join(SCHEDULERS)}",
     )
     args = parser.parse_args(argv)
     if args.search:
-        kind, trials, epochs = args.search
-        if kind not in ("none", "promote", "asha", "tune"):
-            parser.error(f"--search {kind}: no such scheduler; use none, promote, asha or tune")
-        print_row(f"{trials} × {epochs}, {kind}", *measure(kind, int(trials), int(epochs)))
+        scheduler, trials, epochs = args.search
+        if scheduler not in SCHEDULERS:
+            parser.error(f"--search {scheduler}: no such scheduler; use one of {', '.join(SCHEDULERS)}")
+        print_row(f"{trials} × {epochs}, {scheduler}", *measure(scheduler, int(trials), int(epochs)))
         return
     print_header("trials × epochs, scheduler", *COLUMNS)
     for search in (
