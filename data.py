@@ -75,13 +75,14 @@ def map_dataset(path: Path) -> Dataset:
     return Dataset(**torch.load(path, mmap=True, weights_only=True))
 
 
-def fingerprint(dataset: Dataset) -> dict[str, str]:
-    """Return the SHA-256 of each part of a dataset, in hexadecimal, keyed by its name."""
+def fingerprint(dataset: Dataset) -> dict[str, str | int]:
+    """Return the SHA-256 of each part of a dataset, in hexadecimal, keyed by its name, and its sizes."""
+    sizes: dict[str, str | int] = {"num_classes": len(dataset.classes), "num_val": len(dataset.val_labels)}
     hashes = {}
     for split, name in (("train", "training"), ("val", "validation"), ("test", "test")):
         for kind in ("images", "labels"):
             hashes[f"{name} {kind}"] = hashlib.sha256(getattr(dataset, f"{split}_{kind}").numpy()).hexdigest()
-    return hashes | {"class names": hashlib.sha256(repr(dataset.classes).encode()).hexdigest()}
+    return hashes | {"class names": hashlib.sha256(repr(dataset.classes).encode()).hexdigest()} | sizes
 
 
 def read_images(source: str, data_dir: str | Path, synthetic: dict) -> Dataset:

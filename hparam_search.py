@@ -25,7 +25,7 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
 from data import Dataset, InputError, read_images
-from search import best_model, console, halving, hooks, records, report, sampler, space, tuner
+from search import best_model, console, halving, hooks, records, report, sampler, space, tuner, warm_start
 from search.trial import train_cifar
 
 param_space = {
@@ -105,12 +105,15 @@ def search_space(settings: Settings) -> dict:
     return entries
 
 
-def draw(settings: Settings) -> tuple[list[records.Trial], dict]:
-    """Return all trials, in the order in which they start, and a summary of the search space."""
+def draw(settings: Settings, taken: int = 0) -> tuple[list[records.Trial], dict]:
+    """Return all trials, in the order in which they start, and a summary of the search space.
+
+    Trials that were taken from earlier searches come before them.
+    """
     entries, first = search_space(settings), [] if settings.quick else space.to_plain(first_trials)
     tpe = settings.sampler == "tpe"
-    configs = sampler.draw_configs(entries, settings.num_samples, settings.seed, first, tpe)
-    trials = [records.Trial(f"{records.TRIAL_PREFIX}{i:05}", config) for i, config in enumerate(configs)]
+    configs = sampler.draw_configs(entries, settings.num_samples, settings.seed, first, tpe, taken)
+    trials = [records.Trial(f"{records.TRIAL_PREFIX}{i:05}", config) for i, config in enumerate(configs, taken)]
     return trials, space.summarize(entries) | {"first_trials": first}
 
 
@@ -134,13 +137,16 @@ def new_search(settings: Settings) -> int:
     """Run a new search, and return the exit code."""
     objective, settings = records.Objective(METRIC, MODE), with_defaults(settings)
     trials, drawn_from = draw(settings)
+    earlier = [warm_start.open_earlier(Path(folder)) for folder in settings.warm_start]
     records.new_folder(settings)  # refuses a folder before the images are read
     dataset = read_images(**image_source(settings))
     with tuner.running_ray():
         tuner.share_resources(settings, len(trials))  # refuses flags that exceed this machine
         search = records.create_search(settings, drawn_from, dataset, objective)
+        warm_start.take(search, earlier)
+        search.write()
         with records.lock_search(search.folder):
-            search.draw(trials)
+            search.draw(draw(settings, len(search.taken()))[0])
             return run(search, dataset)
 
 
@@ -152,7 +158,7 @@ def resume_search(folder: Path, changes: dict) -> int:
         complete = search.trials and not (search.unfinished() or missing or search.damaged or "num_samples" in changes)
         if complete or search.time_left() <= 0:
             return finish(search, None)
-        trials, drawn_from = draw(search.settings)
+        trials, drawn_from = draw(search.settings, len(search.taken()))
         records.check_unchanged(search, drawn_from, records.Objective(METRIC, MODE))
         dataset = load_images(search)
         with tuner.running_ray():
@@ -246,10 +252,11 @@ def finish(search: records.Search, dataset: Dataset | None) -> int:
     metrics = best_model.read_best_model(search)
     if not metrics and search.ranking():
         metrics = best_model.evaluate_best_model(search, dataset or load_images(search), image_source(search.settings))
+    resume = records.script_command("--resume", search.folder)
     if search.interrupted():
-        print(f"The time budget is spent. To resume: {records.resume_command(search.folder)} --time-budget MORE")
+        print(f"The time budget is spent. To resume: {resume} --time-budget MORE")
     elif search.unfinished():
-        print(f"To try the failed trials again: {records.resume_command(search.folder)}")
+        print(f"To try the failed trials again: {resume}")
     if not metrics:
         print("No trial has a model, so there is no best model.", file=sys.stderr)
         return 1

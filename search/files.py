@@ -38,6 +38,18 @@ def atomic_write(target: Path) -> Iterator[Path]:
         remove(temporary)
 
 
+def link(source: Path, target: Path) -> None:
+    """Make a file available under another path, too, whatever becomes of the first; raise OSError if that fails.
+
+    The two share their content on disk if the file system can. Nothing here changes a file in place.
+    """
+    try:
+        target.hardlink_to(source)
+    except OSError:  # another file system, or one without hard links
+        with atomic_write(target) as temporary:
+            shutil.copyfile(source, temporary)
+
+
 def remove(path: Path) -> None:
     """Remove a file or a folder, if it exists."""
     if path.is_dir():

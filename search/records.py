@@ -63,6 +63,7 @@ class Trial:
     name: str
     config: dict = field(default_factory=dict)
     repeats: str | None = None  # the trial whose config it repeats with another seed
+    source: str | None = None  # the path of the earlier search's trial that it was taken from
     reports: list[Report] = field(default_factory=list)  # one per epoch, in order
     best: Report | None = None  # its weights are on disk while needed; None if the trial diverged
     paused: bool = False  # at a rung, until it continues or ends
@@ -98,13 +99,14 @@ class Search:
     folder: Path  # absolute
     settings: Settings
     space: dict[str, object]  # a summary (see summarize), and the first trials
-    images: dict[str, str]  # see fingerprint
+    images: dict[str, str | int]  # see fingerprint
     objective: Objective
     versions: dict[str, str]  # of the packages that figures depend on, when the search began
     trials: dict[str, Trial] = field(default_factory=dict)  # by name, in the order in which they were drawn
     seconds: float = 0.0  # how long trials have run, over all processes
     started: tuple[float, float] = (0.0, 0.0)  # when this process began to run trials, and `seconds` then
     resources: str = ""  # CPUs and GPUs that the trials use
+    epochs_taken: int = 0  # epochs that earlier searches have trained
     damaged: int = 0  # number of unreadable lines in the log
 
     @property
@@ -117,7 +119,7 @@ class Search:
 
         Events, each of which also has a time:
             started: the trials begin to run, on these resources.
-            drawn: a trial has this config, and repeats another one or none.
+            drawn: a trial has this config, and repeats another one or none; it may come from an earlier search.
             reported: a trial's epoch has these metrics; the trial ends for this reason, is paused, or continues.
             continued: a paused or failed trial is to continue.
             ended: a paused trial ends for this reason.
@@ -128,9 +130,11 @@ class Search:
         kind, name = event["event"], event.get("trial")
         if kind == "drawn":
             trial = self.trials.setdefault(name, Trial(name))
-            trial.config, trial.repeats = event["config"], event["repeats"]
+            trial.config, trial.repeats, trial.source = event["config"], event["repeats"], event.get("source")
             return
         if kind == "started":
+            if not self.started[0]:
+                self.epochs_taken = sum(len(trial.reports) for trial in self.trials.values())
             self.started, self.resources = (event["time"], self.seconds), event["resources"]
         if self.started[0]:
             self.seconds = self.started[1] + event["time"] - self.started[0]
@@ -167,8 +171,12 @@ class Search:
         return self.space.keys() - {"first_trials"} <= trial.config.keys()
 
     def draw(self, trials: list[Trial]) -> list[Trial]:
-        """Add those of these trials that the search does not have yet, and return them."""
-        new = [trial for trial in trials if trial.name not in self.trials]
+        """Add those of these trials that the search does not have yet, and return them.
+
+        A trial whose config was taken from an earlier search is not added.
+        """
+        taken = [trial.config for trial in self.taken()]
+        new = [trial for trial in trials if trial.name not in self.trials and trial.config not in taken]
         for trial in new:
             self.record("drawn", trial=trial.name, config=trial.config, repeats=trial.repeats)
         return [self.trials[trial.name] for trial in new]
@@ -185,6 +193,10 @@ class Search:
     def own_trials(self) -> list[Trial]:
         """Return the trials that do not repeat another one."""
         return [trial for trial in self.trials.values() if not trial.repeats]
+
+    def taken(self) -> list[Trial]:
+        """Return the search's own trials that were taken from earlier searches."""
+        return [trial for trial in self.own_trials() if trial.source]
 
     def ended(self) -> list[Trial]:
         """Return the search's own trials that have ended."""
@@ -227,7 +239,7 @@ def new_folder(settings: Settings) -> Path:
 
 
 def create_search(settings: Settings, space: dict, dataset: Dataset, objective: Objective) -> Search:
-    """Create the folder of a new search, and return the search; raise InputError if that fails."""
+    """Create the folder of a new search, and return the search, unwritten; raise InputError if that fails."""
     folder = new_folder(settings)
     try:
         folder.mkdir(parents=True)
@@ -236,9 +248,7 @@ def create_search(settings: Settings, space: dict, dataset: Dataset, objective: 
             time.sleep(1)
             return create_search(settings, space, dataset, objective)
         raise InputError(f"cannot create {folder} ({error.strerror}); choose another --name") from error
-    search = Search(folder, settings, space, fingerprint(dataset), objective, installed_versions(settings))
-    search.write()
-    return search
+    return Search(folder, settings, space, fingerprint(dataset), objective, installed_versions(settings))
 
 
 def open_search(folder: Path, changes: dict) -> Search:
@@ -303,8 +313,8 @@ def check_same_images(search: Search, dataset: Dataset) -> None:
 
 
 @contextlib.contextmanager
-def lock_search(folder: Path) -> Iterator[None]:
-    """Keep other processes from running the search in a folder; if this one is interrupted, say how to resume.
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Keep other processes from running the search in a folder.
 
     Raises InputError if another process is running it, or there is no such folder.
     """
@@ -312,20 +322,29 @@ def lock_search(folder: Path) -> Iterator[None]:
         raise InputError(f"no search found in {short_path(folder)!r}; pass a folder such as outputs/NAME")
     with lock(folder) as free:
         if not free:
-            raise InputError("another process is running this search; wait for it to finish, or stop it")
+            raise InputError(
+                f"another process is running the search in {short_path(folder)}; wait for it to finish, or stop it"
+            )
+        yield
+
+
+@contextlib.contextmanager
+def lock_search(folder: Path) -> Iterator[None]:
+    """Lock a folder to run its search (see lock_folder); if this process is interrupted, say how to resume."""
+    with lock_folder(folder):
         for path in folder.glob(".*.tmp"):  # of a process that was killed
             remove(path)
         try:
             yield
         except (KeyboardInterrupt, OSError):
-            print(f"Interrupted. To resume: {resume_command(folder)}", flush=True)
+            print(f"Interrupted. To resume: {script_command('--resume', folder)}", flush=True)
             raise
 
 
-def resume_command(folder: Path) -> str:
-    """Return the command that continues the search in a folder."""
+def script_command(flag: str, folder: Path) -> str:
+    """Return the command that runs hparam_search.py with a flag and the folder of a search."""
     script = Path(__file__).resolve().parents[1] / "hparam_search.py"
-    return shlex.join(["python", short_path(script), "--resume", short_path(folder)])
+    return shlex.join(["python", short_path(script), flag, short_path(folder)])
 
 
 def short_path(path: Path) -> str:

@@ -38,7 +38,8 @@ def write_results(search: Search) -> None:
         row |= {f"best_{name}": best and getattr(best, name) for name in ("epoch", *search.objective.shown)}
         row |= {name: last and getattr(last, name) for name in ("loss", "accuracy", "seconds")}
         row |= {"weights": weights if weights and (search.folder / weights).exists() else None}
-        rows.append(row | {"ended_because": trial.error or trial.end, "repeats": trial.repeats})
+        row |= {"ended_because": trial.error or trial.end, "repeats": trial.repeats, "taken_from": trial.source}
+        rows.append(row)
     with atomic_write(search.folder / "results.csv") as temporary:
         # Of objects, or None would turn whole numbers into floats.
         pandas.DataFrame(rows, dtype=object).to_csv(temporary, index=False)
@@ -55,7 +56,9 @@ def recap(search: Search) -> str:
         row |= {name: cell(trial.config.get(name)) for name in names}
         row |= {"iter": cell(last and last.epoch), "time (s)": cell(last and last.seconds, ".0f")}
         rows.append(row | {name: cell(last and getattr(last, name), ".4f") for name in ("loss", "accuracy")})
-    shared = ", ".join(f"{key} {value}" for key, value in trials[0].config.items() if key not in search.searched)
+    fixed = [item for item in trials[0].config.items() if item[0] not in search.searched]
+    shared = ", ".join(f"{key} {value}" for key, value in fixed if all(t.config[key] == value for t in trials))
+    sources = Counter(Path(trial.source).parent for trial in search.taken())
     ends = Counter(trial.end for trial in trials if trial.end)
     counts = Counter(trial.status for trial in trials)
     lines = [
@@ -65,6 +68,7 @@ def recap(search: Search) -> str:
         table(rows),
         *textwrap.wrap(f"All trials: {shared}.", COLUMNS, break_on_hyphens=False),
         *search.settings.methods(),
+        *(f"Taken from {short_path(folder)}: {count} of these trials." for folder, count in sources.items()),
         *([f"Ended: {', '.join(f'{reason} ({count})' for reason, count in ends.items())}."] if ends else []),
         *(f"{trial.name} failed: {trial.error}." for trial in trials if trial.error),
     ]

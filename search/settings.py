@@ -60,6 +60,9 @@ class Settings:
     max_epochs: int | None = option(None, 'epochs of a trial (default: param_space["epochs"])', type=int)
     seed: int = option(0, "random seed of draws, weights and batches (default: 0)", type=int)
     repeats: int | None = option(None, "train the best 3 configs again with N other random seeds each", type=int)
+    warm_start: Sequence[str] = option(
+        (), "begin with the trials of these earlier searches (see README)", type=absolute_path, nargs="+"
+    )
     time_budget: float | None = option(None, "stop cleanly after this long, e.g. 90s, 30m, 2h", type=seconds)
     quick: bool = option(False, "a one-minute demo on two cores, on synthetic images", action="store_true")
     scheduler: str = option("promote", "what stops poor trials early", choices=("promote", "asha", "none"))

@@ -20,7 +20,7 @@ from data import make_synthetic
 from hparam_search import main
 from search import best_model, records
 from search.files import append_lines, read_lines
-from search.records import LOG_FILE, open_search, resume_command
+from search.records import LOG_FILE, open_search, script_command
 from search.trial import TRAINING_FILE, train_cifar, weights_path
 from tests import conftest
 from tests.conftest import EXAMPLE, Finished, epochs_saved, figures, read_csv, run_search
@@ -66,7 +66,7 @@ def test_trials_that_fail_leave_the_others_alone_and_are_tried_again_on_resume(
     assert "Traceback" not in printed.out + printed.err
     assert "Trial status: 1 TERMINATED | 1 DIVERGED | 2 ERROR" in printed.out
     assert "\nBest trial: train_cifar_00000, " in printed.out
-    assert f"\nTo try the failed trials again: {resume_command(folder)}\n" in printed.out
+    assert f"\nTo try the failed trials again: {script_command('--resume', folder)}\n" in printed.out
     because = [row["ended_because"] for row in read_csv(folder)]
     assert because[:2] == ["all epochs done", "loss became NaN or infinite"]
     assert because[2].startswith("The actor died unexpectedly")
