@@ -75,9 +75,9 @@ def map_dataset(path: Path) -> Dataset:
     return Dataset(**torch.load(path, mmap=True, weights_only=True))
 
 
-def fingerprint(dataset: Dataset) -> dict[str, str | int]:
+def fingerprint(dataset: Dataset) -> dict[str, Any]:
     """Return the SHA-256 of each part of a dataset, in hexadecimal, keyed by its name, and its sizes."""
-    sizes: dict[str, str | int] = {"num_classes": len(dataset.classes), "num_val": len(dataset.val_labels)}
+    sizes = {"num_classes": len(dataset.classes), "num_val": len(dataset.val_labels)}
     hashes = {}
     for split, name in (("train", "training"), ("val", "validation"), ("test", "test")):
         for kind in ("images", "labels"):

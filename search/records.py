@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from data import Dataset, InputError, fingerprint
 from search.files import append_lines, loads, lock, read_lines, remove, write_json
@@ -25,7 +26,7 @@ from train import Report
 
 SEARCH_FILE, LOG_FILE, TRIAL_PREFIX = "search.json", "log.jsonl", "train_cifar_"
 METRICS = [key.name for key in fields(Report)]
-FORMAT = 7  # version of both files; others are refused
+FORMAT = 8  # version of both files; others are refused
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Search:
     folder: Path  # absolute
     settings: Settings
     space: dict[str, object]  # a summary (see summarize), and the first trials
-    images: dict[str, str | int]  # see fingerprint
+    images: dict[str, Any]  # see fingerprint
     objective: Objective
     versions: dict[str, str]  # of the packages that figures depend on, when the search began
     trials: dict[str, Trial] = field(default_factory=dict)  # by name, in the order in which they were drawn
@@ -341,10 +342,10 @@ def lock_search(folder: Path) -> Iterator[None]:
             raise
 
 
-def script_command(flag: str, folder: Path) -> str:
-    """Return the command that runs hparam_search.py with a flag and the folder of a search."""
+def script_command(flag: str, folder: Path, *others: str) -> str:
+    """Return the command that runs hparam_search.py with a flag and the folder of a search, and other flags."""
     script = Path(__file__).resolve().parents[1] / "hparam_search.py"
-    return shlex.join(["python", short_path(script), flag, short_path(folder)])
+    return shlex.join(["python", short_path(script), flag, short_path(folder), *others])
 
 
 def short_path(path: Path) -> str:

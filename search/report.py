@@ -14,9 +14,10 @@ import pandas
 
 from data import InputError
 from search.best_model import BEST_MODEL, read_best_model
+from search.cost import cheaper, trial_cost
 from search.files import atomic_write, lock
-from search.records import SEARCH_FILE, TRIAL_PREFIX, Search, Trial, open_search, short_path
-from search.space import end_of_range
+from search.records import SEARCH_FILE, TRIAL_PREFIX, Search, Trial, open_search, script_command, short_path
+from search.space import end_of_range, widened
 from search.trial import weights_path
 
 COLUMNS = 80
@@ -37,6 +38,7 @@ def write_results(search: Search) -> None:
         row |= {"epochs": last and last.epoch}
         row |= {f"best_{name}": best and getattr(best, name) for name in ("epoch", *search.objective.shown)}
         row |= {name: last and getattr(last, name) for name in ("loss", "accuracy", "seconds")}
+        row |= trial_cost(search, trial)
         row |= {"weights": weights if weights and (search.folder / weights).exists() else None}
         row |= {"ended_because": trial.error or trial.end, "repeats": trial.repeats, "taken_from": trial.source}
         rows.append(row)
@@ -89,13 +91,16 @@ def recap_best(search: Search, metrics: dict) -> str:
     ended = search.ended()
     planned = sum(trial.config["epochs"] for trial in ended)
     saved = planned - sum(len(trial.reports) for trial in ended)
+    cost = trial_cost(search, best)
     lines = [
         f"Best trial: {best.name}, epoch {metrics['epoch']} of {best.config['epochs']}",
         *(f'    "{name}": {best.config[name]!r},' for name in search.searched),
         *(f"  validation {key}: {metrics[f'val_{key}']:.4f}" for key in search.objective.shown),
         f"  test accuracy: {metrics['test_accuracy']:.4f}",
+        f"  model: {cost['parameters']:,} parameters, {cost['gflop_per_image']:.3g} GFLOP per image",
         f"Best model: {short_path(search.folder / BEST_MODEL)}",
         f"TensorBoard: {shlex.join(['tensorboard', '--logdir', short_path(search.folder.parent)])}",
+        *(part for line in cheaper(search) for part in textwrap.wrap(line, COLUMNS)),
         f"Early stopping saved {saved} of {planned} epochs.",
         *rungs(search, ended),
         *importance(search, ended),
@@ -134,7 +139,7 @@ def importance(search: Search, ended: list[Trial]) -> list[str]:
     scores = [-math.inf if trial.diverged else objective.score(trial.reports[epoch - 1]) for trial in ended]
     searched = {key: entry for key, entry in search.searched.items() if entry}
     limit = NormalDist().inv_cdf(1 - SIGNIFICANCE / 2 / max(1, len(searched)))
-    found, others, edges = {}, [], []
+    found, others, edges = {}, [], {}
     for key, entry in searched.items():
         values = [trial.config[key] for trial in ended]
         if not all(type(value) in (int, float) for value in values):
@@ -147,7 +152,7 @@ def importance(search: Search, ended: list[Trial]) -> list[str]:
         # The best value is often at an end by chance, so the objective must also improve towards it.
         end = "upper" if rho > 0 else "lower"
         if search.ranking() and end_of_range(search.ranking()[0].config[key], entry) == end:
-            edges.append(f"{key} ({end} end)")
+            edges[key] = end
     lines = []
     if found:
         metric = f"lower {objective.metric}" if objective.mode == "min" else objective.metric
@@ -155,9 +160,20 @@ def importance(search: Search, ended: list[Trial]) -> list[str]:
         lines.append(f"Importance (rank correlation with {metric} at epoch {epoch}, {len(ended)} trials): {text}.")
     if others:
         lines.append(f"No significant effect: {', '.join(others)}.")
-    if edges:
-        lines.append(f"The best value lies at the edge of its range; consider widening: {', '.join(edges)}.")
-    return [part for line in lines for part in textwrap.wrap(line, COLUMNS)]
+    return [part for line in lines for part in textwrap.wrap(line, COLUMNS)] + at_edges(search, edges)
+
+
+def at_edges(search: Search, edges: dict[str, str]) -> list[str]:
+    """Return lines about hyperparameters whose best value lies at this end of their range, and how to search beyond."""
+    ends = ", ".join(f"{key} ({end} end)" for key, end in edges.items())
+    changes = [change for key, end in edges.items() if (change := widened(key, search.searched[key], end))]
+    lines = textwrap.wrap(f"The best value lies at the edge of its range: {ends}.", COLUMNS) if edges else []
+    if changes:
+        name = "QUICK_SPACE" if search.settings.quick else "param_space"
+        lines.append(f"To search beyond it without training these trials again, write in {name}:")
+        lines += [f"    {change}" for change in changes]
+        lines.append(f"and run {script_command('--warm-start', search.folder, *search.settings.source_flags())}")
+    return lines
 
 
 def rank_correlation(one: list[float], other: list[float]) -> float:
@@ -184,12 +200,12 @@ def repeats(search: Search) -> list[str]:
 
 
 def list_searches(output_dir: Path) -> str:
-    """Return the searches in a folder as text of 80 columns: status, trials, and accuracies of their best models."""
+    """Return the searches in a folder as text of 80 columns: status, trials, accuracies and costs of best models."""
     rows = []
     for path in sorted(output_dir.glob(f"*/{SEARCH_FILE}"), key=lambda path: path.stat().st_mtime):
         folder = path.parent
-        row = dict.fromkeys(("search", "status", "trials", "validation", "test"), "")
-        row |= {"search": folder.name, "status": "damaged, or from another version"}
+        row = dict.fromkeys(("search", "status", "trials", "val", "test", "Mparams", "GFLOP", "img/s"), "")
+        row |= {"search": folder.name, "status": "unreadable"}  # damaged, or from another version
         with contextlib.suppress(InputError, OSError):
             search = open_search(folder, {})
             trials, ended, ranking = search.own_trials(), len(search.ended()), search.ranking()
@@ -198,8 +214,11 @@ def list_searches(output_dir: Path) -> str:
                 interrupted = search.interrupted() or (ranking and not metrics)
                 status = "running" if not free else "interrupted" if interrupted else "finished"
             row |= {"status": status, "trials": f"{ended}/{len(trials)}"}
-            row |= {"validation": cell(ranking[0].best.accuracy if ranking else None, ".4f")}
             row |= {"test": cell(metrics.get("test_accuracy"), ".4f")}
+            if ranking:
+                cost = trial_cost(search, ranking[0])
+                row |= {"val": cell(ranking[0].best.accuracy, ".4f"), "Mparams": cell(cost["parameters"] / 1e6)}
+                row |= {"GFLOP": cell(cost["gflop_per_image"]), "img/s": cell(cost["images_per_second"], ".0f")}
         rows.append(row)
     return table(rows) if rows else f"No searches found in {short_path(output_dir)}."
 

@@ -80,6 +80,14 @@ class Settings:
     resume: str | None = option(None, "continue the search in this folder (see README)", type=absolute_path)
     list: bool = option(False, "list all searches in --output-dir and their status", action="store_true")
 
+    def source_flags(self) -> Sequence[str]:
+        """Return the flags that give another search the same images, epochs and --output-dir."""
+        usual = {"dataset": "synthetic" if self.quick else "cifar100", "max_epochs": None, "output_dir": "outputs"}
+        if self.dataset != "synthetic":
+            usual["data_dir"] = absolute_path("data")
+        changed = [key for key, default in usual.items() if getattr(self, key) != default]
+        return ["--quick"] * self.quick + [text for key in changed for text in (flag(key), str(getattr(self, key)))]
+
     def methods(self) -> tuple[str, str]:
         """Describe the sampler, and the scheduler with its settings, in a line of text each."""
         scheduler = self.scheduler

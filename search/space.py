@@ -74,8 +74,8 @@ def possible_values(entry: object) -> list:
 def summarize(space: dict) -> dict[str, object]:
     """Return a space as JSON can hold it: a fixed value as it is, a searched hyperparameter as a dict.
 
-    The dict is {"values": […]} for a grid or choice, {"lower": …, "upper": …, "log": …} for a range (both ends can
-    occur), with "step" if it is quantized, and {} for a function.
+    The dict is {"tune": …, "values": […]} for a grid or choice, {"tune": …, "lower": …, "upper": …} for a range (both
+    ends can occur), with "step" if it is quantized, where "tune" names Ray Tune's function; {} for a user's function.
     """
     summary: dict[str, object] = {}
     for key, entry in space.items():
@@ -83,10 +83,12 @@ def summarize(space: dict) -> dict[str, object]:
         if isinstance(entry, Float | Integer):
             outer = entry.get_sampler()
             inner = getattr(outer, "sampler", outer)  # differs if the range is quantized
-            searched = {"lower": values[0], "upper": values[1], "log": isinstance(inner, LogUniform)}
-            summary[key] = searched | ({} if inner is outer else {"step": outer.q})
+            name = "log" * isinstance(inner, LogUniform) + ("randint" if isinstance(entry, Integer) else "uniform")
+            step = {} if inner is outer else {"step": outer.q}
+            summary[key] = {"tune": "q" * len(step) + name, "lower": values[0], "upper": values[1]} | step
         elif isinstance(entry, dict | Domain) and len(values) != 1:
-            summary[key] = {"values": values} if values else {}
+            name = "grid_search" if isinstance(entry, dict) else "choice"
+            summary[key] = {"tune": name, "values": values} if values else {}
         else:
             summary[key] = values[0]
     return summary
@@ -99,7 +101,33 @@ def end_of_range(value: float, searched: dict, margin: float = 0.05) -> str | No
         return None
     low, high = min(ends), max(ends)
     value = min(max(value, low), high)  # one of first_trials may lie outside
-    if searched.get("log"):
+    if "log" in searched["tune"]:
         low, high, value = math.log(low), math.log(high), math.log(value)
     place = (value - low) / (high - low)
     return "lower" if place <= margin else "upper" if place >= 1 - margin else None
+
+
+def widened(key: str, searched: dict, end: str) -> str | None:
+    """Return the line of param_space that extends a range or numeric grid at its "upper" or "lower" end.
+
+    A logarithmic range grows by a factor of 10, another one by its width, and a grid by a value at the same ratio as
+    the last two (or at the same distance, if not all are positive): by less if that would not be valid. Returns None if
+    no value beyond is valid.
+    """
+    log, values = "log" in searched["tune"], searched.get("values") or [searched["lower"], searched["upper"]]
+    before, last = (sorted(values) if end == "upper" else sorted(values, reverse=True))[-2:]
+    for share in (1, 0.5, 0.25, 0.1):
+        if log or ("values" in searched and min(values) > 0):
+            value = last * (10 if log and end == "upper" else 0.1 if log else last / before) ** share
+        else:
+            value = last + (last - before) * share
+        value = round(value) if type(last) is int else float(f"{value:.3g}")
+        if value not in values and CONFIG_KEYS[key][0](value):
+            break
+    else:
+        return None
+    if "values" in searched:
+        return f'"{key}": tune.{searched["tune"]}({sorted([*values, value])}),'
+    low, high = (values[0], value) if end == "upper" else (value, values[1])
+    ends = [low, high + ("randint" in searched["tune"]), *([searched["step"]] if "step" in searched else [])]
+    return f'"{key}": tune.{searched["tune"]}({", ".join(map(repr, ends))}),'

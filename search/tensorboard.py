@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from search.cost import model_cost
 from search.records import METRICS, Search, Trial
 
 # Curves to show side by side, by group; the other metrics are in the group "training".
@@ -69,6 +70,8 @@ class Board:
             self.writers[trial.name] = SummaryWriter(str(self.search.folder / trial.name), purge_step=step)
             values = {key: to_hparam(trial.config[key], searched) for key, searched in self.search.searched.items()}
             self.writers[trial.name].file_writer.add_summary(hp.hparams_pb(values, trial_id=trial.name))
+            for key, value in model_cost(trial.config, self.search.images["num_classes"]).items():
+                self.writers[trial.name].add_scalar(f"trial/{key}", value, step)
         return self.writers[trial.name]
 
     def search_writer(self) -> Any:
@@ -77,7 +80,9 @@ class Board:
             self.writers[""] = SummaryWriter(str(self.search.folder))
             domains = [hp.HParam(key, domain(searched)) for key, searched in self.search.searched.items()]
             names = [*(f"best_{key}" for key in self.search.objective.shown), "epochs"]
+            names += ["parameters", "gflop_per_image"]
             metrics = [hp.Metric(f"trial/{name}", display_name=name) for name in names]
+            metrics.append(hp.Metric("training/images_per_second", display_name="images_per_second"))
             self.writers[""].file_writer.add_summary(hp.hparams_config_pb(domains, metrics))
             self.writers[""].add_text("search/methods", "\n\n".join(self.search.settings.methods()))
         return self.writers[""]

@@ -17,7 +17,7 @@ from train import Report, evaluation_batches
 ACCURACY = Objective("accuracy", "max")
 CPU, NAN, END = torch.device("cpu"), float("nan"), "all epochs done"
 IMAGES = make_synthetic(num_train=120, num_test=40, num_classes=5)  # 95 for training, 25 for validation
-SIZES: dict[str, str | int] = {"num_classes": 5, "num_val": 25}
+SIZES = {"num_classes": 5, "num_val": 25}
 VALIDATION = evaluation_batches(IMAGES, "val", CPU)
 # With a recipe of their own, so that a new default does not change what happens in the tests.
 RECIPE = {"bias_lr": 0.0, "crop_padding": 4}
