@@ -50,6 +50,9 @@ param_space = {
 # Extra trials to run first, such as {"lr": 0.01, "h_1": 64}; omitted values are drawn.
 first_trials: list[dict] = []
 
+# Experiment trackers to report to, such as Ray's MLflowLoggerCallback("cifar100") (see README).
+callbacks: list[tune.Callback] = []
+
 # What "best" means, for the epochs of a trial and for trials: the highest validation accuracy.
 METRIC, MODE = "accuracy", "max"
 
@@ -201,7 +204,7 @@ def fit(search: records.Search, trials: list[records.Trial], dataset: Dataset) -
     suggest = partial(sampler.suggest_config, search_space(settings), settings.seed, startup=STARTUP_TRIALS)
     waiting = hooks.TrialQueue(search, trials, promotion, max(1, at_once), suggest)
     resumable = hooks.ResumableScheduler(scheduler, search, early_stop)
-    recorder = hooks.Recorder(search, waiting, resumable.ends, MODELS_KEPT, PROGRESS_PERIOD)
+    recorder = hooks.Recorder(search, waiting, resumable.ends, MODELS_KEPT, PROGRESS_PERIOD, callbacks)
     with tuner.temporary_folder(search.folder, dataset) as (folder, images):
         trainable = partial(
             train_cifar,

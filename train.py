@@ -5,6 +5,7 @@ and LOOP below define the valid values of each key.
 """
 
 import functools
+import itertools
 import math
 import time
 from collections.abc import Iterator
@@ -113,6 +114,16 @@ class Training:
     def evaluated(self) -> nn.Module:
         """The model that is validated and saved."""
         return self.averaged.module if self.averaged else self.model
+
+
+def constant_epochs(config: dict) -> int:
+    """Return for how many epochs the learning rate stays at its maximum, from the start.
+
+    So long, training does not depend on config["epochs"].
+    """
+    schedule, epochs = SCHEDULES[config["schedule"]], config["epochs"]
+    constant = itertools.takewhile(lambda epoch: schedule(epoch / epochs) == 1, range(epochs + 1))
+    return max(0, len(list(constant)) - 1)
 
 
 def new_model(config: dict, num_classes: int) -> SmallResNet:

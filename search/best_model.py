@@ -2,6 +2,7 @@
 
 weights.pt     a state_dict, on the CPU
 config.json    hyperparameters, classes, and mean, std and source of the images
+constant_lr.pt the training state before the learning rate fell, if known, for search.retrain --continue
 metrics.json   its trial_id and epoch, val_loss, val_accuracy, test_loss, test_accuracy (and val_<METRIC> if another)
 """
 
@@ -15,11 +16,11 @@ from torch import nn
 
 from data import Dataset, InputError, usable_cpus
 from model import SmallResNet
-from search.files import atomic_write, load_tensors, loads, write_json
+from search.files import atomic_write, link, load_tensors, loads, write_json
 from search.records import Search, short_path
 from search.space import check_space
 from search.tensorboard import show_best_model
-from search.trial import weights_path
+from search.trial import CONSTANT_LR_FILE, weights_path
 from train import best_device, evaluate, evaluation_batches, new_model, predict
 
 BEST_MODEL = "best_model"
@@ -50,7 +51,7 @@ def evaluate_best_model(search: Search, dataset: Dataset, source: dict) -> dict 
     probabilities = predict(model, evaluation_batches(dataset, "test", best_device()))
     show_best_model(search.folder, probabilities, dataset.test_labels, dataset.test_images, dataset.classes)
     about = {"images": source, "objective": astuple(search.objective)}
-    write_model(folder, model, trial.config, dataset, about, metrics)
+    write_model(folder, model, trial.config, dataset, about, metrics, search.folder / trial.name / CONSTANT_LR_FILE)
     return metrics
 
 
@@ -71,14 +72,27 @@ def read_best_model(search: Search) -> dict | None:
     return metrics if (metrics["trial_id"], metrics["epoch"]) == (best.trial_id, best.best.epoch) else None
 
 
-def write_model(folder: Path, model: nn.Module, config: dict, dataset: Dataset, about: dict, metrics: dict) -> None:
-    """Write a model's folder atomically; about holds "images", the arguments of data.read_images, and "objective"."""
+def write_model(
+    folder: Path,
+    model: nn.Module,
+    config: dict,
+    dataset: Dataset,
+    about: dict,
+    metrics: dict,
+    state: Path | None = None,
+) -> None:
+    """Write a model's folder atomically, with a training state if there is one.
+
+    about holds "images", the arguments of data.read_images, and "objective".
+    """
     about = {key: getattr(dataset, key) for key in ("classes", "mean", "std")} | about
     with atomic_write(folder) as temporary:
         temporary.mkdir(parents=True)
         torch.save({name: tensor.cpu() for name, tensor in model.state_dict().items()}, temporary / WEIGHTS)
         write_json(temporary / CONFIG, {"hyperparameters": config} | about)
         write_json(temporary / METRICS, metrics)
+        if state and state.exists():
+            link(state, temporary / CONSTANT_LR_FILE)
 
 
 def read_metrics(folder: Path) -> dict | None:

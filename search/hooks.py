@@ -5,7 +5,7 @@ import math
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +20,8 @@ from search.progress import Progress
 from search.records import LOG_FILE, METRICS, Search, Trial
 from search.sampler import outcomes
 from search.tensorboard import Board
-from search.trial import TRAINING_FILE, prune_weights
+from search.trackers import Trackers
+from search.trial import CONSTANT_LR_FILE, TRAINING_FILE, prune_weights
 from search.tuner import own_node_lives
 from train import Report
 
@@ -178,7 +179,8 @@ class Recorder(tune.Callback):
     """Records what trials report, shows it, and keeps the weights of the models_kept best ones.
 
     Once `interrupted` is set, Tune's thread ends and leaves the trials as they are. Why trials ended is in `ends` (see
-    ResumableScheduler). A log file gets a progress block every progress_period seconds.
+    ResumableScheduler). A log file gets a progress block every progress_period seconds. The callbacks are told of the
+    trials, too (see Trackers).
     """
 
     def __init__(
@@ -188,10 +190,12 @@ class Recorder(tune.Callback):
         ends: dict[str, str],
         models_kept: int,
         progress_period: float,
+        callbacks: Sequence[tune.Callback] = (),
     ) -> None:
         self.search, self.queue, self.ends, self.models_kept = search, queue, ends, models_kept
         self.progress = Progress(progress_period, queue.promotion.rungs)
         self.board = Board(search)
+        self.trackers = Trackers(callbacks, self.progress.say)
         self.interrupted = threading.Event()
         self.failure: OSError | None = None
         self.checked = time.monotonic()
@@ -202,10 +206,13 @@ class Recorder(tune.Callback):
 
     def setup(self, **info: object) -> None:
         """Do what a process that was killed left undone."""
+        self.trackers.call("setup", **info)
         self.end_beaten()
         prune(self.search, self.search.ended(), self.models_kept)
 
     def on_step_begin(self, iteration: int, trials: list, **info: object) -> None:
+        self.trackers.step = {"iteration": iteration, "trials": trials}
+        self.trackers.call("on_step_begin", **self.trackers.step)
         for trial_id, trial in list(self.queue.running.items()):
             if trial.status == trial.ERROR:  # its worker could not be reused, and Tune calls nothing else
                 self.queue.on_trial_complete(trial_id)
@@ -218,7 +225,11 @@ class Recorder(tune.Callback):
             self.on_experiment_end(trials)
             raise SystemExit
 
+    def on_step_end(self, iteration: int, trials: list, **info: object) -> None:
+        self.trackers.call("on_step_end", **self.trackers.step)
+
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: object) -> None:
+        self.trackers.start(trial)
         self.progress.update(self.search, self.queue.busy())
 
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: object) -> None:
@@ -240,6 +251,7 @@ class Recorder(tune.Callback):
             self.board.write(known, len(self.queue.running))
         except OSError as error:
             self.progress.say(f"cannot write TensorBoard's events ({error}); make room there.")
+        self.trackers.report(known)
         if end:
             self.end(known)
         elif paused:
@@ -262,6 +274,7 @@ class Recorder(tune.Callback):
         prune(self.search, [trial], self.models_kept)
         with contextlib.suppress(OSError):  # a full disk
             self.board.end(trial)
+        self.trackers.end(trial.name)
         metric = self.search.objective.metric
         best = f"; best {metric} {getattr(trial.best, metric):.4f}" if trial.best else ""
         self.progress.say(f"{trial.name}: {trial.end}, at epoch {len(trial.reports)}{best}.")
@@ -279,11 +292,13 @@ class Recorder(tune.Callback):
         except OSError as disk_error:
             self.progress.say(f"cannot write {name}/{ERROR_FILE} ({disk_error}).")
         self.board.close(name)
+        self.trackers.end(name, failed=True)
         self.progress.say(f"{name} failed: {error}.")
         self.progress.update(self.search, self.queue.busy())
 
     def on_experiment_end(self, trials: list, **info: object) -> None:
         self.board.close_all()
+        self.trackers.close()
         self.progress.erase()
         if self.failure:
             raise self.failure
@@ -304,12 +319,15 @@ class Recorder(tune.Callback):
 def prune(search: Search, trials: list[Trial], models_kept: int) -> None:
     """Delete what these ended trials no longer need: training states, and weights except those of the best trials.
 
-    The models_kept best of all ended trials keep the weights of their best epoch.
+    The models_kept best of all ended trials keep the weights of their best epoch; the best one also keeps the training
+    state before its learning rate fell.
     """
     ranking = [trial for trial in search.ranking() if trial.end]
-    for trial in (*trials, *ranking[models_kept : models_kept + 1]):  # the last may have been among the best until now
+    # The others may have been the best one, or among the best, until now.
+    for trial in (*trials, *ranking[1:2], *ranking[models_kept : models_kept + 1]):
         folder = search.folder / trial.name
-        (folder / TRAINING_FILE).unlink(missing_ok=True)
+        for name in (TRAINING_FILE, *([] if trial in ranking[:1] else [CONSTANT_LR_FILE])):
+            (folder / name).unlink(missing_ok=True)
         prune_weights(folder, {trial.best.epoch} if trial in ranking[:models_kept] else set())
 
 

@@ -170,9 +170,9 @@ def at_edges(search: Search, edges: dict[str, str]) -> list[str]:
     lines = textwrap.wrap(f"The best value lies at the edge of its range: {ends}.", COLUMNS) if edges else []
     if changes:
         name = "QUICK_SPACE" if search.settings.quick else "param_space"
-        lines.append(f"To search beyond it without training these trials again, write in {name}:")
-        lines += [f"    {change}" for change in changes]
-        lines.append(f"and run {script_command('--warm-start', search.folder, *search.settings.source_flags())}")
+        command = script_command("--warm-start", search.folder, *search.settings.source_flags())
+        lines.append(f"To search beyond it without training these trials again, write in {name}")
+        lines += [*(f"    {change}" for change in changes), "and run", f"    {command}"]
     return lines
 
 

@@ -3,6 +3,7 @@
 python -m search.retrain outputs/NAME/best_model
 python -m search.retrain outputs/NAME/best_model --full    # on training and validation images together
 python -m search.retrain outputs/NAME/best_model --lr 0.02 --epochs 30
+python -m search.retrain outputs/NAME/best_model --epochs 60 --continue    # from where its learning rate began to fall
 """
 
 import argparse
@@ -24,7 +25,8 @@ from search.console import run_program
 from search.records import Objective, new_folder, short_path
 from search.settings import Parser, Settings, flag, folder_name
 from search.space import check_space
-from train import CONFIG_KEYS, best_device, new_training, train_epochs
+from search.trial import CONSTANT_LR_FILE, restore_training
+from train import CONFIG_KEYS, Training, best_device, constant_epochs, new_training, train_epochs
 
 PROGRAM = "python -m search.retrain"
 
@@ -43,6 +45,7 @@ def parse_args(argv: Sequence[str] | None) -> dict:
     add = parser.add_argument
     add("model", type=Path, help="model folder whose config is trained, e.g. outputs/NAME/best_model")
     add("--full", action="store_true", help="train on the validation images too, and keep the last epoch's weights")
+    add("--continue", action="store_true", help="train on from before the learning rate fell, for more --epochs")
     add("--data-dir", metavar="PATH", type=os.path.expanduser, help="image folder (default: the original one)")
     add("--output-dir", metavar="PATH", type=os.path.expanduser, help="parent of the new folder (default: outputs)")
     add("--name", type=folder_name, help="name of the new model folder (default: retrained_<date>_<time>)")
@@ -65,11 +68,35 @@ def with_validation_images(dataset: Dataset) -> Dataset:
     )
 
 
+def state_to_continue(folder: Path, about: dict, config: dict, device: torch.device) -> Training:
+    """Return the training of a model before its learning rate fell, to be continued with a config for more epochs.
+
+    Raises InputError if there is none, or if a training with this config would not have been the same so far.
+    """
+    hyperparameters, path = about["hyperparameters"], folder / CONSTANT_LR_FILE
+    for key in CONFIG_KEYS:
+        if key != "epochs" and config[key] != hyperparameters[key]:
+            raise InputError(f"--continue cannot change {key}; remove {flag(key)}")
+    training = restore_training(config, len(about["classes"]), device, path)
+    if not training.history:
+        raise InputError(f"{path} is missing or damaged; remove --continue, to train from the beginning")
+    if training.epoch > constant_epochs(config):
+        raise InputError(
+            f"--epochs {config['epochs']} is too small to continue after epoch {training.epoch}; use at least "
+            f"{hyperparameters['epochs']}"
+        )
+    return training
+
+
 def retrain(given: dict) -> int:
     """Train a config, test it once, write its folder, and return the exit code."""
     _, about = read_model(given["model"])
     config = about["hyperparameters"] | {key: given[key] for key in CONFIG_KEYS if key in given}
     check_space(config)
+    device, objective = best_device(), Objective(*about["objective"])
+    if "continue" in given and given.get("full"):
+        raise InputError("--continue cannot be combined with --full, which trains on other images; remove one of them")
+    training = state_to_continue(given["model"], about, config, device) if "continue" in given else None
     name = given.get("name") or datetime.now().strftime("retrained_%Y-%m-%d_%H-%M-%S")
     output_dir = given.get("output_dir", "outputs")
     folder = new_folder(Settings(output_dir=output_dir, name=name))
@@ -78,12 +105,16 @@ def retrain(given: dict) -> int:
     if given.get("full"):
         dataset = with_validation_images(dataset)
     torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
-    device, objective = best_device(), Objective(*about["objective"])
-    training = new_training(config, len(dataset.classes), device)
+    if training is None:
+        training = new_training(config, len(dataset.classes), device)
+    elif list(dataset.classes) != list(about["classes"]):
+        raise InputError("--continue needs images of the same classes; choose another --data-dir, or remove --continue")
+    start = max(0, training.epoch - 1)  # the epochs before left no weights
+    model, kept = copy.deepcopy(training.evaluated), training.history[-1] if training.history else None
     for report in train_epochs(training, config, dataset, device):
         if not math.isfinite(report.train_loss):
             raise InputError(f"loss became NaN or infinite in epoch {report.epoch}; use a lower --lr")
-        best = objective.best(training.history)
+        best = objective.best(training.history[start:])
         if best is None or best is report:  # None: without validation images
             model, kept = copy.deepcopy(training.evaluated), report
         validation = "" if given.get("full") else f"loss {report.loss:.4f}  accuracy {report.accuracy:.4f}  "

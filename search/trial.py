@@ -2,6 +2,7 @@
 
 <trial>/weights_<epoch>.pt   the weights of its best epoch, a state_dict
 <trial>/training.pt          the training state: everything needed to continue
+<trial>/constant_lr.pt       that after the last epoch before the learning rate falls, for search.retrain --continue
 """
 
 from collections.abc import Callable, Collection
@@ -12,11 +13,11 @@ import torch
 from ray import tune
 
 from data import Dataset, map_dataset
-from search.files import atomic_write, load_tensors
+from search.files import atomic_write, link, load_tensors
 from search.records import SEARCH_FILE, Objective
-from train import Report, Training, best_device, new_training, train_epochs
+from train import Report, Training, best_device, constant_epochs, new_training, train_epochs
 
-TRAINING_FILE = "training.pt"
+TRAINING_FILE, CONSTANT_LR_FILE = "training.pt", "constant_lr.pt"
 
 
 def weights_path(folder: Path, epoch: int) -> Path:
@@ -54,13 +55,16 @@ def save_training(training: Training, config: dict, folder: Path) -> None:
         torch.save(state, temporary)
 
 
-def restore_training(config: dict, num_classes: int, device: torch.device, folder: Path) -> Training:
-    """Return the training saved in a trial's folder, or a new one, with a note if the saved one is unreadable."""
-    training, path = new_training(config, num_classes, device), folder / TRAINING_FILE
+def restore_training(config: dict, num_classes: int, device: torch.device, path: Path) -> Training:
+    """Return the training saved in a file, or a new one, with a note if the saved one is unreadable.
+
+    The saved one may have been meant for another number of epochs.
+    """
+    training = new_training(config, num_classes, device)
     if not path.exists():
         return training
     state = load_tensors(path)
-    if state is None or state.get("config") != config:
+    if state is None or (state.get("config") or {}) | {"epochs": config["epochs"]} != config:
         training.notes.append(f"{path} is unreadable; restarting from scratch")
         return training
     training.model.load_state_dict(state["model"])
@@ -86,11 +90,13 @@ def run_trial(
     """Train one trial, from where an earlier process stopped, and report every epoch.
 
     Before an epoch is reported, its weights are saved if they are the best so far, and the training state if at least
-    save_period seconds of training have passed, or the trial may be paused, since the epoch is one of `rungs`. `report`
-    is called with {"restored": the epoch of the training state}, then with the metrics of each epoch (see Report);
-    those up to a restored state are reported again as they were. A "note" is added if the user should know something.
+    save_period seconds of training have passed, or the trial may be paused, since the epoch is one of `rungs`, or the
+    learning rate falls from there on. `report` is called with {"restored": the epoch of the training state}, then with
+    the metrics of each epoch (see Report); those up to a restored state are reported again as they were. A "note" is
+    added if the user should know something.
     """
-    training = restore_training(config, len(dataset.classes), device, folder)
+    training = restore_training(config, len(dataset.classes), device, folder / TRAINING_FILE)
+    constant = constant_epochs(config)
 
     def tell(metrics: dict) -> None:
         note = "; ".join(training.notes)
@@ -105,9 +111,11 @@ def run_trial(
         best = objective.best(training.history)
         if best is epoch:
             save_weights(training, weights_path(folder, epoch.epoch))
-        if epoch.epoch in rungs or epoch.seconds - saved_seconds >= save_period:
+        if epoch.epoch in (*rungs, constant) or epoch.seconds - saved_seconds >= save_period:
             save_training(training, config, folder)
             saved, saved_seconds = epoch.epoch, epoch.seconds
+        if epoch.epoch == constant:
+            link(folder / TRAINING_FILE, folder / CONSTANT_LR_FILE)
         tell(asdict(epoch))
         # If this process dies, the trial restarts after `saved`, and its best epoch may be an earlier one again.
         best_saved = objective.best(training.history[:saved])

@@ -22,7 +22,7 @@ from hparam_search import main, param_space
 from search.best_model import load_model
 from search.files import read_lines
 from search.hooks import error_sentence
-from search.trial import restore_training, run_trial, save_training, save_weights, weights_path
+from search.trial import TRAINING_FILE, restore_training, run_trial, save_training, save_weights, weights_path
 from tests.conftest import REPOSITORY, figures, read_csv
 from tests.helpers import ACCURACY, CPU
 from train import EAGER_STEPS, Report, Training, TrainStep, evaluate, evaluation_batches, new_training, train_epochs
@@ -207,7 +207,7 @@ def test_restored_in_mid_run_and_loads_on_a_cpu(tmp_path: Path) -> None:
     first = next(train_epochs(training, CONFIG, IMAGES, GPU))
     save_weights(training, path)
     save_training(training, CONFIG, tmp_path)
-    restored = restore_training(CONFIG, 5, GPU, tmp_path)
+    restored = restore_training(CONFIG, 5, GPU, tmp_path / TRAINING_FILE)
     assert restored.notes == []
     reports = [first, *train_epochs(restored, CONFIG, IMAGES, GPU)]
     assert [report.epoch for report in reports] == [1, 2, 3]

@@ -1,0 +1,59 @@
+"""Experiment trackers: what Ray's callbacks for MLflow, Weights & Biases and others are told of a search."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from ray import tune
+
+from search.records import Trial
+
+
+class Trackers:
+    """Tells callbacks of every trial once, from its first epoch to its end.
+
+    To Tune, a paused trial that continues is a new one, and a restored one reports its epochs again. Here it stays the
+    trial, and an epoch is told once. A callback that fails is not called again, and `say` is called with a sentence.
+    """
+
+    def __init__(self, callbacks: Sequence[tune.Callback], say: Callable[[str], object]) -> None:
+        self.callbacks, self.say = list(callbacks), say
+        self.step: dict[str, Any] = {"iteration": 0, "trials": []}  # what Tune passes to every hook
+        self.trials: dict[str, Any] = {}  # name → the trial as Tune first started it
+        self.told: dict[str, int] = {}  # name → how many of its epochs the callbacks know
+
+    def call(self, hook: str, **info: object) -> None:
+        """Call a hook of all callbacks."""
+        for callback in list(self.callbacks):
+            try:
+                getattr(callback, hook)(**info)
+            except Exception as error:  # of a server, or of the user's code
+                self.callbacks.remove(callback)
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                self.say(f"The callback {type(callback).__name__} failed ({reason}); it is not called again.")
+
+    def start(self, trial: Any) -> None:
+        """Tell of the start of one of Tune's trials, unless it continues one."""
+        if str(trial) not in self.trials:
+            self.trials[str(trial)], self.told[str(trial)] = trial, 0
+            self.call("on_trial_start", **self.step, trial=trial)
+
+    def report(self, trial: Trial) -> None:
+        """Tell of a trial's latest epochs; the first time, also of those that an earlier process has trained."""
+        shown = self.trials[trial.name]
+        for report in trial.reports[self.told[trial.name] :]:
+            about: dict[str, Any] = {"training_iteration": report.epoch, "time_total_s": report.seconds}
+            about |= {"trial_id": shown.trial_id, "config": trial.config, "done": bool(trial.end)}
+            self.call("on_trial_result", **self.step, trial=shown, result=asdict(report) | about)
+        self.told[trial.name] = len(trial.reports)
+
+    def end(self, name: str, failed: bool = False) -> None:
+        """Tell of the end of a trial, if the callbacks know it."""
+        if shown := self.trials.pop(name, None):
+            self.call("on_trial_error" if failed else "on_trial_complete", **self.step, trial=shown)
+
+    def close(self) -> None:
+        """Tell of the end of all; a trial that has not ended counts as failed."""
+        for name in list(self.trials):
+            self.end(name, failed=True)
+        self.call("on_experiment_end", trials=self.step["trials"])
