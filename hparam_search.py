@@ -140,7 +140,7 @@ def new_search(settings: Settings) -> int:
     """Run a new search, and return the exit code."""
     objective, settings = records.Objective(METRIC, MODE), with_defaults(settings)
     trials, drawn_from = draw(settings)
-    earlier = [warm_start.open_earlier(Path(folder)) for folder in settings.warm_start]
+    earlier = [warm_start.open_earlier(Path(folder)) for folder in settings.warm_start or ()]
     records.new_folder(settings)  # refuses a folder before the images are read
     dataset = read_images(**image_source(settings))
     with tuner.running_ray():

@@ -139,7 +139,7 @@ def measure(config: dict, dataset: Dataset, rounds: int, device: torch.device) -
             validation.append((report.seconds - before - training_seconds) / len(dataset.val_images))
             before = report.seconds
             weights.append(seconds_of(lambda path=path: save_weights(training, path), device))
-            state.append(seconds_of(lambda: save_training(training, config, Path(folder)), device))
+            state.append(seconds_of(lambda: save_training(training, config, Path(folder, "state.pt")), device))
             prune_weights(Path(folder), {report.epoch})
             for name, steps in others.items():
                 seconds = seconds_of(lambda steps=steps: take(steps, count), device)

@@ -60,8 +60,8 @@ class Settings:
     max_epochs: int | None = option(None, 'epochs of a trial (default: param_space["epochs"])', type=int)
     seed: int = option(0, "random seed of draws, weights and batches (default: 0)", type=int)
     repeats: int | None = option(None, "train the best 3 configs again with N other random seeds each", type=int)
-    warm_start: Sequence[str] = option(
-        (), "begin with the trials of these earlier searches (see README)", type=absolute_path, nargs="+"
+    warm_start: Sequence[str] | None = option(
+        None, "begin with the trials of these earlier searches (see README)", type=absolute_path, nargs="+"
     )
     time_budget: float | None = option(None, "stop cleanly after this long, e.g. 90s, 30m, 2h", type=seconds)
     quick: bool = option(False, "a one-minute demo on two cores, on synthetic images", action="store_true")
@@ -83,8 +83,7 @@ class Settings:
     def source_flags(self) -> Sequence[str]:
         """Return the flags that give another search the same images, epochs and --output-dir."""
         usual = {"dataset": "synthetic" if self.quick else "cifar100", "max_epochs": None, "output_dir": "outputs"}
-        if self.dataset != "synthetic":
-            usual["data_dir"] = absolute_path("data")
+        usual["data_dir"] = absolute_path("data") if self.dataset != "synthetic" else self.data_dir
         changed = [key for key, default in usual.items() if getattr(self, key) != default]
         return ["--quick"] * self.quick + [text for key in changed for text in (flag(key), str(getattr(self, key)))]
 

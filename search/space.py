@@ -121,8 +121,10 @@ def widened(key: str, searched: dict, end: str) -> str | None:
             value = last * (10 if log and end == "upper" else 0.1 if log else last / before) ** share
         else:
             value = last + (last - before) * share
+        if "step" in searched:
+            value = round(value / searched["step"]) * searched["step"]
         value = round(value) if type(last) is int else float(f"{value:.3g}")
-        if value not in values and CONFIG_KEYS[key][0](value):
+        if value not in values and CONFIG_KEYS[key][0](value) and (value > 0 or not log):
             break
     else:
         return None

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from search.cost import model_cost
+from search.cost import model_cost, trial_cost
 from search.records import METRICS, Search, Trial
 
 # Curves to show side by side, by group; the other metrics are in the group "training".
@@ -36,6 +36,8 @@ class Board:
     def __init__(self, search: Search) -> None:
         self.search = search
         self.writers: dict[str, Any] = {}  # a trial's name, or "" for the search → SummaryWriter
+        for trial in search.trials.values():
+            trial_cost(search, trial)  # takes a second the first time, of which Tune would warn later
 
     def write(self, trial: Trial, num_running: int) -> None:
         """Write a trial's latest report, and the search's progress; raise OSError if they cannot be written."""

@@ -13,7 +13,7 @@ import torch
 from ray import tune
 
 from data import Dataset, map_dataset
-from search.files import atomic_write, link, load_tensors
+from search.files import atomic_write, load_tensors
 from search.records import SEARCH_FILE, Objective
 from train import Report, Training, best_device, constant_epochs, new_training, train_epochs
 
@@ -41,8 +41,8 @@ def prune_weights(folder: Path, epochs: set[int]) -> None:
             path.unlink(missing_ok=True)
 
 
-def save_training(training: Training, config: dict, folder: Path) -> None:
-    """Write the training state into a trial's folder; raise OSError, naming the file, if this fails."""
+def save_training(training: Training, config: dict, path: Path) -> None:
+    """Write the training state; raise OSError, naming the file, if this fails."""
     state = {
         "config": config,
         "history": [asdict(report) for report in training.history],
@@ -50,8 +50,8 @@ def save_training(training: Training, config: dict, folder: Path) -> None:
         "momentum": training.optimizer.state_dict()["state"],
         "averaged": training.averaged.state_dict() if training.averaged else None,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic_write(folder / TRAINING_FILE) as temporary:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as temporary:
         torch.save(state, temporary)
 
 
@@ -90,10 +90,9 @@ def run_trial(
     """Train one trial, from where an earlier process stopped, and report every epoch.
 
     Before an epoch is reported, its weights are saved if they are the best so far, and the training state if at least
-    save_period seconds of training have passed, or the trial may be paused, since the epoch is one of `rungs`, or the
-    learning rate falls from there on. `report` is called with {"restored": the epoch of the training state}, then with
-    the metrics of each epoch (see Report); those up to a restored state are reported again as they were. A "note" is
-    added if the user should know something.
+    save_period seconds of training have passed, or the trial may be paused, since the epoch is one of `rungs`. `report`
+    is called with {"restored": the epoch of the training state}, then with the metrics of each epoch (see Report);
+    those up to a restored state are reported again as they were. A "note" is added if the user should know something.
     """
     training = restore_training(config, len(dataset.classes), device, folder / TRAINING_FILE)
     constant = constant_epochs(config)
@@ -111,11 +110,11 @@ def run_trial(
         best = objective.best(training.history)
         if best is epoch:
             save_weights(training, weights_path(folder, epoch.epoch))
-        if epoch.epoch in (*rungs, constant) or epoch.seconds - saved_seconds >= save_period:
-            save_training(training, config, folder)
-            saved, saved_seconds = epoch.epoch, epoch.seconds
         if epoch.epoch == constant:
-            link(folder / TRAINING_FILE, folder / CONSTANT_LR_FILE)
+            save_training(training, config, folder / CONSTANT_LR_FILE)
+        if epoch.epoch in rungs or epoch.seconds - saved_seconds >= save_period:
+            save_training(training, config, folder / TRAINING_FILE)
+            saved, saved_seconds = epoch.epoch, epoch.seconds
         tell(asdict(epoch))
         # If this process dies, the trial restarts after `saved`, and its best epoch may be an earlier one again.
         best_saved = objective.best(training.history[:saved])

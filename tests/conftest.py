@@ -14,11 +14,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from PIL import Image
+from ray import tune
+from ray.tune.logger import LoggerCallback
 
 import hparam_search  # before Ray: it sets what Ray reads at its import
 from search.files import load_tensors, read_lines
@@ -84,6 +86,32 @@ def make_small(setattr: Callable) -> None:
         setattr(hparam_search, name, value)
 
 
+class Tracker(LoggerCallback):
+    """Keeps what it is told, as Ray's callbacks for experiment trackers send it to them."""
+
+    def setup(self, **info: object) -> None:
+        self.told, self.ended, self.over = {}, [], False
+
+    def log_trial_start(self, trial: Any) -> None:
+        self.told[trial] = []
+
+    def log_trial_result(self, iteration: int, trial: Any, result: dict) -> None:
+        self.told[trial].append((result["training_iteration"], result["loss"], result["config"]))
+
+    def log_trial_end(self, trial: Any, failed: bool = False) -> None:
+        self.ended.append((str(trial), failed))
+
+    def on_experiment_end(self, trials: list, **info: object) -> None:
+        self.over = True
+
+
+class Broken(tune.Callback):
+    """Fails at the first result."""
+
+    def on_trial_result(self, **info: object) -> None:
+        raise ConnectionError("no server")
+
+
 class Finished(NamedTuple):
     """A search that has finished."""
 
@@ -93,6 +121,7 @@ class Finished(NamedTuple):
     search: Search
     rows: list[dict[str, str]]  # of results.csv
     metrics: dict  # of the best model
+    tracker: Tracker
 
 
 @pytest.fixture(scope="session")
@@ -100,9 +129,10 @@ def finished(ray_started: str, tmp_path_factory: pytest.TempPathFactory) -> Fini
     folder, out, err = tmp_path_factory.mktemp("finished") / "it", io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         make_small(patch.setattr)
+        patch.setattr(hparam_search, "callbacks", [Broken(), tracker := Tracker()])
         assert run_search(folder, *EXAMPLE) == 0
     metrics = json.loads((folder / "best_model" / "metrics.json").read_text())
-    return Finished(folder, out.getvalue(), err.getvalue(), open_search(folder, {}), read_csv(folder), metrics)
+    return Finished(folder, out.getvalue(), err.getvalue(), open_search(folder, {}), read_csv(folder), metrics, tracker)
 
 
 def run_search(folder: Path, *flags: object) -> int:
@@ -121,7 +151,7 @@ def read_csv(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def figures(folder: Path, without: str = "seconds") -> list[dict]:
+def figures(folder: Path, without: str = "seconds images_per_second") -> list[dict]:
     """Return results.csv without what a clock measured."""
     return [{key: value for key, value in row.items() if key not in without.split()} for row in read_csv(folder)]
 

@@ -195,7 +195,7 @@ def test_search_killed_as_it_ends_does_so_on_resume(finished: Finished, ray_star
     for path in folder.glob("*/weights_*.pt"):  # what pruning deletes
         (path.parent / TRAINING_FILE).touch()
         shutil.copyfile(path, weights_path(path.parent, 99))
-    files = [Path("best_model", name) for name in ("config.json", "metrics.json", "weights.pt")]
+    files = [Path("best_model", name) for name in ("config.json", "constant_lr.pt", "metrics.json", "weights.pt")]
     for moment in itertools.count():
         process = conftest.start(ray_started, ["--resume", str(folder)], output, kill_at, moment)
         process.join(60)
@@ -207,7 +207,7 @@ def test_search_killed_as_it_ends_does_so_on_resume(finished: Finished, ray_star
             break
         assert process.exitcode == -signal.SIGKILL, output.read_text()
     assert moment >= 10
-    for file in (*files[:2], Path("results.csv")):
+    for file in (*files[:3], Path("results.csv")):
         assert (folder / file).read_bytes() == (finished.folder / file).read_bytes()
     assert len(list(folder.glob("*/weights_*.pt"))) == 2
     assert not list(folder.glob("*/training*"))
@@ -250,7 +250,7 @@ def test_any_damage_ends_in_a_sentence_and_in_no_figure_that_was_not_reported(
 
     undamaged = shutil.copytree(whole, tmp_path / "undamaged")
     assert main(["--resume", str(undamaged)]) == 0
-    expected, codes = figures(undamaged, "seconds weights"), []
+    expected, codes = figures(undamaged, "seconds images_per_second weights"), []
     for file in sorted(path.relative_to(whole) for path in whole.rglob("*") if path.is_file()):
         for damage, change in list(DAMAGES.items()) * (3 if file.name == LOG_FILE else 1):
             folder, what = tmp_path / "it", f"{file} {damage}"
@@ -269,7 +269,7 @@ def test_any_damage_ends_in_a_sentence_and_in_no_figure_that_was_not_reported(
                 assert printed.err.splitlines()[-1].startswith("hparam_search.py: "), what
                 continue
             assert {line for line in printed.out.splitlines() if "test accuracy" in line} <= tested, what
-            assert file.name == LOG_FILE or figures(folder, "seconds weights") == expected, what
+            assert file.name == LOG_FILE or figures(folder, "seconds images_per_second weights") == expected, what
             for row in read_csv(folder):
                 columns = ("loss", "accuracy", "best_loss", "best_accuracy", "seconds", "lr", "p_drop", "epochs")
                 assert {row[column] for column in columns} <= reported, what

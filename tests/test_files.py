@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from search.files import append_lines, atomic_write, dumps, load_tensors, loads, lock, read_lines, write_json
+from search.files import append_lines, atomic_write, dumps, link, load_tensors, loads, lock, read_lines, write_json
 from tests.helpers import DAMAGES, NAN, disk_full_after
 
 LINES = [{"epoch": 1, "loss": NAN}, {"name": "ä", "lr": 1e-5}, {"list": [1, 2.0, None, True, {}]}]
@@ -104,3 +104,20 @@ def test_disks_need_neither_flush_folders_nor_lock(code: int, tmp_path: Path, mo
     write(tmp_path / "file", "text")
     with lock(tmp_path) as locked:
         assert locked
+
+
+@pytest.mark.parametrize("other_disk", [False, True])
+def test_linked_file_outlives_and_replaces_others(
+    other_disk: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    if other_disk:
+        monkeypatch.setattr(os, "link", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.EXDEV, "another disk")))
+    for text in ("old", "new"):
+        source.write_text(text)
+        link(source, target)
+        assert target.samefile(source) == (text == "old" and not other_disk)
+        write(source, "changed")
+        source.unlink()
+        assert target.read_text() == text
+    assert list(tmp_path.iterdir()) == [target]

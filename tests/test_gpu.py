@@ -206,7 +206,7 @@ def test_restored_in_mid_run_and_loads_on_a_cpu(tmp_path: Path) -> None:
     expected, training, path = run(CONFIG), new_training(CONFIG, 5, GPU), weights_path(tmp_path, 1)
     first = next(train_epochs(training, CONFIG, IMAGES, GPU))
     save_weights(training, path)
-    save_training(training, CONFIG, tmp_path)
+    save_training(training, CONFIG, tmp_path / TRAINING_FILE)
     restored = restore_training(CONFIG, 5, GPU, tmp_path / TRAINING_FILE)
     assert restored.notes == []
     reports = [first, *train_epochs(restored, CONFIG, IMAGES, GPU)]

@@ -6,21 +6,22 @@ from pathlib import Path
 import pytest
 
 from search import report as reports
+from search.cost import model_cost
 from search.files import lock
 from search.progress import Progress, block
 from search.records import open_search
 from tests.conftest import Finished
-from tests.helpers import END, add, report, search_in, tell
+from tests.helpers import CONFIG, END, add, report, search_in, tell
 
 
 def importance(folder: Path, trials: list[tuple[dict, list[float]]], mode: str = "max") -> str:
     """Return what a search of these configs and accuracies says about importance."""
-    search = search_in(folder, mode=mode)
-    search.space["h_1"] = {"values": [4, 8, 16]}
+    search = search_in(folder, mode=mode, data_dir=str(Path.cwd() / "data"))
+    search.space["h_1"] = {"tune": "choice", "values": [4, 8, 16]}
     for config, accuracies in trials:
         add(search, *accuracies, **config)
     lines = reports.importance(search, search.ended())
-    assert max(map(len, lines)) <= 80
+    assert all(len(line) <= 80 or line.startswith("    python hparam_search.py ") for line in lines)
     return " ".join(lines)
 
 
@@ -39,7 +40,11 @@ def test_importance_is_a_rank_correlation_at_the_last_epoch_that_all_reached(tmp
         trials = [({"lr": draw(), "h_1": 4 if draw() < 0.5 else 8, "p_drop": draw()}, [draw()]) for _ in range(10)]
         texts.append(importance(tmp_path / str(i), trials))
     assert sum("Importance" in text for text in texts) <= 6  # by chance; 3 are expected
-    assert importance(tmp_path / "edge", [({"h_1": x}, [x / 40]) for x in [4, 8, 16] * 4]).endswith("h_1 (upper end).")
+    assert importance(tmp_path / "edge", [({"h_1": x}, [x / 40]) for x in [4, 8, 16] * 4]).endswith(
+        "The best value lies at the edge of its range: h_1 (upper end). To search beyond it without training these "
+        'trials again, write in param_space     "h_1": tune.choice([4, 8, 16, 32]), and run     python '
+        f"hparam_search.py --warm-start {tmp_path}/edge"
+    )
 
 
 def test_rungs_and_repeats_are_summarized(tmp_path: Path) -> None:
@@ -70,11 +75,13 @@ def test_list_shows_every_search_and_its_status(finished: Finished, tmp_path: Pa
     failed = search_in(tmp_path / "four")
     failed.record("failed", trial=add(failed), error="out of memory")
     with lock(tmp_path / "two"):
+        parameters, gflop = model_cost(CONFIG, 5).values()
         rows = [" ".join(line.split()) for line in reports.list_searches(tmp_path).splitlines()[2:6]]
+    cost = " ".join(f"{value:.3g}" for value in (parameters / 1e6, gflop))
     assert rows == [
-        "one interrupted 0/1 0.3000",
-        "two running 1/1 0.3000",
-        "three damaged, or from another version",
+        f"one interrupted 0/1 0.3000 {cost} 1000",
+        f"two running 1/1 0.3000 {cost} 1000",
+        "three unreadable",
         "four finished 0/1",
     ]
     # A finished search whose repeats have begun.

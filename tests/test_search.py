@@ -19,6 +19,7 @@ import hparam_search
 from data import make_synthetic
 from hparam_search import main
 from search.best_model import load_model, read_best_model, read_model
+from search.cost import model_cost
 from search.records import open_search
 from search.sampler import suggest_config
 from search.trial import weights_path
@@ -45,12 +46,18 @@ def test_results_have_a_row_per_trial_with_its_best_epoch(finished: Finished) ->
         assert (row["best_accuracy"], row["best_loss"]) == (str(best.accuracy), str(best.loss))
         assert (row["loss"], row["accuracy"]) == (str(trial.reports[-1].loss), str(trial.reports[-1].accuracy))
         assert (row["lr"], row["status"], row["max_epochs"]) == (str(trial.config["lr"]), "TERMINATED", "10")
+        cost = {key: float(row[key]) for key in ("parameters", "gflop_per_image", "images_per_second")}
+        speed = {"images_per_second": trial.reports[-1].images_per_second}
+        assert cost == model_cost(trial.config, 5) | speed
         assert row["ended_because"] == ("all epochs done" if row["epochs"] == "10" else "stopped by the scheduler")
     assert {row["ended_because"] for row in finished.rows} == {"all epochs done", "stopped by the scheduler"}
     # The two best models are on the disk, and no training states.
     kept = sorted(str(path.relative_to(finished.folder)) for path in finished.folder.glob("*/weights_*.pt"))
     assert kept == sorted(row["weights"] for row in finished.rows if row["weights"])
     assert len(kept) == 2
+    best = f"train_cifar_{finished.metrics['trial_id']}"
+    states = sorted(path.parent.name for path in finished.folder.glob("*/constant_lr.pt"))
+    assert states == ["best_model", best]
     assert not [*finished.folder.glob("*/training*"), *finished.folder.rglob(".*")]
 
 
@@ -88,6 +95,7 @@ def test_tensorboard_shows_trials_search_and_best_model(finished: Finished) -> N
             curve = {report.epoch: getattr(report, key) for report in trial.reports}
             assert {event.step: event.value for event in events.Scalars(tag)} == pytest.approx(curve)
         final = {"best_loss": trial.best.loss, "best_accuracy": trial.best.accuracy, "epochs": len(trial.reports)}
+        final |= model_cost(trial.config, 5)
         assert {key: events.Scalars(f"trial/{key}")[-1].value for key in final} == pytest.approx(final)
         start, end = (hparams_of(events, f"session_{key}_info") for key in ("start", "end"))
         values = {key: value.number_value for key, value in start.session_start_info.hparams.items()}
@@ -107,7 +115,8 @@ def test_tensorboard_shows_trials_search_and_best_model(finished: Finished) -> N
     assert domains.keys() == {"h_2", "p_drop", "lr"}
     assert [value.number_value for value in domains["h_2"].domain_discrete.values] == [16, 32]
     assert domains["lr"].domain_interval.max_value == 0.1
-    assert [info.name.tag for info in experiment.metric_infos] == [f"trial/{key}" for key in final]
+    tags = [*(f"trial/{key}" for key in final), "training/images_per_second"]
+    assert [info.name.tag for info in experiment.metric_infos] == tags
     for name in ("confusion_matrix", "most_confident_mistakes"):
         assert Image.open(io.BytesIO(events.Images(f"best_model/{name}")[-1].encoded_image_string)).width > 100
 
@@ -148,11 +157,18 @@ def test_finished_search_is_resumed_and_listed_without_training_or_refused(
 
     assert main(["--list", "--output-dir", str(finished.folder.parent)]) == 0
     validation, test = finished.metrics["val_accuracy"], finished.metrics["test_accuracy"]
-    assert re.search(rf"\nit +finished +4/4 +{validation:.4f} +{test:.4f}\n", capsys.readouterr().out)
+    best = next(row for row in finished.rows if row["trial_id"] == finished.metrics["trial_id"])
+    millions, *cost = (float(best[key]) for key in ("parameters", "gflop_per_image", "images_per_second"))
+    cells = [f"{validation:.4f}", f"{test:.4f}", f"{millions / 1e6:.3g}", f"{cost[0]:.3g}", f"{cost[1]:.0f}"]
+    assert ["it", "finished", "4/4", *cells] in [line.split() for line in capsys.readouterr().out.splitlines()]
 
     # It is not continued with another space or objective.
     for name, value, words in (
-        ("QUICK_SPACE", {**hparam_search.QUICK_SPACE, "lr": tune.loguniform(1e-3, 1e-1)}, "'lr' is {'lower': 0.001"),
+        (
+            "QUICK_SPACE",
+            {**hparam_search.QUICK_SPACE, "lr": tune.loguniform(1e-3, 1e-1)},
+            "'lr' is {'tune': 'loguniform', 'lower': 0.001",
+        ),
         ("MODE", "min", "'mode' is min, but was max when the search began"),
     ):
         with monkeypatch.context() as patch:

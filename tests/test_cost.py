@@ -1,0 +1,36 @@
+from pathlib import Path
+
+import pytest
+
+from search.cost import cheaper, model_cost
+from tests.helpers import CONFIG, add, search_in
+
+
+@pytest.mark.parametrize(("h_1", "h_2", "classes"), [(64, 512, 100), (4, 8, 5)])
+def test_cost_is_that_of_a_count_by_hand(h_1: int, h_2: int, classes: int) -> None:
+    convolutions = [  # channels in and out, height and width of the output
+        (3, 64, 32), (64, h_1, 32), (h_1, h_1, 16), (h_1, h_1, 16), (h_1, h_2, 16), (h_2, h_2, 4), (h_2, h_2, 4),
+    ]  # fmt: skip
+    parameters = sum(9 * one * two + 2 * two for one, two, _ in convolutions) + (h_2 + 1) * classes
+    flop = 2 * (sum(9 * one * two * side**2 for one, two, side in convolutions) + h_2 * classes)
+    cost = model_cost(CONFIG | {"h_1": h_1, "h_2": h_2}, classes)
+    assert cost == {"parameters": parameters, "gflop_per_image": pytest.approx(flop / 1e9)}
+
+
+def test_cheaper_trial_is_named_if_one_is_within_a_standard_error_of_the_best(tmp_path: Path) -> None:
+    search, big = search_in(tmp_path), {"h_1": 8, "h_2": 16}
+    add(search, 0.9, **big)
+    add(search, 0.89, **big, lr=0.02)  # costs as much
+    add(search, 0.79)  # √((0.9 · 0.1 + 0.79 · 0.21) / 25) = 0.1012
+    add(search, 0.88, h_1=64, h_2=16)
+    assert cheaper(search) == []
+    add(search, 0.82, h_1=8, h_2=15)
+    add(search, 0.81)  # √((0.9 · 0.1 + 0.81 · 0.19) / 25) = 0.0988
+    one, other = (model_cost(CONFIG | config, 5) for config in ({}, big))
+    saved = [f"{1 - one[key] / other[key]:.0%}" for key in ("parameters", "gflop_per_image")]
+    assert cheaper(search) == [
+        "Within one standard error (0.0988) of the best, but cheaper: train_cifar_00005, accuracy 0.8100, with "
+        f"{saved[0]} fewer parameters and {saved[1]} fewer FLOPs."
+    ]
+    search.images["num_val"] = 2500
+    assert cheaper(search) == []

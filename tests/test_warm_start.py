@@ -1,0 +1,148 @@
+"""Searches that begin with the trials of earlier ones."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from ray import tune
+
+import hparam_search
+from data import InputError
+from hparam_search import main
+from search.files import read_lines
+from search.records import LOG_FILE, Search, open_search
+from search.warm_start import open_earlier, take
+from tests.conftest import EXAMPLE, Finished, figures, quick, read_csv, run_search, start, wait_for
+from tests.helpers import CONFIG, END, add, search_in, tell
+from tests.helpers import report as report_of
+
+FITS = {"epochs": 4, "batch_size": 32}  # with CONFIG
+
+
+def test_trials_that_fit_are_taken_once_and_the_others_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    one, two, other, new = (search_in(tmp_path / name, scheduler="none") for name in ("one", "two", "other", "new"))
+    new.space |= FITS
+    del one.space["flip"]  # added since
+    one.write()
+    other.images = {"num_classes": 6}
+    best = add(one, 0.2, 0.9, lr=0.1)
+    add(one, 0.3, momentum=0.8)
+    add(one, 0.3, epochs=5)
+    add(one, 0.3, h_1=0)
+    add(one, 0.3, cutout=8)
+    one.record("drawn", trial="lacks", config={key: CONFIG[key] for key in CONFIG if key != "flip"}, repeats=None)
+    tell(one, "lacks", report_of(1), END)
+    add(one)
+    add(one, -1, lr=2.0, seed=9)  # lr lies outside the new space
+    add(one, 0.4, 0.5, end=None, lr=0.01)
+    one.record("failed", trial="train_cifar_00008", error="why")
+    paused = add(one, 0.4, end=None, lr=0.02)
+    tell(one, paused, report_of(2), paused=True)
+    add(one, 0.7, 0.8, repeats=best, lr=0.1, seed=6)
+    add(one, 0.7, end=None, repeats=best, lr=0.1, seed=8)
+    again = add(two, 0.2, 0.9, lr=0.1)
+    add(two, 0.6, repeats=again, lr=0.1, seed=7)
+    add(other, 0.9)
+    for name in ("weights_000002.pt", "training.pt", "error.txt"):
+        (one.folder / paused).mkdir(exist_ok=True)
+        (one.folder / paused / name).write_text(name)
+
+    take(new, [open_earlier(search.folder) for search in (one, two)] + [other])
+    new.write()
+    assert capsys.readouterr().out.splitlines() == [
+        f"Taken from {one.folder}: 5 of 12 trials; not taken: other momentum (1), other epochs (1), invalid h_1 (1), "
+        "invalid cutout (1), without flip (1), not trained (2).",
+        f"Taken from {two.folder}: 1 of 2 trials; not taken: taken already (1).",
+        f"Taken from {other.folder}: 0 of 1 trials; not taken: other images (1).",
+    ]
+    taken = {name: (trial.source, trial.status) for name, trial in new.trials.items()}
+    assert taken == {
+        "train_cifar_00000": (f"{one.folder}/{best}", "TERMINATED"),
+        "train_cifar_00001": (f"{one.folder}/train_cifar_00007", "DIVERGED"),
+        "train_cifar_00002": (f"{one.folder}/train_cifar_00008", "UNFINISHED"),
+        "train_cifar_00003": (f"{one.folder}/{paused}", "PAUSED"),
+        "train_cifar_00000_seed_6": (f"{one.folder}/train_cifar_00010", "TERMINATED"),
+        "train_cifar_00000_seed_7": (f"{two.folder}/train_cifar_00001", "TERMINATED"),
+    }
+    for trial in new.trials.values():
+        source = (one if trial.source.startswith(str(one.folder)) else two).trials[Path(trial.source).name]
+        assert (trial.config, repr(trial.reports)) == (source.config, repr(source.reports))
+    assert {trial.repeats for trial in new.trials.values()} == {None, "train_cifar_00000"}
+    shutil.rmtree(one.folder)
+    files = sorted((new.folder / "train_cifar_00003").glob("*.pt"))
+    assert [path.read_text() for path in files] == ["training.pt", "weights_000002.pt"]
+    assert repr(open_search(new.folder, {}).trials) == repr(new.trials)
+    # A config that was taken is not drawn again; a warm-started search can be taken from, too.
+    assert new.draw([type(trial)("drawn", trial.config) for trial in new.trials.values()]) == []
+    last = search_in(tmp_path / "last", scheduler="none")
+    last.space |= FITS
+    take(last, [new])
+    assert last.trials.keys() == new.trials.keys()
+
+
+def test_search_of_which_nothing_fits_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    one, new = search_in(tmp_path / "one"), search_in(tmp_path / "new")
+    add(one, 0.5)
+    with pytest.raises(InputError, match=r"no trial of the earlier searches fits; .* remove --warm-start"):
+        take(new, [one])
+    assert not new.folder.exists()
+    take(search_in(tmp_path / "without"), [])
+    assert (tmp_path / "without").exists()
+
+
+def narrow() -> None:
+    """Move the space to learning rates that are too low for any new trial to be good."""
+    hparam_search.QUICK_SPACE = hparam_search.QUICK_SPACE | {"lr": tune.loguniform(1e-6, 1e-5)}
+
+
+def new_trials_reported(folder: Path) -> bool:
+    events = read_lines(folder / LOG_FILE)[0]
+    return any(event["event"] == "reported" and event["trial"] > "train_cifar_00003" for event in events)
+
+
+def trained(search: Search) -> list[tuple[str, int]]:
+    """Return the trials and epochs that were trained in a search, in order."""
+    events = read_lines(search.folder / LOG_FILE)[0]
+    kinds = [event["event"] for event in events]
+    return [
+        (event["trial"], event["epoch"]) for event in events[kinds.index("started") :] if event["event"] == "reported"
+    ]
+
+
+@pytest.mark.usefixtures("small_search")
+def test_warm_started_search_that_is_killed_and_loses_its_source_ends_as_if_undisturbed(
+    finished: Finished, ray_started: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(hparam_search, "QUICK_SPACE", hparam_search.QUICK_SPACE)
+    narrow()
+    earlier, whole, folder = (tmp_path / name for name in ("earlier", "whole", "it"))
+    shutil.copytree(finished.folder, earlier)
+    flags = [*EXAMPLE, "--warm-start", earlier]
+    assert run_search(whole, *flags) == 0
+    out = capsys.readouterr().out
+    assert f"Taken from {earlier}: 4 of 4 trials.\n" in out
+    assert f"Taken from {earlier}: 4 of these trials.\n" in out
+
+    process = start(ray_started, quick(folder, *flags), tmp_path / "output.txt", narrow)
+    wait_for(lambda: new_trials_reported(folder), process)
+    process.kill()
+    process.join()
+    shutil.rmtree(earlier)
+    assert main(["--resume", str(folder)]) == 0
+    assert figures(folder) == figures(whole)
+    rows, search = read_csv(folder), open_search(folder, {})
+    same = [key for key in rows[0] if key not in ("weights", "taken_from")]
+    assert [[row[key] for key in same] for row in rows[:4]] == [[row[key] for key in same] for row in finished.rows]
+    assert [row["taken_from"] for row in rows[:4]] == [f"{earlier}/{name}" for name in finished.search.trials]
+    assert [row["taken_from"] for row in rows[4:]] == [""] * 4
+    assert all(1e-6 <= float(row["lr"]) <= 1e-5 for row in rows[4:])
+    assert {name for name, _ in trained(search)} == {trial.name for trial in search.own_trials()[4:]}
+    # The best model is the earlier one, whose weights were linked.
+    assert (folder / "best_model" / "metrics.json").read_text() == (whole / "best_model" / "metrics.json").read_text()
+    assert f"test accuracy: {finished.metrics['test_accuracy']:.4f}\n" in capsys.readouterr().out
+
+    assert main(["--resume", str(folder), "--num-samples", "3"]) == 0
+    assert figures(folder)[:8] == figures(whole)
+    assert [row["trial_id"] for row in read_csv(folder)[8:]] == ["00008", "00009"]
