@@ -23,11 +23,13 @@ from ray import tune
 from ray.tune.logger import LoggerCallback
 
 import hparam_search  # before Ray: it sets what Ray reads at its import
+from search.cost import model_cost
 from search.files import load_tensors, read_lines
 from search.records import LOG_FILE, Search, open_search
-from tests.helpers import RECIPE
+from tests.helpers import CONFIG, RECIPE
 
 torch.set_num_threads(1)  # of two, one may wait for the other if the machine is busy
+model_cost(CONFIG, 5)  # takes a second the first time: here, once for all processes that are forked
 REPOSITORY = Path(hparam_search.__file__).parent
 SMALL_IMAGES = {"num_train": 250, "num_test": 100, "num_classes": 5}
 # Runs a command in its own mount namespace, if allowed.

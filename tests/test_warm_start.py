@@ -12,7 +12,7 @@ from hparam_search import main
 from search.files import read_lines
 from search.records import LOG_FILE, Search, open_search
 from search.warm_start import open_earlier, take
-from tests.conftest import EXAMPLE, Finished, figures, quick, read_csv, run_search, start, wait_for
+from tests.conftest import Finished, figures, quick, read_csv, run_search, start, wait_for
 from tests.helpers import CONFIG, END, add, search_in, tell
 from tests.helpers import report as report_of
 
@@ -75,7 +75,7 @@ def test_trials_that_fit_are_taken_once_and_the_others_are_counted(
     assert [path.read_text() for path in files] == ["training.pt", "weights_000002.pt"]
     assert repr(open_search(new.folder, {}).trials) == repr(new.trials)
     # A config that was taken is not drawn again; a warm-started search can be taken from, too.
-    assert new.draw([type(trial)("drawn", trial.config) for trial in new.trials.values()]) == []
+    assert new.draw([type(trial)("drawn", trial.config) for trial in new.own_trials()]) == []
     last = search_in(tmp_path / "last", scheduler="none")
     last.space |= FITS
     take(last, [new])
@@ -119,7 +119,7 @@ def test_warm_started_search_that_is_killed_and_loses_its_source_ends_as_if_undi
     narrow()
     earlier, whole, folder = (tmp_path / name for name in ("earlier", "whole", "it"))
     shutil.copytree(finished.folder, earlier)
-    flags = [*EXAMPLE, "--warm-start", earlier]
+    flags = ["--num-samples", "1", "--max-epochs", "10", "--warm-start", earlier]
     assert run_search(whole, *flags) == 0
     out = capsys.readouterr().out
     assert f"Taken from {earlier}: 4 of 4 trials.\n" in out
@@ -136,13 +136,9 @@ def test_warm_started_search_that_is_killed_and_loses_its_source_ends_as_if_undi
     same = [key for key in rows[0] if key not in ("weights", "taken_from")]
     assert [[row[key] for key in same] for row in rows[:4]] == [[row[key] for key in same] for row in finished.rows]
     assert [row["taken_from"] for row in rows[:4]] == [f"{earlier}/{name}" for name in finished.search.trials]
-    assert [row["taken_from"] for row in rows[4:]] == [""] * 4
+    assert [row["taken_from"] for row in rows[4:]] == ["", ""]
     assert all(1e-6 <= float(row["lr"]) <= 1e-5 for row in rows[4:])
     assert {name for name, _ in trained(search)} == {trial.name for trial in search.own_trials()[4:]}
     # The best model is the earlier one, whose weights were linked.
     assert (folder / "best_model" / "metrics.json").read_text() == (whole / "best_model" / "metrics.json").read_text()
     assert f"test accuracy: {finished.metrics['test_accuracy']:.4f}\n" in capsys.readouterr().out
-
-    assert main(["--resume", str(folder), "--num-samples", "3"]) == 0
-    assert figures(folder)[:8] == figures(whole)
-    assert [row["trial_id"] for row in read_csv(folder)[8:]] == ["00008", "00009"]
