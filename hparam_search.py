@@ -1,9 +1,10 @@
 """Search the hyperparameters of a small ResNet on CIFAR-100 with Ray Tune, for the highest validation accuracy.
 
-    python hparam_search.py                          # 12 trials on CIFAR-100, downloaded into data/
-    python hparam_search.py --quick                  # a one-minute demo on two cores, on synthetic images
-    python hparam_search.py --resume outputs/NAME    # continue a search
-    tensorboard --logdir outputs                     # watch it
+    python hparam_search.py                            # 12 trials on CIFAR-100, downloaded into data/
+    python hparam_search.py --quick                    # a one-minute demo on two cores, on synthetic images
+    python hparam_search.py --resume outputs/NAME      # continue a search
+    python hparam_search.py --warm-start outputs/NAME  # begin a new one with its trials, after editing param_space
+    tensorboard --logdir outputs                       # watch it
 
 Edit `param_space` to search something else: Ray Tune's `tune.grid_search`, `tune.choice`, `tune.uniform` and
 `tune.loguniform` search a hyperparameter; a plain value fixes it.
@@ -25,7 +26,7 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
 from data import Dataset, InputError, read_images
-from search import best_model, console, halving, hooks, records, report, sampler, space, tuner, warm_start
+from search import best_model, console, halving, hooks, records, report, sampler, space, trackers, tuner, warm_start
 from search.trial import train_cifar
 
 param_space = {
@@ -50,7 +51,7 @@ param_space = {
 # Extra trials to run first, such as {"lr": 0.01, "h_1": 64}; omitted values are drawn.
 first_trials: list[dict] = []
 
-# Experiment trackers to report to, such as Ray's MLflowLoggerCallback("cifar100") (see README).
+# Ray's callbacks for experiment trackers, such as its MLflowLoggerCallback (see README).
 callbacks: list[tune.Callback] = []
 
 # What "best" means, for the epochs of a trial and for trials: the highest validation accuracy.
@@ -108,15 +109,15 @@ def search_space(settings: Settings) -> dict:
     return entries
 
 
-def draw(settings: Settings, taken: int = 0) -> tuple[list[records.Trial], dict]:
-    """Return all trials, in the order in which they start, and a summary of the search space.
+def draw(settings: Settings, taken: Sequence[int] = (0, 0)) -> tuple[list[records.Trial], dict]:
+    """Return all new trials, in the order in which they start, and a summary of the search space.
 
-    Trials that were taken from earlier searches come before them.
+    taken is how many trials of earlier searches come before, and the stream of random numbers.
     """
     entries, first = search_space(settings), [] if settings.quick else space.to_plain(first_trials)
-    tpe = settings.sampler == "tpe"
-    configs = sampler.draw_configs(entries, settings.num_samples, settings.seed, first, tpe, taken)
-    trials = [records.Trial(f"{records.TRIAL_PREFIX}{i:05}", config) for i, config in enumerate(configs, taken)]
+    tpe, (number, stream) = settings.sampler == "tpe", taken
+    configs = sampler.draw_configs(entries, settings.num_samples, settings.seed, first, tpe, stream)
+    trials = [records.Trial(f"{records.TRIAL_PREFIX}{i:05}", config) for i, config in enumerate(configs, number)]
     return trials, space.summarize(entries) | {"first_trials": first}
 
 
@@ -140,16 +141,17 @@ def new_search(settings: Settings) -> int:
     """Run a new search, and return the exit code."""
     objective, settings = records.Objective(METRIC, MODE), with_defaults(settings)
     trials, drawn_from = draw(settings)
-    earlier = [warm_start.open_earlier(Path(folder)) for folder in settings.warm_start or ()]
     records.new_folder(settings)  # refuses a folder before the images are read
+    for folder in settings.warm_start or ():
+        with warm_start.earlier_search(Path(folder)):  # refuses it, too
+            pass
     dataset = read_images(**image_source(settings))
     with tuner.running_ray():
         tuner.share_resources(settings, len(trials))  # refuses flags that exceed this machine
-        search = records.create_search(settings, drawn_from, dataset, objective)
-        warm_start.take(search, earlier)
-        search.write()
+        with records.creating_search(settings, drawn_from, dataset, objective) as search:
+            warm_start.take(search)
+            search.draw(draw(settings, search.taken)[0])
         with records.lock_search(search.folder):
-            search.draw(draw(settings, len(search.taken()))[0])
             return run(search, dataset)
 
 
@@ -158,10 +160,10 @@ def resume_search(folder: Path, changes: dict) -> int:
     with records.lock_search(folder):
         search = records.open_search(folder, changes)
         missing = [trial for trial in search.repeats(REPEATED_TRIALS) if trial.name not in search.trials]
-        complete = search.trials and not (search.unfinished() or missing or search.damaged or "num_samples" in changes)
+        complete = not (search.unfinished() or missing or search.damaged or "num_samples" in changes)
         if complete or search.time_left() <= 0:
             return finish(search, None)
-        trials, drawn_from = draw(search.settings, len(search.taken()))
+        trials, drawn_from = draw(search.settings, search.taken)
         records.check_unchanged(search, drawn_from, records.Objective(METRIC, MODE))
         dataset = load_images(search)
         with tuner.running_ray():
@@ -180,9 +182,10 @@ def load_images(search: records.Search) -> Dataset:
 def run(search: records.Search, dataset: Dataset) -> int:
     """Run all trials that have not ended, then the repeats, if any, and return the exit code."""
     try:
-        fit(search, search.unfinished(), dataset)
-        if not search.interrupted():
-            fit(search, search.draw(search.repeats(REPEATED_TRIALS)), dataset)
+        with contextlib.closing(trackers.Trackers(callbacks)) as told:
+            fit(search, search.unfinished(), dataset, told)
+            if not search.interrupted():
+                fit(search, search.draw(search.repeats(REPEATED_TRIALS)), dataset, told)
     except (KeyboardInterrupt, OSError):
         print(report.recap(search), report.best_so_far(search), sep="\n", flush=True)
         with contextlib.suppress(OSError):  # the disk may be full
@@ -191,7 +194,7 @@ def run(search: records.Search, dataset: Dataset) -> int:
     return finish(search, dataset)
 
 
-def fit(search: records.Search, trials: list[records.Trial], dataset: Dataset) -> None:
+def fit(search: records.Search, trials: list[records.Trial], dataset: Dataset, told: trackers.Trackers) -> None:
     """Run these trials of a search."""
     if not trials:
         return
@@ -204,7 +207,7 @@ def fit(search: records.Search, trials: list[records.Trial], dataset: Dataset) -
     suggest = partial(sampler.suggest_config, search_space(settings), settings.seed, startup=STARTUP_TRIALS)
     waiting = hooks.TrialQueue(search, trials, promotion, max(1, at_once), suggest)
     resumable = hooks.ResumableScheduler(scheduler, search, early_stop)
-    recorder = hooks.Recorder(search, waiting, resumable.ends, MODELS_KEPT, PROGRESS_PERIOD, callbacks)
+    recorder = hooks.Recorder(search, waiting, resumable.ends, MODELS_KEPT, PROGRESS_PERIOD, told)
     with tuner.temporary_folder(search.folder, dataset) as (folder, images):
         trainable = partial(
             train_cifar,

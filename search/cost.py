@@ -8,34 +8,49 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data import IMAGE_SIZE
 from search.records import Search, Trial
-from train import MODEL, arguments, new_model
+from train import MODEL, new_model
+
+COSTS = ["parameters", "gflop_per_image", "images_per_second"]
 
 
 def model_cost(config: dict, num_classes: int) -> dict[str, float]:
     """Return the parameters of a config's model, and the GFLOP of its forward pass per image.
 
-    These are the multiplications and additions of convolutions and matrix products.
+    These are the multiplications and additions of convolutions and matrix products. Nothing is returned if the config
+    is incomplete, or if the model cannot run without numbers.
     """
+    if not MODEL.keys() <= config.keys():
+        return {}
     # Dropout costs nothing, and would differ between most configs.
-    return measure(num_classes, *(arguments(config, MODEL) | {"p_drop": 0.0}).items())
+    return measure(num_classes, *((key, 0.0 if key == "p_drop" else config[key]) for key in MODEL))
 
 
 @functools.cache
 def measure(num_classes: int, *sizes: tuple[str, object]) -> dict[str, float]:
-    with torch.device("meta"), torch.inference_mode(), FlopCounterMode(display=False) as counter:  # computes nothing
-        model = new_model(dict(sizes), num_classes).eval()
-        model(torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE))
+    """Return what model_cost does, for sizes as pairs of names and values."""
+    try:
+        with torch.device("meta"), torch.inference_mode(), FlopCounterMode(display=False) as counter:
+            model = new_model(dict(sizes), num_classes).eval()
+            model(torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE))
+    except Exception:  # whatever an edited model raises; its trials will tell
+        return {}
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return {"parameters": parameters, "gflop_per_image": counter.get_total_flops() / 1e9}
 
 
-def trial_cost(search: Search, trial: Trial) -> dict[str, float]:
+def prepare() -> None:
+    """Import what the first measurement needs, in a second that Tune would warn of during a search."""
+    with FlopCounterMode(display=False):
+        torch.empty(1)
+
+
+def trial_cost(search: Search, trial: Trial) -> dict[str, float | None]:
     """Return the cost of a trial's model (see model_cost), and the images per second of its last epoch of training.
 
-    What is not known yet is omitted.
+    What is not known is None.
     """
-    cost = model_cost(trial.config, search.images["num_classes"]) if search.is_drawn(trial) else {}
-    return cost | ({"images_per_second": trial.reports[-1].images_per_second} if trial.reports else {})
+    speed = {"images_per_second": trial.reports[-1].images_per_second} if trial.reports else {}
+    return dict.fromkeys(COSTS) | model_cost(trial.config, search.images["num_classes"]) | speed
 
 
 def cheaper(search: Search) -> list[str]:
@@ -44,20 +59,21 @@ def cheaper(search: Search) -> list[str]:
     About as good means that its accuracy is lower by at most one standard error of a difference of two accuracies p and
     q on n validation images, √((p (1 − p) + q (1 − q)) / n); cheaper means fewer FLOPs per image.
     """
-
-    def error(accuracy: float) -> float:
-        other = best.best.accuracy
-        return math.sqrt((accuracy * (1 - accuracy) + other * (1 - other)) / search.images["num_val"])
-
     best, *others = search.ranking()
-    costs = {trial: trial_cost(search, trial) for trial in (best, *others)}
-    close = [trial for trial in others if best.best.accuracy - trial.best.accuracy <= error(trial.best.accuracy)]
-    found = min([best, *close], key=lambda trial: costs[trial]["gflop_per_image"])
-    if costs[found]["gflop_per_image"] == costs[best]["gflop_per_image"]:
+
+    def error(trial: Trial) -> float:
+        p, q = trial.best.accuracy, best.best.accuracy
+        return math.sqrt((p * (1 - p) + q * (1 - q)) / search.images["num_val"])
+
+    close = [t for t in others if t.end and best.best.accuracy - t.best.accuracy <= error(t)]
+    costs = {trial: model_cost(trial.config, search.images["num_classes"]) for trial in (best, *close)}
+    found = min(costs, key=lambda trial: costs[trial].get("gflop_per_image", math.inf))  # of equals, the best
+    shares = {key: 1 - costs[found][key] / value for key, value in costs[best].items()}
+    if not shares or shares["gflop_per_image"] <= 0:
         return []
-    parameters, gflop = (1 - costs[found][key] / costs[best][key] for key in ("parameters", "gflop_per_image"))
-    accuracy = found.best.accuracy
+    names = {"parameters": "parameters", "gflop_per_image": "FLOPs"}
+    saved = " and ".join(f"{share:.0%} fewer {names[key]}" for key, share in shares.items() if share > 0)
     return [
-        f"Within one standard error ({error(accuracy):.4f}) of the best, but cheaper: {found.name}, accuracy "
-        f"{accuracy:.4f}, with {parameters:.0%} fewer parameters and {gflop:.0%} fewer FLOPs."
+        f"Within one standard error ({error(found):.4f}) of the best, but cheaper: {found.name}, accuracy "
+        f"{found.best.accuracy:.4f}, with {saved}."
     ]

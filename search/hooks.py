@@ -5,7 +5,7 @@ import math
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -179,8 +179,7 @@ class Recorder(tune.Callback):
     """Records what trials report, shows it, and keeps the weights of the models_kept best ones.
 
     Once `interrupted` is set, Tune's thread ends and leaves the trials as they are. Why trials ended is in `ends` (see
-    ResumableScheduler). A log file gets a progress block every progress_period seconds. The callbacks are told of the
-    trials, too (see Trackers).
+    ResumableScheduler). A log file gets a progress block every progress_period seconds.
     """
 
     def __init__(
@@ -190,12 +189,12 @@ class Recorder(tune.Callback):
         ends: dict[str, str],
         models_kept: int,
         progress_period: float,
-        callbacks: Sequence[tune.Callback] = (),
+        trackers: Trackers,
     ) -> None:
         self.search, self.queue, self.ends, self.models_kept = search, queue, ends, models_kept
         self.progress = Progress(progress_period, queue.promotion.rungs)
         self.board = Board(search)
-        self.trackers = Trackers(callbacks, self.progress.say)
+        self.trackers, trackers.say = trackers, self.progress.say
         self.interrupted = threading.Event()
         self.failure: OSError | None = None
         self.checked = time.monotonic()
@@ -206,7 +205,6 @@ class Recorder(tune.Callback):
 
     def setup(self, **info: object) -> None:
         """Do what a process that was killed left undone."""
-        self.trackers.call("setup", **info)
         self.end_beaten()
         prune(self.search, self.search.ended(), self.models_kept)
 
@@ -256,7 +254,8 @@ class Recorder(tune.Callback):
             self.end(known)
         elif paused:
             self.board.close(known.name)  # many trials may be paused, too many for open files
-            prune_weights(self.search.folder / known.name, {known.best.epoch})  # Tune has stopped it before it could
+            # Tune has stopped it before it could. (A trial may diverge as a time budget ends.)
+            prune_weights(self.search.folder / known.name, {known.best.epoch} if known.best else set())
         if result["epoch"] in self.queue.promotion.rungs:
             self.end_beaten()
         over = known.name if result["done"] else None
@@ -298,7 +297,6 @@ class Recorder(tune.Callback):
 
     def on_experiment_end(self, trials: list, **info: object) -> None:
         self.board.close_all()
-        self.trackers.close()
         self.progress.erase()
         if self.failure:
             raise self.failure

@@ -107,6 +107,8 @@ class Search:
     seconds: float = 0.0  # how long trials have run, over all processes
     started: tuple[float, float] = (0.0, 0.0)  # when this process began to run trials, and `seconds` then
     resources: str = ""  # CPUs and GPUs that the trials use
+    # How many own trials were taken from earlier searches, and a checksum of their configs.
+    taken: list[int] = field(default_factory=lambda: [0, 0])
     epochs_taken: int = 0  # epochs that earlier searches have trained
     damaged: int = 0  # number of unreadable lines in the log
 
@@ -176,8 +178,8 @@ class Search:
 
         A trial whose config was taken from an earlier search is not added.
         """
-        taken = [trial.config for trial in self.taken()]
-        new = [trial for trial in trials if trial.name not in self.trials and trial.config not in taken]
+        taken = [trial.config for trial in self.own_trials() if trial.source]
+        new = [t for t in trials if t.name not in self.trials and (t.repeats or t.config not in taken)]
         for trial in new:
             self.record("drawn", trial=trial.name, config=trial.config, repeats=trial.repeats)
         return [self.trials[trial.name] for trial in new]
@@ -194,10 +196,6 @@ class Search:
     def own_trials(self) -> list[Trial]:
         """Return the trials that do not repeat another one."""
         return [trial for trial in self.trials.values() if not trial.repeats]
-
-    def taken(self) -> list[Trial]:
-        """Return the search's own trials that were taken from earlier searches."""
-        return [trial for trial in self.own_trials() if trial.source]
 
     def ended(self) -> list[Trial]:
         """Return the search's own trials that have ended."""
@@ -223,7 +221,7 @@ class Search:
     def write(self) -> None:
         """Write search.json."""
         parts = {"objective": astuple(self.objective), "space": self.space, "images": self.images}
-        parts |= {"versions": self.versions}
+        parts |= {"versions": self.versions, "taken": self.taken}
         write_json(self.folder / SEARCH_FILE, {"format": FORMAT, "settings": asdict(self.settings)} | parts)
 
 
@@ -239,17 +237,33 @@ def new_folder(settings: Settings) -> Path:
     return folder
 
 
-def create_search(settings: Settings, space: dict, dataset: Dataset, objective: Objective) -> Search:
-    """Create the folder of a new search, and return the search, unwritten; raise InputError if that fails."""
+def create_folder(settings: Settings) -> Path:
+    """Create the folder of a new search, and return it; raise InputError if that fails."""
     folder = new_folder(settings)
     try:
         folder.mkdir(parents=True)
     except OSError as error:
         if isinstance(error, FileExistsError) and not settings.name:  # two searches started in the same second
             time.sleep(1)
-            return create_search(settings, space, dataset, objective)
+            return create_folder(settings)
         raise InputError(f"cannot create {folder} ({error.strerror}); choose another --name") from error
-    return Search(folder, settings, space, fingerprint(dataset), objective, installed_versions(settings))
+    return folder
+
+
+@contextlib.contextmanager
+def creating_search(settings: Settings, space: dict, dataset: Dataset, objective: Objective) -> Iterator[Search]:
+    """Create the folder of a new search, and write the search after the block, which gives it its trials.
+
+    If anything fails, the folder is removed. Raises InputError if it cannot be created.
+    """
+    folder = create_folder(settings)
+    try:
+        search = Search(folder, settings, space, fingerprint(dataset), objective, installed_versions(settings))
+        yield search
+        search.write()
+    except BaseException:
+        remove(folder)
+        raise
 
 
 def open_search(folder: Path, changes: dict) -> Search:
@@ -264,6 +278,7 @@ def open_search(folder: Path, changes: dict) -> Search:
             raise ValueError
         settings, objective = Settings(**content["settings"]), Objective(*content["objective"])
         search = Search(folder, settings, content["space"], content["images"], objective, content["versions"])
+        search.taken = content["taken"]
         events, search.damaged = read_lines(folder / LOG_FILE)
         for event in events:
             search.apply(event)

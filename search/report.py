@@ -14,7 +14,7 @@ import pandas
 
 from data import InputError
 from search.best_model import BEST_MODEL, read_best_model
-from search.cost import cheaper, trial_cost
+from search.cost import cheaper, model_cost, trial_cost
 from search.files import atomic_write, lock
 from search.records import SEARCH_FILE, TRIAL_PREFIX, Search, Trial, open_search, script_command, short_path
 from search.space import end_of_range, widened
@@ -60,13 +60,13 @@ def recap(search: Search) -> str:
         rows.append(row | {name: cell(last and getattr(last, name), ".4f") for name in ("loss", "accuracy")})
     fixed = [item for item in trials[0].config.items() if item[0] not in search.searched]
     shared = ", ".join(f"{key} {value}" for key, value in fixed if all(t.config[key] == value for t in trials))
-    sources = Counter(Path(trial.source).parent for trial in search.taken())
+    sources = Counter(Path(trial.source).parent for trial in trials if trial.source)
     ends = Counter(trial.end for trial in trials if trial.end)
     counts = Counter(trial.status for trial in trials)
     lines = [
         "Trial status: " + " | ".join(f"{count} {status}" for status, count in counts.items()),
         f"Current time: {datetime.now():%Y-%m-%d %H:%M:%S}. Total running time: {duration(search.seconds)}",
-        f"Logical resource usage: {search.resources}",
+        f"Logical resource usage: {search.resources or 'none'}",
         table(rows),
         *textwrap.wrap(f"All trials: {shared}.", COLUMNS, break_on_hyphens=False),
         *search.settings.methods(),
@@ -91,13 +91,17 @@ def recap_best(search: Search, metrics: dict) -> str:
     ended = search.ended()
     planned = sum(trial.config["epochs"] for trial in ended)
     saved = planned - sum(len(trial.reports) for trial in ended)
-    cost = trial_cost(search, best)
+    cost = model_cost(best.config, search.images["num_classes"])
     lines = [
         f"Best trial: {best.name}, epoch {metrics['epoch']} of {best.config['epochs']}",
         *(f'    "{name}": {best.config[name]!r},' for name in search.searched),
         *(f"  validation {key}: {metrics[f'val_{key}']:.4f}" for key in search.objective.shown),
         f"  test accuracy: {metrics['test_accuracy']:.4f}",
-        f"  model: {cost['parameters']:,} parameters, {cost['gflop_per_image']:.3g} GFLOP per image",
+        *(
+            [f"  model: {cost['parameters']:,} parameters, {cost['gflop_per_image']:.3g} GFLOP per image"]
+            if cost
+            else []
+        ),
         f"Best model: {short_path(search.folder / BEST_MODEL)}",
         f"TensorBoard: {shlex.join(['tensorboard', '--logdir', short_path(search.folder.parent)])}",
         *(part for line in cheaper(search) for part in textwrap.wrap(line, COLUMNS)),
@@ -216,9 +220,9 @@ def list_searches(output_dir: Path) -> str:
             row |= {"status": status, "trials": f"{ended}/{len(trials)}"}
             row |= {"test": cell(metrics.get("test_accuracy"), ".4f")}
             if ranking:
-                cost = trial_cost(search, ranking[0])
-                row |= {"val": cell(ranking[0].best.accuracy, ".4f"), "Mparams": cell(cost["parameters"] / 1e6)}
-                row |= {"GFLOP": cell(cost["gflop_per_image"]), "img/s": cell(cost["images_per_second"], ".0f")}
+                parameters, gflop, speed = trial_cost(search, ranking[0]).values()
+                row |= {"val": cell(ranking[0].best.accuracy, ".4f"), "Mparams": cell(parameters and parameters / 1e6)}
+                row |= {"GFLOP": cell(gflop), "img/s": cell(speed, ".0f")}
         rows.append(row)
     return table(rows) if rows else f"No searches found in {short_path(output_dir)}."
 

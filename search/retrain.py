@@ -80,10 +80,12 @@ def state_to_continue(folder: Path, about: dict, config: dict, device: torch.dev
     training = restore_training(config, len(about["classes"]), device, path)
     if not training.history:
         raise InputError(f"{path} is missing or damaged; remove --continue, to train from the beginning")
-    if training.epoch > constant_epochs(config):
+    epochs = training.epoch + 1
+    while constant_epochs(config | {"epochs": epochs}) < training.epoch:
+        epochs += 1
+    if config["epochs"] < epochs:
         raise InputError(
-            f"--epochs {config['epochs']} is too small to continue after epoch {training.epoch}; use at least "
-            f"{hyperparameters['epochs']}"
+            f"--epochs {config['epochs']} is too small to continue after epoch {training.epoch}; use at least {epochs}"
         )
     return training
 
@@ -107,8 +109,8 @@ def retrain(given: dict) -> int:
     torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
     if training is None:
         training = new_training(config, len(dataset.classes), device)
-    elif list(dataset.classes) != list(about["classes"]):
-        raise InputError("--continue needs images of the same classes; choose another --data-dir, or remove --continue")
+    elif any(list(getattr(dataset, key)) != list(about[key]) for key in ("classes", "mean", "std")):
+        raise InputError("--continue needs the same images; choose another --data-dir, or remove --continue")
     start = max(0, training.epoch - 1)  # the epochs before left no weights
     model, kept = copy.deepcopy(training.evaluated), training.history[-1] if training.history else None
     for report in train_epochs(training, config, dataset, device):

@@ -19,14 +19,14 @@ MAX_TRIALS = 100_000
 
 
 def draw_configs(
-    space: dict, num_samples: int, seed: int, first_trials: Sequence[dict] = (), tpe: bool = False, taken: int = 0
+    space: dict, num_samples: int, seed: int, first_trials: Sequence[dict] = (), tpe: bool = False, stream: int = 0
 ) -> list[dict]:
     """Return the configs of all trials: the first trials, then num_samples random draws per grid point.
 
     The first trials give plain values to searched hyperparameters; omitted ones are drawn, and change no other draw.
-    With tpe, the configs of the others hold only the fixed values: suggest_config draws the rest. A search that has
-    taken trials from earlier ones draws others than these did. Raises InputError if a config is invalid, or if TPE
-    cannot draw from the space.
+    With tpe, the configs of the others hold only the fixed values: suggest_config draws the rest. Other streams of
+    random numbers, from 0 to 2**32 - 1, give other draws. Raises InputError if a config is invalid, or if TPE cannot
+    draw from the space.
     """
     if tpe:
         if importlib.util.find_spec("optuna") is None:
@@ -43,7 +43,7 @@ def draw_configs(
     if num_samples * points > MAX_TRIALS:
         raise InputError(f"--num-samples {num_samples} makes more than {MAX_TRIALS:,} trials; use fewer")
     fixed = {key: entry for key, entry in space.items() if not isinstance(entry, dict | Domain)}
-    random, random_first = np.random.default_rng([seed, 0, taken]), np.random.default_rng([seed, 1, taken])
+    random, random_first = np.random.default_rng([seed, 0, stream]), np.random.default_rng([seed, 1, stream])
     try:
         drawn = [draw_grid(without_grids(space) | values, random_first)[0] for values in first_trials]
         for _ in range(num_samples):

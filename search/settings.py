@@ -81,9 +81,11 @@ class Settings:
     list: bool = option(False, "list all searches in --output-dir and their status", action="store_true")
 
     def source_flags(self) -> Sequence[str]:
-        """Return the flags that give another search the same images, epochs and --output-dir."""
-        usual = {"dataset": "synthetic" if self.quick else "cifar100", "max_epochs": None, "output_dir": "outputs"}
-        usual["data_dir"] = absolute_path("data") if self.dataset != "synthetic" else self.data_dir
+        """Return the flags that give another search the same images, epochs, draws and --output-dir."""
+        usual = {"dataset": "cifar100", "max_epochs": None, "num_samples": 3, "sampler": "random", "seed": 0}
+        usual |= {"output_dir": "outputs", "data_dir": absolute_path("data")} | (QUICK_DEFAULTS if self.quick else {})
+        if self.dataset == "synthetic":
+            usual["data_dir"] = self.data_dir
         changed = [key for key, default in usual.items() if getattr(self, key) != default]
         return ["--quick"] * self.quick + [text for key in changed for text in (flag(key), str(getattr(self, key)))]
 

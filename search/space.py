@@ -65,7 +65,7 @@ def possible_values(entry: object) -> list:
     if isinstance(entry, Categorical):
         return entry.categories
     if isinstance(entry, Integer):
-        return [entry.lower, entry.upper - 1]
+        return [entry.lower, entry.upper - (getattr(entry.get_sampler(), "q", 1) == 1)]  # Ray's rule
     if isinstance(entry, Float):
         return [entry.lower, entry.upper]
     return [] if isinstance(entry, Domain) else [entry]
@@ -84,7 +84,7 @@ def summarize(space: dict) -> dict[str, object]:
             outer = entry.get_sampler()
             inner = getattr(outer, "sampler", outer)  # differs if the range is quantized
             name = "log" * isinstance(inner, LogUniform) + ("randint" if isinstance(entry, Integer) else "uniform")
-            step = {} if inner is outer else {"step": outer.q}
+            step = {} if inner is outer or outer.q == 1 else {"step": to_plain(outer.q)}
             summary[key] = {"tune": "q" * len(step) + name, "lower": values[0], "upper": values[1]} | step
         elif isinstance(entry, dict | Domain) and len(values) != 1:
             name = "grid_search" if isinstance(entry, dict) else "choice"
@@ -95,12 +95,16 @@ def summarize(space: dict) -> dict[str, object]:
 
 
 def end_of_range(value: float, searched: dict, margin: float = 0.05) -> str | None:
-    """Return "upper" or "lower" if a value is within that share of either end of a range or numeric grid, else None."""
+    """Return "upper" or "lower" if a value is within that share of either end of a range or numeric grid, else None.
+
+    A value outside is at no end.
+    """
     ends = searched.get("values") or [searched.get("lower"), searched.get("upper")]
     if not all(type(end) in (int, float) for end in ends) or len(set(ends)) < 2:
         return None
     low, high = min(ends), max(ends)
-    value = min(max(value, low), high)  # one of first_trials may lie outside
+    if not low <= value <= high:  # one of first_trials, or of an earlier search
+        return None
     if "log" in searched["tune"]:
         low, high, value = math.log(low), math.log(high), math.log(value)
     place = (value - low) / (high - low)
@@ -111,25 +115,29 @@ def widened(key: str, searched: dict, end: str) -> str | None:
     """Return the line of param_space that extends a range or numeric grid at its "upper" or "lower" end.
 
     A logarithmic range grows by a factor of 10, another one by its width, and a grid by a value at the same ratio as
-    the last two (or at the same distance, if not all are positive): by less if that would not be valid. Returns None if
-    no value beyond is valid.
+    the last two (or at the same distance, if not all are positive); by less if that would not be valid. Returns None
+    if nothing that was tried is valid.
     """
-    log, values = "log" in searched["tune"], searched.get("values") or [searched["lower"], searched["upper"]]
-    before, last = (sorted(values) if end == "upper" else sorted(values, reverse=True))[-2:]
-    for share in (1, 0.5, 0.25, 0.1):
-        if log or ("values" in searched and min(values) > 0):
-            value = last * (10 if log and end == "upper" else 0.1 if log else last / before) ** share
+    name, step = searched["tune"], searched.get("step")
+    values = sorted(searched.get("values") or [searched["lower"], searched["upper"]], reverse=end == "lower")
+    before, last = values[-2:]
+    whole = "uniform" not in name and all(type(value) is int for value in values)
+    for share in (1, 0.5, 0.25, 0.1, 0.01):
+        if "log" in name:
+            value = last * 10 ** (share if end == "upper" else -share)
+        elif "values" in searched and min(values) > 0:
+            value = last * (last / before) ** share
         else:
             value = last + (last - before) * share
-        if "step" in searched:
-            value = round(value / searched["step"]) * searched["step"]
-        value = round(value) if type(last) is int else float(f"{value:.3g}")
-        if value not in values and CONFIG_KEYS[key][0](value) and (value > 0 or not log):
+        value = float(f"{round(value / step) * step:.10g}" if step else f"{value:.3g}")
+        value = round(value) if whole else value
+        beyond = value > last if end == "upper" else value < last
+        if beyond and CONFIG_KEYS[key][0](value) and (value > 0 or "log" not in name):
             break
     else:
         return None
     if "values" in searched:
-        return f'"{key}": tune.{searched["tune"]}({sorted([*values, value])}),'
-    low, high = (values[0], value) if end == "upper" else (value, values[1])
-    ends = [low, high + ("randint" in searched["tune"]), *([searched["step"]] if "step" in searched else [])]
-    return f'"{key}": tune.{searched["tune"]}({", ".join(map(repr, ends))}),'
+        return f'"{key}": tune.{name}({sorted([*values, value])}),'
+    low, high = sorted([before, value])
+    ends = [low, high + 1 if name.endswith("randint") and not step else high, *([step] if step else [])]
+    return f'"{key}": tune.{name}({", ".join(map(repr, ends))}),'

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from search.cost import model_cost, trial_cost
+from search import cost
 from search.records import METRICS, Search, Trial
 
 # Curves to show side by side, by group; the other metrics are in the group "training".
@@ -36,8 +36,7 @@ class Board:
     def __init__(self, search: Search) -> None:
         self.search = search
         self.writers: dict[str, Any] = {}  # a trial's name, or "" for the search → SummaryWriter
-        for trial in search.trials.values():
-            trial_cost(search, trial)  # takes a second the first time, of which Tune would warn later
+        cost.prepare()
 
     def write(self, trial: Trial, num_running: int) -> None:
         """Write a trial's latest report, and the search's progress; raise OSError if they cannot be written."""
@@ -72,7 +71,7 @@ class Board:
             self.writers[trial.name] = SummaryWriter(str(self.search.folder / trial.name), purge_step=step)
             values = {key: to_hparam(trial.config[key], searched) for key, searched in self.search.searched.items()}
             self.writers[trial.name].file_writer.add_summary(hp.hparams_pb(values, trial_id=trial.name))
-            for key, value in model_cost(trial.config, self.search.images["num_classes"]).items():
+            for key, value in cost.model_cost(trial.config, self.search.images["num_classes"]).items():
                 self.writers[trial.name].add_scalar(f"trial/{key}", value, step)
         return self.writers[trial.name]
 

@@ -1,11 +1,14 @@
 """Experiment trackers: what Ray's callbacks for MLflow, Weights & Biases and others are told of a search."""
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from ray import tune
 
+from data import InputError
 from search.records import Trial
 
 
@@ -13,14 +16,19 @@ class Trackers:
     """Tells callbacks of every trial once, from its first epoch to its end.
 
     To Tune, a paused trial that continues is a new one, and a restored one reports its epochs again. Here it stays the
-    trial, and an epoch is told once. A callback that fails is not called again, and `say` is called with a sentence.
+    same trial, and an epoch is told once. A callback that fails is not called again, and a sentence says so. Raises
+    InputError for what is not a list of callbacks.
     """
 
-    def __init__(self, callbacks: Sequence[tune.Callback], say: Callable[[str], object]) -> None:
-        self.callbacks, self.say = list(callbacks), say
+    def __init__(self, callbacks: Sequence[tune.Callback]) -> None:
+        if not isinstance(callbacks, list | tuple) or not all(isinstance(each, tune.Callback) for each in callbacks):
+            raise InputError(f"callbacks is {callbacks!r}; make it a list of Ray's tune.Callback objects")
+        self.callbacks = list(callbacks)
+        self.say: Callable[[str], object] = partial(print, file=sys.stderr)
         self.step: dict[str, Any] = {"iteration": 0, "trials": []}  # what Tune passes to every hook
         self.trials: dict[str, Any] = {}  # name → the trial as Tune first started it
         self.told: dict[str, int] = {}  # name → how many of its epochs the callbacks know
+        self.call("setup")
 
     def call(self, hook: str, **info: object) -> None:
         """Call a hook of all callbacks."""
@@ -45,7 +53,7 @@ class Trackers:
             about: dict[str, Any] = {"training_iteration": report.epoch, "time_total_s": report.seconds}
             about |= {"trial_id": shown.trial_id, "config": trial.config, "done": bool(trial.end)}
             self.call("on_trial_result", **self.step, trial=shown, result=asdict(report) | about)
-        self.told[trial.name] = len(trial.reports)
+        self.told[trial.name] = max(self.told[trial.name], len(trial.reports))  # fewer after a restart
 
     def end(self, name: str, failed: bool = False) -> None:
         """Tell of the end of a trial, if the callbacks know it."""

@@ -12,6 +12,7 @@ from search.halving import Promotion
 from search.hooks import Recorder, ResumableScheduler, TrialQueue, early_stop, error_sentence, prune
 from search.records import open_search
 from search.settings import Settings
+from search.trackers import Trackers
 from search.trial import CONSTANT_LR_FILE, TRAINING_FILE, weights_path
 from tests.helpers import CONFIG, END, NAN, add, report, search_in, tell
 
@@ -110,7 +111,7 @@ def test_what_a_killed_process_left_undone_is_done_at_the_start(tmp_path: Path) 
         (tmp_path / trial.name).mkdir()
         (tmp_path / trial.name / TRAINING_FILE).touch()
     promotion = Promotion([paused, better], {1: 1}, 4)
-    Recorder(search, TrialQueue(search, [], promotion, 1, lambda *_: {}), {}, 5, 30).setup()
+    Recorder(search, TrialQueue(search, [], promotion, 1, lambda *_: {}), {}, 5, 30, Trackers([])).setup()
     assert [trial.end for trial in search.trials.values()] == ["stopped by the scheduler", None, END]
     assert [path.parent.name for path in tmp_path.glob(f"*/{TRAINING_FILE}")] == [better.name]
 

@@ -8,6 +8,7 @@ from PIL import Image
 
 from search import predict, retrain
 from search.best_model import read_metrics, read_model, write_model
+from search.files import loads, write_json
 from tests.conftest import Finished
 from tests.helpers import CONFIG, IMAGES, VALIDATION
 from train import evaluate, new_model
@@ -67,13 +68,16 @@ def test_continued_training_ends_as_one_with_more_epochs_from_the_start(
     assert lines[7:14] == lines[14:]
     assert read_metrics(continued) == read_metrics(whole)
     assert (continued / "weights.pt").read_bytes() == (whole / "weights.pt").read_bytes()
-    state = Path("copy", "constant_lr.pt")
-    shutil.copytree(best, "copy")
+    for copy in ("copy", "other"):
+        shutil.copytree(best, copy)
+    state, about = Path("copy", "constant_lr.pt"), Path("other", "config.json")
     state.write_bytes(state.read_bytes()[:-100])
+    write_json(about, loads(about.read_bytes()) | {"mean": [0.5, 0.5, 0.5]})
     for model, flags, words in (
         (best, ["--epochs", "9"], "--epochs 9 is too small to continue after epoch 7; use at least 10"),
         (best, ["--lr", "0.1"], "--continue cannot change lr; remove --lr"),
         (best, ["--full"], "--continue cannot be combined with --full"),
+        ("other", [], "--continue needs the same images; choose another --data-dir"),
         ("copy", [], "copy/constant_lr.pt is missing or damaged; remove --continue"),
         (str(whole), [], "outputs/whole/constant_lr.pt is missing or damaged"),
     ):

@@ -8,7 +8,7 @@ from ray import tune
 
 from data import InputError
 from search.sampler import draw_configs, outcomes, suggest_config
-from search.space import check_space, summarize, widened
+from search.space import check_space, end_of_range, summarize, widened
 from tests.helpers import SPACE, add, search_in
 
 
@@ -51,6 +51,7 @@ def test_every_grid_point_is_drawn_as_often_as_asked_and_first_trials_change_no_
     assert all(points.count((h_1, h_2)) == 250 for h_1 in (64, 128) for h_2 in (512, 1024))
     assert all(1e-5 <= config["lr"] <= 1e-1 and 0.1 <= config["p_drop"] <= 0.5 for config in configs)
     assert 400 < sum(config["lr"] < 1e-3 for config in configs) < 600  # half lie below the geometric mean
+    assert draw_configs(SPACE, 5, 3, stream=1) != configs[:20] == draw_configs(SPACE, 5, 3, stream=0)
     drawn = draw_configs(SPACE, 5, 3, [{"lr": 0.01}] * 20 + [first])
     assert drawn[20:] == [configs[0] | first, *configs[:20]]
     for config in drawn[:20]:
@@ -102,6 +103,9 @@ def test_widened_entry_extends_the_range_at_one_end_as_far_as_values_are_valid()
         ("crop_padding", tune.choice([30, 31]), None, tune.choice([29, 30, 31])),
         ("batch_size", tune.randint(8, 65), tune.randint(8, 121), tune.randint(2, 65)),
         ("h_2", tune.lograndint(8, 65), tune.lograndint(8, 641), tune.lograndint(1, 65)),
+        ("crop_padding", tune.qrandint(4, 8, 2), tune.qrandint(4, 12, 2), tune.qrandint(0, 8, 2)),
+        ("lr", tune.quniform(0.0625, 0.5625, 0.0625), tune.quniform(0.0625, 1.0625, 0.0625), None),
+        ("bias_lr", tune.loguniform(1, 10), tune.loguniform(1, 100.0), tune.loguniform(0.1, 10)),
         ("weight_decay", tune.quniform(0, 0.2, 0.1), tune.quniform(0, 0.4, 0.1), None),
         ("bias_lr", tune.qloguniform(0.5, 1, 0.1), tune.qloguniform(0.5, 10, 0.1), tune.qloguniform(0.2, 1, 0.1)),
     ):  # fmt: skip
@@ -110,3 +114,16 @@ def test_widened_entry_extends_the_range_at_one_end_as_far_as_values_are_valid()
             line = widened(key, before, end)
             found = line and summarize(eval(f"{{{line}}}", {"tune": tune}))
             assert found == (expected and summarize({key: expected}))
+
+
+def test_best_value_lies_at_the_end_of_a_range_within_a_twentieth_of_it() -> None:
+    log, even, grid = (
+        summarize({"lr": entry})["lr"]
+        for entry in (tune.loguniform(1e-4, 1), tune.uniform(1, 3), tune.grid_search([2, 1, 3]))
+    )
+    for searched, value, expected in (
+        (log, 1e-4, "lower"), (log, 1.5e-4, "lower"), (log, 1.7e-4, None), (log, 0.6, None), (log, 1.0, "upper"),
+        (log, 1.01, None), (even, 2.91, "upper"), (even, 2.89, None), (even, 0.9, None), (grid, 1, "lower"),
+        (grid, 2, None), (summarize({"schedule": tune.choice(["a", "b"])})["schedule"], "a", None),
+    ):  # fmt: skip
+        assert end_of_range(value, searched) == expected

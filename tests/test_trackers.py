@@ -1,5 +1,8 @@
 from pathlib import Path
 
+import pytest
+
+from data import InputError
 from search.trackers import Trackers
 from tests.conftest import Broken, Finished, Tracker
 from tests.helpers import add, report, search_in, tell
@@ -30,18 +33,25 @@ class TunesTrial:
 def test_resumed_trial_is_told_with_its_earlier_epochs_and_one_that_does_not_end_as_failed(tmp_path: Path) -> None:
     search, tracker, sentences = search_in(tmp_path), Tracker(), []
     trial = search.trials[add(search, 0.1, 0.2, end=None)]
-    trackers = Trackers([Broken(), tracker], sentences.append)
-    trackers.call("setup")
+    trackers = Trackers([Broken(), tracker])
+    trackers.say = sentences.append
     shown = TunesTrial("0")
     trackers.start(shown)
     trackers.start(TunesTrial("1"))  # after a pause
-    tell(search, trial.name, report(3))
-    trackers.report(trial)
-    search.record("restarted", trial=trial.name, epoch=2)
     for epoch in (3, 4):
         tell(search, trial.name, report(epoch))
         trackers.report(trial)
-    assert [epoch for epoch, *_ in tracker.told[shown]] == [1, 2, 3, 4]
+    search.record("restarted", trial=trial.name, epoch=1)
+    for epoch in (2, 3, 4, 5):
+        tell(search, trial.name, report(epoch))
+        trackers.report(trial)
+    assert [epoch for epoch, *_ in tracker.told[shown]] == [1, 2, 3, 4, 5]
     trackers.end("unknown")
     trackers.close()
     assert (tracker.ended, tracker.over, len(sentences)) == ([(trial.name, True)], True, 1)
+
+
+def test_callbacks_that_are_no_list_of_callbacks_are_refused() -> None:
+    for bad in (None, Tracker(), [Tracker], ["mlflow"]):
+        with pytest.raises(InputError, match="make it a list of Ray's"):
+            Trackers(bad)

@@ -10,10 +10,12 @@ import hparam_search
 from data import InputError
 from hparam_search import main
 from search.files import read_lines
-from search.records import LOG_FILE, Search, open_search
-from search.warm_start import open_earlier, take
+from search.records import LOG_FILE, Objective, Search, Trial, creating_search, open_search
+from search.settings import Settings
+from search.space import summarize
+from search.warm_start import take
 from tests.conftest import Finished, figures, quick, read_csv, run_search, start, wait_for
-from tests.helpers import CONFIG, END, add, search_in, tell
+from tests.helpers import ACCURACY, CONFIG, END, IMAGES, SPACE, add, search_in, tell
 from tests.helpers import report as report_of
 
 FITS = {"epochs": 4, "batch_size": 32}  # with CONFIG
@@ -22,11 +24,16 @@ FITS = {"epochs": 4, "batch_size": 32}  # with CONFIG
 def test_trials_that_fit_are_taken_once_and_the_others_are_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    one, two, other, new = (search_in(tmp_path / name, scheduler="none") for name in ("one", "two", "other", "new"))
+    names = ["one", "two", "images", "metric"]
+    one, two, images, metric = (search_in(tmp_path / name) for name in names)
+    folders = [str(tmp_path / name) for name in names]
+    new = search_in(tmp_path / "new", scheduler="none", warm_start=folders)
     new.space |= FITS
     del one.space["flip"]  # added since
     one.write()
-    other.images = {"num_classes": 6}
+    images.images, metric.objective = {"num_classes": 6}, Objective("loss", "min")
+    images.write()
+    metric.write()
     best = add(one, 0.2, 0.9, lr=0.1)
     add(one, 0.3, momentum=0.8)
     add(one, 0.3, epochs=5)
@@ -44,18 +51,20 @@ def test_trials_that_fit_are_taken_once_and_the_others_are_counted(
     add(one, 0.7, end=None, repeats=best, lr=0.1, seed=8)
     again = add(two, 0.2, 0.9, lr=0.1)
     add(two, 0.6, repeats=again, lr=0.1, seed=7)
-    add(other, 0.9)
+    add(images, 0.9)
+    add(metric, 0.9)
     for name in ("weights_000002.pt", "training.pt", "error.txt"):
         (one.folder / paused).mkdir(exist_ok=True)
         (one.folder / paused / name).write_text(name)
 
-    take(new, [open_earlier(search.folder) for search in (one, two)] + [other])
+    take(new)
     new.write()
     assert capsys.readouterr().out.splitlines() == [
         f"Taken from {one.folder}: 5 of 12 trials; not taken: other momentum (1), other epochs (1), invalid h_1 (1), "
         "invalid cutout (1), without flip (1), not trained (2).",
         f"Taken from {two.folder}: 1 of 2 trials; not taken: taken already (1).",
-        f"Taken from {other.folder}: 0 of 1 trials; not taken: other images (1).",
+        f"Taken from {images.folder}: 0 of 1 trials; not taken: other images (1).",
+        f"Taken from {metric.folder}: 0 of 1 trials; not taken: other METRIC or MODE (1).",
     ]
     taken = {name: (trial.source, trial.status) for name, trial in new.trials.items()}
     assert taken == {
@@ -74,22 +83,28 @@ def test_trials_that_fit_are_taken_once_and_the_others_are_counted(
     files = sorted((new.folder / "train_cifar_00003").glob("*.pt"))
     assert [path.read_text() for path in files] == ["training.pt", "weights_000002.pt"]
     assert repr(open_search(new.folder, {}).trials) == repr(new.trials)
-    # A config that was taken is not drawn again; a warm-started search can be taken from, too.
-    assert new.draw([type(trial)("drawn", trial.config) for trial in new.own_trials()]) == []
-    last = search_in(tmp_path / "last", scheduler="none")
+    assert new.taken[0] == 4
+    # A config that was taken is not drawn again, but may be repeated.
+    name, config = "train_cifar_00004", new.trials["train_cifar_00000"].config
+    assert new.draw([Trial(name, config)]) == []
+    assert len(new.draw([Trial(name, config, "train_cifar_00000")])) == 1
+    # A warm-started search can be taken from, too.
+    last = search_in(tmp_path / "last", scheduler="none", warm_start=[str(new.folder)])
     last.space |= FITS
-    take(last, [new])
-    assert last.trials.keys() == new.trials.keys()
+    take(last)
+    assert last.trials.keys() == new.trials.keys() - {name}
+    assert last.taken == new.taken
 
 
-def test_search_of_which_nothing_fits_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
-    one, new = search_in(tmp_path / "one"), search_in(tmp_path / "new")
-    add(one, 0.5)
-    with pytest.raises(InputError, match=r"no trial of the earlier searches fits; .* remove --warm-start"):
-        take(new, [one])
+def test_search_for_which_nothing_fits_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    add(search_in(tmp_path / "one"), 0.5)
+    settings = Settings(output_dir=str(tmp_path), name="new", scheduler="none", warm_start=[str(tmp_path / "one")])
+    with (
+        pytest.raises(InputError, match=r"no trial of the earlier searches fits; .* remove --warm-start"),
+        creating_search(settings, summarize(SPACE), IMAGES, ACCURACY) as new,
+    ):
+        take(new)
     assert not new.folder.exists()
-    take(search_in(tmp_path / "without"), [])
-    assert (tmp_path / "without").exists()
 
 
 def narrow() -> None:
