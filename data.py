@@ -76,7 +76,7 @@ def map_dataset(path: Path) -> Dataset:
 
 
 def fingerprint(dataset: Dataset) -> dict[str, Any]:
-    """Return the SHA-256 of each part of a dataset, in hexadecimal, keyed by its name, and its sizes."""
+    """Return the hexadecimal SHA-256 of each part of a dataset, keyed by its name, and the dataset's sizes."""
     sizes = {"num_classes": len(dataset.classes), "num_val": len(dataset.val_labels)}
     hashes = {}
     for split, name in (("train", "training"), ("val", "validation"), ("test", "test")):

@@ -3,7 +3,7 @@
     python hparam_search.py                            # 12 trials on CIFAR-100, downloaded into data/
     python hparam_search.py --quick                    # a one-minute demo on two cores, on synthetic images
     python hparam_search.py --resume outputs/NAME      # continue a search
-    python hparam_search.py --warm-start outputs/NAME  # begin a new one with its trials, after editing param_space
+    python hparam_search.py --warm-start outputs/NAME  # start a new one with its trials, after editing param_space
     tensorboard --logdir outputs                       # watch it
 
 Edit `param_space` to search something else: Ray Tune's `tune.grid_search`, `tune.choice`, `tune.uniform` and
@@ -51,7 +51,7 @@ param_space = {
 # Extra trials to run first, such as {"lr": 0.01, "h_1": 64}; omitted values are drawn.
 first_trials: list[dict] = []
 
-# Ray's callbacks for experiment trackers, such as its MLflowLoggerCallback (see README).
+# Ray's callbacks for experiment trackers, such as MLflowLoggerCallback (see README).
 callbacks: list[tune.Callback] = []
 
 # What "best" means, for the epochs of a trial and for trials: the highest validation accuracy.
@@ -112,7 +112,7 @@ def search_space(settings: Settings) -> dict:
 def draw(settings: Settings, taken: Sequence[int] = (0, 0)) -> tuple[list[records.Trial], dict]:
     """Return all new trials, in the order in which they start, and a summary of the search space.
 
-    taken is how many trials of earlier searches come before, and the stream of random numbers.
+    taken holds the number of trials taken from earlier searches, and the random stream.
     """
     entries, first = search_space(settings), [] if settings.quick else space.to_plain(first_trials)
     tpe, (number, stream) = settings.sampler == "tpe", taken
@@ -142,9 +142,7 @@ def new_search(settings: Settings) -> int:
     objective, settings = records.Objective(METRIC, MODE), with_defaults(settings)
     trials, drawn_from = draw(settings)
     records.new_folder(settings)  # refuses a folder before the images are read
-    for folder in settings.warm_start or ():
-        with warm_start.earlier_search(Path(folder)):  # refuses it, too
-            pass
+    warm_start.check(settings)
     dataset = read_images(**image_source(settings))
     with tuner.running_ray():
         tuner.share_resources(settings, len(trials))  # refuses flags that exceed this machine
@@ -160,7 +158,7 @@ def resume_search(folder: Path, changes: dict) -> int:
     with records.lock_search(folder):
         search = records.open_search(folder, changes)
         missing = [trial for trial in search.repeats(REPEATED_TRIALS) if trial.name not in search.trials]
-        complete = not (search.unfinished() or missing or search.damaged or "num_samples" in changes)
+        complete = search.trials and not (search.unfinished() or missing or search.damaged or "num_samples" in changes)
         if complete or search.time_left() <= 0:
             return finish(search, None)
         trials, drawn_from = draw(search.settings, search.taken)
@@ -181,20 +179,20 @@ def load_images(search: records.Search) -> Dataset:
 
 def run(search: records.Search, dataset: Dataset) -> int:
     """Run all trials that have not ended, then the repeats, if any, and return the exit code."""
-    try:
-        with contextlib.closing(trackers.Trackers(callbacks)) as told:
-            fit(search, search.unfinished(), dataset, told)
+    with contextlib.closing(trackers.Trackers(callbacks)) as tracking:
+        try:
+            fit(search, search.unfinished(), dataset, tracking)
             if not search.interrupted():
-                fit(search, search.draw(search.repeats(REPEATED_TRIALS)), dataset, told)
-    except (KeyboardInterrupt, OSError):
-        print(report.recap(search), report.best_so_far(search), sep="\n", flush=True)
-        with contextlib.suppress(OSError):  # the disk may be full
-            report.write_results(search)
-        raise
+                fit(search, search.draw(search.repeats(REPEATED_TRIALS)), dataset, tracking)
+        except (KeyboardInterrupt, OSError):
+            print(report.recap(search), report.best_so_far(search), sep="\n", flush=True)
+            with contextlib.suppress(OSError):  # the disk may be full
+                report.write_results(search)
+            raise
     return finish(search, dataset)
 
 
-def fit(search: records.Search, trials: list[records.Trial], dataset: Dataset, told: trackers.Trackers) -> None:
+def fit(search: records.Search, trials: list[records.Trial], dataset: Dataset, tracking: trackers.Trackers) -> None:
     """Run these trials of a search."""
     if not trials:
         return
@@ -207,7 +205,7 @@ def fit(search: records.Search, trials: list[records.Trial], dataset: Dataset, t
     suggest = partial(sampler.suggest_config, search_space(settings), settings.seed, startup=STARTUP_TRIALS)
     waiting = hooks.TrialQueue(search, trials, promotion, max(1, at_once), suggest)
     resumable = hooks.ResumableScheduler(scheduler, search, early_stop)
-    recorder = hooks.Recorder(search, waiting, resumable.ends, MODELS_KEPT, PROGRESS_PERIOD, told)
+    recorder = hooks.Recorder(search, waiting, resumable.ends, MODELS_KEPT, PROGRESS_PERIOD, tracking)
     with tuner.temporary_folder(search.folder, dataset) as (folder, images):
         trainable = partial(
             train_cifar,

@@ -117,9 +117,9 @@ class Training:
 
 
 def constant_epochs(config: dict) -> int:
-    """Return for how many epochs the learning rate stays at its maximum, from the start.
+    """Return the number of initial epochs at the maximum learning rate.
 
-    So long, training does not depend on config["epochs"].
+    Until then, training does not depend on config["epochs"].
     """
     schedule, epochs = SCHEDULES[config["schedule"]], config["epochs"]
     constant = itertools.takewhile(lambda epoch: schedule(epoch / epochs) == 1, range(epochs + 1))

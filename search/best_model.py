@@ -2,7 +2,7 @@
 
 weights.pt     a state_dict, on the CPU
 config.json    hyperparameters, classes, and mean, std and source of the images
-constant_lr.pt the training state before the learning rate fell, if known, for search.retrain --continue
+constant_lr.pt the training state just before the learning rate fell, if kept, for search.retrain --continue
 metrics.json   its trial_id and epoch, val_loss, val_accuracy, test_loss, test_accuracy (and val_<METRIC> if another)
 """
 

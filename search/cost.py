@@ -16,8 +16,8 @@ COSTS = ["parameters", "gflop_per_image", "images_per_second"]
 def model_cost(config: dict, num_classes: int) -> dict[str, float]:
     """Return the parameters of a config's model, and the GFLOP of its forward pass per image.
 
-    These are the multiplications and additions of convolutions and matrix products. Nothing is returned if the config
-    is incomplete, or if the model cannot run without numbers.
+    These are the multiplications and additions of convolutions and matrix products. Returns {} if the config is
+    incomplete, or the model cannot run on the meta device.
     """
     if not MODEL.keys() <= config.keys():
         return {}
@@ -32,14 +32,14 @@ def measure(num_classes: int, *sizes: tuple[str, object]) -> dict[str, float]:
         with torch.device("meta"), torch.inference_mode(), FlopCounterMode(display=False) as counter:
             model = new_model(dict(sizes), num_classes).eval()
             model(torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE))
-    except Exception:  # whatever an edited model raises; its trials will tell
+    except Exception:  # an edited model may raise anything; its trials will show it
         return {}
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return {"parameters": parameters, "gflop_per_image": counter.get_total_flops() / 1e9}
 
 
 def prepare() -> None:
-    """Import what the first measurement needs, in a second that Tune would warn of during a search."""
+    """Do the slow imports of the first measurement now; Tune would warn about them during a search."""
     with FlopCounterMode(display=False):
         torch.empty(1)
 
@@ -47,7 +47,7 @@ def prepare() -> None:
 def trial_cost(search: Search, trial: Trial) -> dict[str, float | None]:
     """Return the cost of a trial's model (see model_cost), and the images per second of its last epoch of training.
 
-    What is not known is None.
+    Unknown values are None.
     """
     speed = {"images_per_second": trial.reports[-1].images_per_second} if trial.reports else {}
     return dict.fromkeys(COSTS) | model_cost(trial.config, search.images["num_classes"]) | speed
@@ -67,13 +67,13 @@ def cheaper(search: Search) -> list[str]:
 
     close = [t for t in others if t.end and best.best.accuracy - t.best.accuracy <= error(t)]
     costs = {trial: model_cost(trial.config, search.images["num_classes"]) for trial in (best, *close)}
-    found = min(costs, key=lambda trial: costs[trial].get("gflop_per_image", math.inf))  # of equals, the best
+    found = min(costs, key=lambda trial: costs[trial].get("gflop_per_image", math.inf))  # on a tie, the best
     shares = {key: 1 - costs[found][key] / value for key, value in costs[best].items()}
     if not shares or shares["gflop_per_image"] <= 0:
         return []
     names = {"parameters": "parameters", "gflop_per_image": "FLOPs"}
     saved = " and ".join(f"{share:.0%} fewer {names[key]}" for key, share in shares.items() if share > 0)
     return [
-        f"Within one standard error ({error(found):.4f}) of the best, but cheaper: {found.name}, accuracy "
-        f"{found.best.accuracy:.4f}, with {saved}."
+        f"Cheaper, within one standard error ({error(found):.4f}) of the best: {found.name} (accuracy "
+        f"{found.best.accuracy:.4f}), {saved}."
     ]

@@ -39,9 +39,9 @@ def atomic_write(target: Path) -> Iterator[Path]:
 
 
 def link(source: Path, target: Path) -> None:
-    """Make a file available under another path, too, whatever becomes of the first; raise OSError if that fails.
+    """Hard-link a file to another path, or copy it if that fails; raise OSError if both fail.
 
-    The two share their content on disk if the file system can. Nothing here changes a file in place.
+    A link is as good as a copy, because nothing here changes a file in place.
     """
     try:
         target.hardlink_to(source)

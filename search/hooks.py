@@ -321,7 +321,7 @@ def prune(search: Search, trials: list[Trial], models_kept: int) -> None:
     state before its learning rate fell.
     """
     ranking = [trial for trial in search.ranking() if trial.end]
-    # The others may have been the best one, or among the best, until now.
+    # The extra ones may have been the best, or among the best, until now.
     for trial in (*trials, *ranking[1:2], *ranking[models_kept : models_kept + 1]):
         folder = search.folder / trial.name
         for name in (TRAINING_FILE, *([] if trial in ranking[:1] else [CONSTANT_LR_FILE])):

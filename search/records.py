@@ -252,7 +252,7 @@ def create_folder(settings: Settings) -> Path:
 
 @contextlib.contextmanager
 def creating_search(settings: Settings, space: dict, dataset: Dataset, objective: Objective) -> Iterator[Search]:
-    """Create the folder of a new search, and write the search after the block, which gives it its trials.
+    """Create the folder of a new search, and write search.json after the block, which adds the trials.
 
     If anything fails, the folder is removed. Raises InputError if it cannot be created.
     """
@@ -358,7 +358,7 @@ def lock_search(folder: Path) -> Iterator[None]:
 
 
 def script_command(flag: str, folder: Path, *others: str) -> str:
-    """Return the command that runs hparam_search.py with a flag and the folder of a search, and other flags."""
+    """Return the command that runs hparam_search.py with a flag, a search folder and other flags."""
     script = Path(__file__).resolve().parents[1] / "hparam_search.py"
     return shlex.join(["python", short_path(script), flag, short_path(folder), *others])
 

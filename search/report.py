@@ -70,7 +70,7 @@ def recap(search: Search) -> str:
         table(rows),
         *textwrap.wrap(f"All trials: {shared}.", COLUMNS, break_on_hyphens=False),
         *search.settings.methods(),
-        *(f"Taken from {short_path(folder)}: {count} of these trials." for folder, count in sources.items()),
+        *(f"{count} of these trials come from {short_path(folder)}." for folder, count in sources.items()),
         *([f"Ended: {', '.join(f'{reason} ({count})' for reason, count in ends.items())}."] if ends else []),
         *(f"{trial.name} failed: {trial.error}." for trial in trials if trial.error),
     ]
@@ -175,7 +175,7 @@ def at_edges(search: Search, edges: dict[str, str]) -> list[str]:
     if changes:
         name = "QUICK_SPACE" if search.settings.quick else "param_space"
         command = script_command("--warm-start", search.folder, *search.settings.source_flags())
-        lines.append(f"To search beyond it without training these trials again, write in {name}")
+        lines.append(f"To search beyond it without retraining these trials, set in {name}")
         lines += [*(f"    {change}" for change in changes), "and run", f"    {command}"]
     return lines
 

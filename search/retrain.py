@@ -3,7 +3,7 @@
 python -m search.retrain outputs/NAME/best_model
 python -m search.retrain outputs/NAME/best_model --full    # on training and validation images together
 python -m search.retrain outputs/NAME/best_model --lr 0.02 --epochs 30
-python -m search.retrain outputs/NAME/best_model --epochs 60 --continue    # from where its learning rate began to fall
+python -m search.retrain outputs/NAME/best_model --epochs 60 --continue    # from just before its learning rate fell
 """
 
 import argparse
@@ -45,7 +45,7 @@ def parse_args(argv: Sequence[str] | None) -> dict:
     add = parser.add_argument
     add("model", type=Path, help="model folder whose config is trained, e.g. outputs/NAME/best_model")
     add("--full", action="store_true", help="train on the validation images too, and keep the last epoch's weights")
-    add("--continue", action="store_true", help="train on from before the learning rate fell, for more --epochs")
+    add("--continue", action="store_true", help="continue from just before the learning rate fell (more --epochs)")
     add("--data-dir", metavar="PATH", type=os.path.expanduser, help="image folder (default: the original one)")
     add("--output-dir", metavar="PATH", type=os.path.expanduser, help="parent of the new folder (default: outputs)")
     add("--name", type=folder_name, help="name of the new model folder (default: retrained_<date>_<time>)")
@@ -71,15 +71,15 @@ def with_validation_images(dataset: Dataset) -> Dataset:
 def state_to_continue(folder: Path, about: dict, config: dict, device: torch.device) -> Training:
     """Return the training of a model before its learning rate fell, to be continued with a config for more epochs.
 
-    Raises InputError if there is none, or if a training with this config would not have been the same so far.
+    Raises InputError if there is none, or if this config would have trained differently up to there.
     """
     hyperparameters, path = about["hyperparameters"], folder / CONSTANT_LR_FILE
     for key in CONFIG_KEYS:
         if key != "epochs" and config[key] != hyperparameters[key]:
-            raise InputError(f"--continue cannot change {key}; remove {flag(key)}")
+            raise InputError(f"{flag(key)} {config[key]} cannot be combined with --continue; remove one of them")
     training = restore_training(config, len(about["classes"]), device, path)
     if not training.history:
-        raise InputError(f"{path} is missing or damaged; remove --continue, to train from the beginning")
+        raise InputError(f"{path} is missing or damaged; remove --continue to train from scratch")
     epochs = training.epoch + 1
     while constant_epochs(config | {"epochs": epochs}) < training.epoch:
         epochs += 1
@@ -97,7 +97,7 @@ def retrain(given: dict) -> int:
     check_space(config)
     device, objective = best_device(), Objective(*about["objective"])
     if "continue" in given and given.get("full"):
-        raise InputError("--continue cannot be combined with --full, which trains on other images; remove one of them")
+        raise InputError("--continue cannot be combined with --full; remove one of them")
     training = state_to_continue(given["model"], about, config, device) if "continue" in given else None
     name = given.get("name") or datetime.now().strftime("retrained_%Y-%m-%d_%H-%M-%S")
     output_dir = given.get("output_dir", "outputs")
@@ -110,8 +110,8 @@ def retrain(given: dict) -> int:
     if training is None:
         training = new_training(config, len(dataset.classes), device)
     elif any(list(getattr(dataset, key)) != list(about[key]) for key in ("classes", "mean", "std")):
-        raise InputError("--continue needs the same images; choose another --data-dir, or remove --continue")
-    start = max(0, training.epoch - 1)  # the epochs before left no weights
+        raise InputError("the images differ from the model's; choose another --data-dir, or remove --continue")
+    start = max(0, training.epoch - 1)  # earlier epochs left no weights
     model, kept = copy.deepcopy(training.evaluated), training.history[-1] if training.history else None
     for report in train_epochs(training, config, dataset, device):
         if not math.isfinite(report.train_loss):

@@ -24,9 +24,9 @@ def draw_configs(
     """Return the configs of all trials: the first trials, then num_samples random draws per grid point.
 
     The first trials give plain values to searched hyperparameters; omitted ones are drawn, and change no other draw.
-    With tpe, the configs of the others hold only the fixed values: suggest_config draws the rest. Other streams of
-    random numbers, from 0 to 2**32 - 1, give other draws. Raises InputError if a config is invalid, or if TPE cannot
-    draw from the space.
+    With tpe, the configs of the others hold only the fixed values: suggest_config draws the rest. Each stream
+    (0 to 2**32 - 1) gives different draws. Raises InputError if a config is invalid, or if TPE cannot draw from the
+    space.
     """
     if tpe:
         if importlib.util.find_spec("optuna") is None:

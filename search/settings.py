@@ -61,7 +61,7 @@ class Settings:
     seed: int = option(0, "random seed of draws, weights and batches (default: 0)", type=int)
     repeats: int | None = option(None, "train the best 3 configs again with N other random seeds each", type=int)
     warm_start: Sequence[str] | None = option(
-        None, "begin with the trials of these earlier searches (see README)", type=absolute_path, nargs="+"
+        None, "start with the trials of these searches (see README)", type=absolute_path, nargs="+"
     )
     time_budget: float | None = option(None, "stop cleanly after this long, e.g. 90s, 30m, 2h", type=seconds)
     quick: bool = option(False, "a one-minute demo on two cores, on synthetic images", action="store_true")
@@ -78,7 +78,7 @@ class Settings:
     output_dir: str = option("outputs", "parent of all search folders", type=absolute_path)
     name: str | None = option(None, "name of the search folder (default: search_<date>_<time>)", type=folder_name)
     resume: str | None = option(None, "continue the search in this folder (see README)", type=absolute_path)
-    list: bool = option(False, "list all searches in --output-dir and their status", action="store_true")
+    list: bool = option(False, "list the searches in --output-dir: status, accuracy, cost", action="store_true")
 
     def source_flags(self) -> Sequence[str]:
         """Return the flags that give another search the same images, epochs, draws and --output-dir."""

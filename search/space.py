@@ -65,7 +65,7 @@ def possible_values(entry: object) -> list:
     if isinstance(entry, Categorical):
         return entry.categories
     if isinstance(entry, Integer):
-        return [entry.lower, entry.upper - (getattr(entry.get_sampler(), "q", 1) == 1)]  # Ray's rule
+        return [entry.lower, entry.upper - (getattr(entry.get_sampler(), "q", 1) == 1)]  # Ray includes it if quantized
     if isinstance(entry, Float):
         return [entry.lower, entry.upper]
     return [] if isinstance(entry, Domain) else [entry]
@@ -97,13 +97,13 @@ def summarize(space: dict) -> dict[str, object]:
 def end_of_range(value: float, searched: dict, margin: float = 0.05) -> str | None:
     """Return "upper" or "lower" if a value is within that share of either end of a range or numeric grid, else None.
 
-    A value outside is at no end.
+    Returns None outside the range.
     """
     ends = searched.get("values") or [searched.get("lower"), searched.get("upper")]
     if not all(type(end) in (int, float) for end in ends) or len(set(ends)) < 2:
         return None
     low, high = min(ends), max(ends)
-    if not low <= value <= high:  # one of first_trials, or of an earlier search
+    if not low <= value <= high:  # from first_trials or an earlier search
         return None
     if "log" in searched["tune"]:
         low, high, value = math.log(low), math.log(high), math.log(value)
@@ -114,7 +114,7 @@ def end_of_range(value: float, searched: dict, margin: float = 0.05) -> str | No
 def widened(key: str, searched: dict, end: str) -> str | None:
     """Return the line of param_space that extends a range or numeric grid at its "upper" or "lower" end.
 
-    A logarithmic range grows by a factor of 10, another one by its width, and a grid by a value at the same ratio as
+    A logarithmic range grows by a factor of 10, any other by its width, and a grid by a value at the same ratio as
     the last two (or at the same distance, if not all are positive); by less if that would not be valid. Returns None
     if nothing that was tried is valid.
     """

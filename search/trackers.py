@@ -1,4 +1,4 @@
-"""Experiment trackers: what Ray's callbacks for MLflow, Weights & Biases and others are told of a search."""
+"""Experiment trackers: what Ray's callbacks for MLflow, Weights & Biases and others receive."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -13,11 +13,11 @@ from search.records import Trial
 
 
 class Trackers:
-    """Tells callbacks of every trial once, from its first epoch to its end.
+    """Reports every trial to callbacks once, from its first epoch to its end.
 
     To Tune, a paused trial that continues is a new one, and a restored one reports its epochs again. Here it stays the
-    same trial, and an epoch is told once. A callback that fails is not called again, and a sentence says so. Raises
-    InputError for what is not a list of callbacks.
+    same trial, and each epoch is reported once. A callback that fails is not called again, and a message says so.
+    Raises InputError unless given a list of callbacks.
     """
 
     def __init__(self, callbacks: Sequence[tune.Callback]) -> None:
@@ -35,19 +35,19 @@ class Trackers:
         for callback in list(self.callbacks):
             try:
                 getattr(callback, hook)(**info)
-            except Exception as error:  # of a server, or of the user's code
+            except Exception as error:  # from a server or the user's code
                 self.callbacks.remove(callback)
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
-                self.say(f"The callback {type(callback).__name__} failed ({reason}); it is not called again.")
+                self.say(f"The callback {type(callback).__name__} failed ({reason}); it will not be called again.")
 
     def start(self, trial: Any) -> None:
-        """Tell of the start of one of Tune's trials, unless it continues one."""
+        """Report the start of one of Tune's trials, unless it continues one."""
         if str(trial) not in self.trials:
             self.trials[str(trial)], self.told[str(trial)] = trial, 0
             self.call("on_trial_start", **self.step, trial=trial)
 
     def report(self, trial: Trial) -> None:
-        """Tell of a trial's latest epochs; the first time, also of those that an earlier process has trained."""
+        """Report a trial's latest epochs; the first time, also those that an earlier process has trained."""
         shown = self.trials[trial.name]
         for report in trial.reports[self.told[trial.name] :]:
             about: dict[str, Any] = {"training_iteration": report.epoch, "time_total_s": report.seconds}
@@ -56,12 +56,12 @@ class Trackers:
         self.told[trial.name] = max(self.told[trial.name], len(trial.reports))  # fewer after a restart
 
     def end(self, name: str, failed: bool = False) -> None:
-        """Tell of the end of a trial, if the callbacks know it."""
+        """Report the end of a trial, if the callbacks know it."""
         if shown := self.trials.pop(name, None):
             self.call("on_trial_error" if failed else "on_trial_complete", **self.step, trial=shown)
 
     def close(self) -> None:
-        """Tell of the end of all; a trial that has not ended counts as failed."""
+        """Report the end of the search; unfinished trials count as failed."""
         for name in list(self.trials):
             self.end(name, failed=True)
         self.call("on_experiment_end", trials=self.step["trials"])

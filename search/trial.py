@@ -2,7 +2,7 @@
 
 <trial>/weights_<epoch>.pt   the weights of its best epoch, a state_dict
 <trial>/training.pt          the training state: everything needed to continue
-<trial>/constant_lr.pt       that after the last epoch before the learning rate falls, for search.retrain --continue
+<trial>/constant_lr.pt       that just before the learning rate falls, for search.retrain --continue
 """
 
 from collections.abc import Callable, Collection
@@ -58,7 +58,7 @@ def save_training(training: Training, config: dict, path: Path) -> None:
 def restore_training(config: dict, num_classes: int, device: torch.device, path: Path) -> Training:
     """Return the training saved in a file, or a new one, with a note if the saved one is unreadable.
 
-    The saved one may have been meant for another number of epochs.
+    The saved one may have a different number of epochs.
     """
     training = new_training(config, num_classes, device)
     if not path.exists():

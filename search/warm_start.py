@@ -1,4 +1,4 @@
-"""Beginning a search with the trials of earlier ones, as if it had trained them itself."""
+"""Starting a search with the trials of earlier ones, as if it had trained them itself."""
 
 import contextlib
 from collections import Counter
@@ -9,13 +9,14 @@ from pathlib import Path
 from data import InputError
 from search.files import crc32, link
 from search.records import TRIAL_PREFIX, Search, Trial, lock_folder, open_search, short_path
+from search.settings import Settings
 from search.tensorboard import Board
 from train import CONFIG_KEYS
 
 
 @contextlib.contextmanager
 def earlier_search(folder: Path) -> Iterator[Search]:
-    """Yield the search in a folder, which nobody else can run meanwhile.
+    """Yield the search in a folder, locked against other processes.
 
     Raises InputError if it is running, damaged or from another version.
     """
@@ -23,23 +24,30 @@ def earlier_search(folder: Path) -> Iterator[Search]:
         yield open_search(folder, {})
 
 
-def take(search: Search) -> None:
-    """Begin a new search with the trials of the earlier ones in its settings that fit, and print how many these are.
+def check(settings: Settings) -> None:
+    """Refuse earlier searches that take would refuse, before the images are read."""
+    for folder in settings.warm_start or ():
+        with earlier_search(Path(folder)):
+            pass
 
-    Their reports are recorded, and their files linked: those that have not ended continue. Raises InputError if there
-    are earlier searches, but no trial fits.
+
+def take(search: Search) -> None:
+    """Take the trials that fit from the searches in search.settings.warm_start, and print how many.
+
+    Their reports are recorded, and their files linked; unfinished trials will continue. Raises InputError if there are
+    earlier searches, but no trial fits.
     """
     board, folders = Board(search), [Path(folder) for folder in search.settings.warm_start or ()]
     for folder in folders:
         with earlier_search(folder) as earlier:
             reasons = [take_trial(search, board, earlier, trial) for trial in earlier.trials.values()]
         counts = Counter(reason for reason in reasons if reason)
-        rest = "; not taken: " + ", ".join(f"{reason} ({count})" for reason, count in counts.items()) if counts else ""
-        print(f"Taken from {short_path(folder)}: {reasons.count(None)} of {len(reasons)} trials{rest}.")
+        rest = "; skipped: " + ", ".join(f"{reason} ({count})" for reason, count in counts.items()) if counts else ""
+        print(f"Took {reasons.count(None)} of {len(reasons)} trials from {short_path(folder)}{rest}.")
     board.close_all()
     configs = [trial.config for trial in search.own_trials()]
     if folders and not configs:
-        raise InputError("no trial of the earlier searches fits; restore param_space, or remove --warm-start")
+        raise InputError("no trial of the earlier searches fits; undo the differences above, or remove --warm-start")
     search.taken = [len(configs), int(crc32({"configs": configs}), 16) if configs else 0]
 
 
@@ -53,7 +61,7 @@ def take_trial(search: Search, board: Board, earlier: Search, trial: Trial) -> s
     if reason := misfit(trial, earlier, search):
         return reason
     if name_of(trial.config, bool(trial.repeats)):
-        return "taken already"
+        return "already taken"
     name, repeats = f"{TRIAL_PREFIX}{len(search.own_trials()):05}", None
     if trial.repeats:
         repeats = name_of(earlier.trials[trial.repeats].config, False)
@@ -80,16 +88,18 @@ def misfit(trial: Trial, earlier: Search, search: Search) -> str | None:
     Searched hyperparameters may have any valid value, and the seed may differ.
     """
     if earlier.images != search.images:
-        return "other images"
+        return "different images"
     if earlier.objective != search.objective:
-        return "other METRIC or MODE"  # the weights that were kept are not those of the best epoch
-    if not trial.reports or (trial.repeats and not trial.end):
+        return "different METRIC or MODE"  # the weights that were kept are not those of the best epoch
+    if not trial.reports:
         return "not trained"
+    if trial.repeats and not trial.end:
+        return "unfinished repeat"
     if trial.repeats and trial.repeats not in earlier.trials:
         return "repeats a damaged trial"
     for key, value in trial.config.items():
         if key not in CONFIG_KEYS or not CONFIG_KEYS[key][0](value):
             return f"invalid {key}"
         if key != "seed" and not isinstance(search.space[key], dict) and value != search.space[key]:
-            return f"other {key}"
-    return next((f"without {key}" for key in CONFIG_KEYS if key not in trial.config), None)
+            return f"different {key}"
+    return next((f"lacks {key}" for key in CONFIG_KEYS if key not in trial.config), None)

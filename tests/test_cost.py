@@ -30,12 +30,12 @@ def test_cheaper_trial_is_named_if_one_is_within_a_standard_error_of_the_best(tm
     one, other = (model_cost(CONFIG | config, 5) for config in ({}, big))
     saved = [f"{1 - one[key] / other[key]:.0%}" for key in ("parameters", "gflop_per_image")]
     assert cheaper(search) == [
-        "Within one standard error (0.0988) of the best, but cheaper: train_cifar_00005, accuracy 0.8100, with "
+        "Cheaper, within one standard error (0.0988) of the best: train_cifar_00005 (accuracy 0.8100), "
         f"{saved[0]} fewer parameters and {saved[1]} fewer FLOPs."
     ]
     # With more parameters, only the FLOPs are named; a trial that has not ended is not.
     add(search, 0.899, h_1=2, h_2=24)
     add(search, 0.899, h_1=1, h_2=1, end=None)
-    assert re.search(r"train_cifar_00006, accuracy 0.8990, with [0-9]+% fewer FLOPs\.$", cheaper(search)[0])
+    assert re.search(r"train_cifar_00006 \(accuracy 0.8990\), [0-9]+% fewer FLOPs\.$", cheaper(search)[0])
     search.images["num_val"] = 250_000
     assert cheaper(search) == []

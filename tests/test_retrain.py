@@ -75,9 +75,9 @@ def test_continued_training_ends_as_one_with_more_epochs_from_the_start(
     write_json(about, loads(about.read_bytes()) | {"mean": [0.5, 0.5, 0.5]})
     for model, flags, words in (
         (best, ["--epochs", "9"], "--epochs 9 is too small to continue after epoch 7; use at least 10"),
-        (best, ["--lr", "0.1"], "--continue cannot change lr; remove --lr"),
+        (best, ["--lr", "0.1"], "--lr 0.1 cannot be combined with --continue; remove one of them"),
         (best, ["--full"], "--continue cannot be combined with --full"),
-        ("other", [], "--continue needs the same images; choose another --data-dir"),
+        ("other", [], "the images differ from the model's; choose another --data-dir"),
         ("copy", [], "copy/constant_lr.pt is missing or damaged; remove --continue"),
         (str(whole), [], "outputs/whole/constant_lr.pt is missing or damaged"),
     ):

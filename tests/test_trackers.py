@@ -18,7 +18,7 @@ def test_trackers_are_told_every_epoch_of_every_trial_once(finished: Finished) -
     assert {str(trial): trial.config for trial in finished.tracker.told} == {name: trials[name].config for name in told}
     assert sorted(finished.tracker.ended) == [(name, False) for name in trials]
     assert finished.tracker.over
-    sentence = "The callback Broken failed (ConnectionError: no server); it is not called again.\n"
+    sentence = "The callback Broken failed (ConnectionError: no server); it will not be called again.\n"
     assert finished.err.count(sentence) == 1
 
 

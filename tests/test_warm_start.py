@@ -60,11 +60,11 @@ def test_trials_that_fit_are_taken_once_and_the_others_are_counted(
     take(new)
     new.write()
     assert capsys.readouterr().out.splitlines() == [
-        f"Taken from {one.folder}: 5 of 12 trials; not taken: other momentum (1), other epochs (1), invalid h_1 (1), "
-        "invalid cutout (1), without flip (1), not trained (2).",
-        f"Taken from {two.folder}: 1 of 2 trials; not taken: taken already (1).",
-        f"Taken from {images.folder}: 0 of 1 trials; not taken: other images (1).",
-        f"Taken from {metric.folder}: 0 of 1 trials; not taken: other METRIC or MODE (1).",
+        f"Took 5 of 12 trials from {one.folder}; skipped: different momentum (1), different epochs (1), "
+        "invalid h_1 (1), invalid cutout (1), lacks flip (1), not trained (1), unfinished repeat (1).",
+        f"Took 1 of 2 trials from {two.folder}; skipped: already taken (1).",
+        f"Took 0 of 1 trials from {images.folder}; skipped: different images (1).",
+        f"Took 0 of 1 trials from {metric.folder}; skipped: different METRIC or MODE (1).",
     ]
     taken = {name: (trial.source, trial.status) for name, trial in new.trials.items()}
     assert taken == {
@@ -137,8 +137,8 @@ def test_warm_started_search_that_is_killed_and_loses_its_source_ends_as_if_undi
     flags = ["--num-samples", "1", "--max-epochs", "10", "--warm-start", earlier]
     assert run_search(whole, *flags) == 0
     out = capsys.readouterr().out
-    assert f"Taken from {earlier}: 4 of 4 trials.\n" in out
-    assert f"Taken from {earlier}: 4 of these trials.\n" in out
+    assert f"Took 4 of 4 trials from {earlier}.\n" in out
+    assert f"4 of these trials come from {earlier}.\n" in out
 
     process = start(ray_started, quick(folder, *flags), tmp_path / "output.txt", narrow)
     wait_for(lambda: new_trials_reported(folder), process)
