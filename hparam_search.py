@@ -109,15 +109,15 @@ def search_space(settings: Settings) -> dict:
     return entries
 
 
-def draw(settings: Settings, taken: Sequence[int] = (0, 0)) -> tuple[list[records.Trial], dict]:
+def draw(settings: Settings, first_number: int = 0, stream: int = 0) -> tuple[list[records.Trial], dict]:
     """Return all new trials, in the order in which they start, and a summary of the search space.
 
-    taken holds the number of trials taken from earlier searches, and the random stream.
+    They are numbered from first_number, after those taken from earlier searches, and drawn with a random stream.
     """
     entries, first = search_space(settings), [] if settings.quick else space.to_plain(first_trials)
-    tpe, (number, stream) = settings.sampler == "tpe", taken
+    tpe = settings.sampler == "tpe"
     configs = sampler.draw_configs(entries, settings.num_samples, settings.seed, first, tpe, stream)
-    trials = [records.Trial(f"{records.TRIAL_PREFIX}{i:05}", config) for i, config in enumerate(configs, number)]
+    trials = [records.Trial(f"{records.TRIAL_PREFIX}{i:05}", config) for i, config in enumerate(configs, first_number)]
     return trials, space.summarize(entries) | {"first_trials": first}
 
 
@@ -137,7 +137,7 @@ def image_source(settings: Settings) -> dict:
     return {"source": settings.dataset, "data_dir": settings.data_dir, "synthetic": synthetic}
 
 
-def new_search(settings: Settings) -> int:
+def new_search(settings: Settings, tracking: trackers.Trackers) -> int:
     """Run a new search, and return the exit code."""
     objective, settings = records.Objective(METRIC, MODE), with_defaults(settings)
     trials, drawn_from = draw(settings)
@@ -147,13 +147,14 @@ def new_search(settings: Settings) -> int:
     with tuner.running_ray():
         tuner.share_resources(settings, len(trials))  # refuses flags that exceed this machine
         with records.creating_search(settings, drawn_from, dataset, objective) as search:
-            warm_start.take(search)
-            search.draw(draw(settings, search.taken)[0])
+            if settings.warm_start:
+                warm_start.take(search)
+            search.draw(draw(settings, search.first_number, search.stream)[0])
         with records.lock_search(search.folder):
-            return run(search, dataset)
+            return run(search, dataset, tracking)
 
 
-def resume_search(folder: Path, changes: dict) -> int:
+def resume_search(folder: Path, changes: dict, tracking: trackers.Trackers) -> int:
     """Continue the search in a folder, with changed settings, and return the exit code."""
     with records.lock_search(folder):
         search = records.open_search(folder, changes)
@@ -161,13 +162,13 @@ def resume_search(folder: Path, changes: dict) -> int:
         complete = search.trials and not (search.unfinished() or missing or search.damaged or "num_samples" in changes)
         if complete or search.time_left() <= 0:
             return finish(search, None)
-        trials, drawn_from = draw(search.settings, search.taken)
+        trials, drawn_from = draw(search.settings, search.first_number, search.stream)
         records.check_unchanged(search, drawn_from, records.Objective(METRIC, MODE))
         dataset = load_images(search)
         with tuner.running_ray():
             search.draw(trials)
             search.write()
-            return run(search, dataset)
+            return run(search, dataset, tracking)
 
 
 def load_images(search: records.Search) -> Dataset:
@@ -177,18 +178,17 @@ def load_images(search: records.Search) -> Dataset:
     return dataset
 
 
-def run(search: records.Search, dataset: Dataset) -> int:
+def run(search: records.Search, dataset: Dataset, tracking: trackers.Trackers) -> int:
     """Run all trials that have not ended, then the repeats, if any, and return the exit code."""
-    with contextlib.closing(trackers.Trackers(callbacks)) as tracking:
-        try:
-            fit(search, search.unfinished(), dataset, tracking)
-            if not search.interrupted():
-                fit(search, search.draw(search.repeats(REPEATED_TRIALS)), dataset, tracking)
-        except (KeyboardInterrupt, OSError):
-            print(report.recap(search), report.best_so_far(search), sep="\n", flush=True)
-            with contextlib.suppress(OSError):  # the disk may be full
-                report.write_results(search)
-            raise
+    try:
+        fit(search, search.unfinished(), dataset, tracking)
+        if not search.interrupted():
+            fit(search, search.draw(search.repeats(REPEATED_TRIALS)), dataset, tracking)
+    except (KeyboardInterrupt, OSError):
+        print(report.recap(search), report.best_so_far(search), sep="\n", flush=True)
+        with contextlib.suppress(OSError):  # the disk may be full
+            report.write_results(search)
+        raise
     return finish(search, dataset)
 
 
@@ -276,9 +276,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if settings.list:
             print(report.list_searches(Path(settings.output_dir)))
             return 0
-        if settings.resume:
-            return resume_search(Path(given.pop("resume")), given)
-        return new_search(settings)
+        with contextlib.closing(trackers.Trackers(callbacks)) as tracking:
+            if settings.resume:
+                return resume_search(Path(given.pop("resume")), given, tracking)
+            return new_search(settings, tracking)
 
     return console.run_program(PROGRAM, work)
 

@@ -64,12 +64,14 @@ def score_on_test(model: nn.Module, dataset: Dataset) -> dict[str, float]:
 
 
 def read_best_model(search: Search) -> dict | None:
-    """Return the metrics of best_model/ if it is intact and still holds the best trial's model, else None."""
-    metrics, ranking = read_metrics(search.folder / BEST_MODEL), search.ranking()
-    if not metrics or not ranking:
-        return None
-    best = ranking[0]
-    return metrics if (metrics["trial_id"], metrics["epoch"]) == (best.trial_id, best.best.epoch) else None
+    """Return the metrics of best_model/ if it is intact and still holds the best model that there is, else None."""
+    metrics = read_metrics(search.folder / BEST_MODEL)
+    for trial in search.ranking() if metrics else ():
+        if (metrics["trial_id"], metrics["epoch"]) == (trial.trial_id, trial.best.epoch):
+            return metrics
+        if weights_path(search.folder / trial.name, trial.best.epoch).exists():
+            return None
+    return None
 
 
 def write_model(

@@ -10,7 +10,7 @@ from data import IMAGE_SIZE
 from search.records import Search, Trial
 from train import MODEL, new_model
 
-COSTS = ["parameters", "gflop_per_image", "images_per_second"]
+COSTS = ("parameters", "gflop_per_image")
 
 
 def model_cost(config: dict, num_classes: int) -> dict[str, float]:
@@ -19,23 +19,21 @@ def model_cost(config: dict, num_classes: int) -> dict[str, float]:
     These are the multiplications and additions of convolutions and matrix products. Returns {} if the config is
     incomplete, or the model cannot run on the meta device.
     """
-    if not MODEL.keys() <= config.keys():
+    try:
+        # Dropout costs nothing, and would differ between most configs.
+        return measure(num_classes, *((key, 0.0 if key == "p_drop" else config[key]) for key in MODEL))
+    except Exception:  # an edited model may raise anything; its trials will show it
         return {}
-    # Dropout costs nothing, and would differ between most configs.
-    return measure(num_classes, *((key, 0.0 if key == "p_drop" else config[key]) for key in MODEL))
 
 
 @functools.cache
 def measure(num_classes: int, *sizes: tuple[str, object]) -> dict[str, float]:
-    """Return what model_cost does, for sizes as pairs of names and values."""
-    try:
-        with torch.device("meta"), torch.inference_mode(), FlopCounterMode(display=False) as counter:
-            model = new_model(dict(sizes), num_classes).eval()
-            model(torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE))
-    except Exception:  # an edited model may raise anything; its trials will show it
-        return {}
+    """Do what model_cost does, for sizes as pairs of names and values."""
+    with torch.device("meta"), torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        model = new_model(dict(sizes), num_classes).eval()
+        model(torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE))
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return {"parameters": parameters, "gflop_per_image": counter.get_total_flops() / 1e9}
+    return dict(zip(COSTS, (parameters, counter.get_total_flops() / 1e9), strict=True))
 
 
 def prepare() -> None:
@@ -44,36 +42,28 @@ def prepare() -> None:
         torch.empty(1)
 
 
-def trial_cost(search: Search, trial: Trial) -> dict[str, float | None]:
-    """Return the cost of a trial's model (see model_cost), and the images per second of its last epoch of training.
-
-    Unknown values are None.
-    """
-    speed = {"images_per_second": trial.reports[-1].images_per_second} if trial.reports else {}
-    return dict.fromkeys(COSTS) | model_cost(trial.config, search.images["num_classes"]) | speed
-
-
-def cheaper(search: Search) -> list[str]:
-    """Return a line about the cheapest trial that is about as good as the best, if it is cheaper.
+def cheaper(search: Search, best: Trial) -> str:
+    """Return a sentence about the cheapest trial that is about as good as the best; "" if that is the best itself.
 
     About as good means that its accuracy is lower by at most one standard error of a difference of two accuracies p and
     q on n validation images, √((p (1 − p) + q (1 − q)) / n); cheaper means fewer FLOPs per image.
     """
-    best, *others = search.ranking()
 
     def error(trial: Trial) -> float:
         p, q = trial.best.accuracy, best.best.accuracy
         return math.sqrt((p * (1 - p) + q * (1 - q)) / search.images["num_val"])
 
-    close = [t for t in others if t.end and best.best.accuracy - t.best.accuracy <= error(t)]
+    others = [trial for trial in search.ranking() if trial.end and trial is not best]
+    close = [trial for trial in others if best.best.accuracy - trial.best.accuracy <= error(trial)]
     costs = {trial: model_cost(trial.config, search.images["num_classes"]) for trial in (best, *close)}
     found = min(costs, key=lambda trial: costs[trial].get("gflop_per_image", math.inf))  # on a tie, the best
-    shares = {key: 1 - costs[found][key] / value for key, value in costs[best].items()}
-    if not shares or shares["gflop_per_image"] <= 0:
-        return []
-    names = {"parameters": "parameters", "gflop_per_image": "FLOPs"}
-    saved = " and ".join(f"{share:.0%} fewer {names[key]}" for key, share in shares.items() if share > 0)
-    return [
+    if found is best or not costs[best]:
+        return ""
+    shares = {
+        name: 1 - costs[found][key] / costs[best][key] for key, name in zip(COSTS, ("parameters", "FLOPs"), strict=True)
+    }
+    saved = " and ".join(f"{share:.0%} fewer {name}" for name, share in shares.items() if share > 0)
+    return (
         f"Cheaper, within one standard error ({error(found):.4f}) of the best: {found.name} (accuracy "
         f"{found.best.accuracy:.4f}), {saved}."
-    ]
+    )

@@ -21,7 +21,7 @@ from search.records import LOG_FILE, METRICS, Search, Trial
 from search.sampler import outcomes
 from search.tensorboard import Board
 from search.trackers import Trackers
-from search.trial import CONSTANT_LR_FILE, TRAINING_FILE, prune_weights
+from search.trial import CONSTANT_LR_FILE, TRAINING_FILE, prune_weights, weights_path
 from search.tuner import own_node_lives
 from train import Report
 
@@ -194,7 +194,8 @@ class Recorder(tune.Callback):
         self.search, self.queue, self.ends, self.models_kept = search, queue, ends, models_kept
         self.progress = Progress(progress_period, queue.promotion.rungs)
         self.board = Board(search)
-        self.trackers, trackers.say = trackers, self.progress.say
+        self.trackers = trackers
+        trackers.begin(self.progress.say)
         self.interrupted = threading.Event()
         self.failure: OSError | None = None
         self.checked = time.monotonic()
@@ -210,7 +211,6 @@ class Recorder(tune.Callback):
 
     def on_step_begin(self, iteration: int, trials: list, **info: object) -> None:
         self.trackers.step = {"iteration": iteration, "trials": trials}
-        self.trackers.call("on_step_begin", **self.trackers.step)
         for trial_id, trial in list(self.queue.running.items()):
             if trial.status == trial.ERROR:  # its worker could not be reused, and Tune calls nothing else
                 self.queue.on_trial_complete(trial_id)
@@ -222,9 +222,6 @@ class Recorder(tune.Callback):
         if self.interrupted.is_set() or self.failure:
             self.on_experiment_end(trials)
             raise SystemExit
-
-    def on_step_end(self, iteration: int, trials: list, **info: object) -> None:
-        self.trackers.call("on_step_end", **self.trackers.step)
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: object) -> None:
         self.trackers.start(trial)
@@ -317,15 +314,19 @@ class Recorder(tune.Callback):
 def prune(search: Search, trials: list[Trial], models_kept: int) -> None:
     """Delete what these ended trials no longer need: training states, and weights except those of the best trials.
 
-    The models_kept best of all ended trials keep the weights of their best epoch; the best one also keeps the training
-    state before its learning rate fell.
+    The models_kept best of the ended trials with weights (one taken from an earlier search may have none) keep those of
+    their best epoch; the best one also keeps the training state before its learning rate fell.
     """
-    ranking = [trial for trial in search.ranking() if trial.end]
-    # The extra ones may have been the best, or among the best, until now.
-    for trial in (*trials, *ranking[1:2], *ranking[models_kept : models_kept + 1]):
+    ranking = [
+        trial
+        for trial in search.ranking()
+        if trial.end and weights_path(search.folder / trial.name, trial.best.epoch).exists()
+    ]
+    for trial in (*trials, *ranking):
         folder = search.folder / trial.name
-        for name in (TRAINING_FILE, *([] if trial in ranking[:1] else [CONSTANT_LR_FILE])):
-            (folder / name).unlink(missing_ok=True)
+        (folder / TRAINING_FILE).unlink(missing_ok=True)
+        if trial not in ranking[:1]:
+            (folder / CONSTANT_LR_FILE).unlink(missing_ok=True)
         prune_weights(folder, {trial.best.epoch} if trial in ranking[:models_kept] else set())
 
 

@@ -58,8 +58,8 @@ def block(search: Search, running: list[str], rungs: dict[int, int]) -> list[str
     paused = sum(trial.paused for trial in others)
     counts = [f"{done} done", f"{len(running)} running", *([f"{paused} paused"] if rungs else [])]
     epochs, left = sum(len(trial.reports) for trial in search.trials.values()), epochs_left(search, rungs)
-    trained = max(0, epochs - search.epochs_taken)
-    remaining = f", about {duration(max(10, round(left * search.seconds / trained, -1)))} left" if trained else ""
+    seconds = search.seconds / search.trained if search.trained else 0.0
+    remaining = f", about {duration(max(10, round(left * seconds, -1)))} left" if seconds else ""
     lines = [
         f"Trials: {', '.join(counts)}, {len(others) - done - paused} waiting. "
         f"Epochs: {epochs} of about {epochs + round(left)}.",

@@ -107,9 +107,9 @@ class Search:
     seconds: float = 0.0  # how long trials have run, over all processes
     started: tuple[float, float] = (0.0, 0.0)  # when this process began to run trials, and `seconds` then
     resources: str = ""  # CPUs and GPUs that the trials use
-    # How many own trials were taken from earlier searches, and a checksum of their configs.
-    taken: list[int] = field(default_factory=lambda: [0, 0])
-    epochs_taken: int = 0  # epochs that earlier searches have trained
+    first_number: int = 0  # how many own trials were taken from earlier searches
+    stream: int = 0  # random stream of the draws
+    trained: int = 0  # number of epochs trained here
     damaged: int = 0  # number of unreadable lines in the log
 
     @property
@@ -136,8 +136,6 @@ class Search:
             trial.config, trial.repeats, trial.source = event["config"], event["repeats"], event.get("source")
             return
         if kind == "started":
-            if not self.started[0]:
-                self.epochs_taken = sum(len(trial.reports) for trial in self.trials.values())
             self.started, self.resources = (event["time"], self.seconds), event["resources"]
         if self.started[0]:
             self.seconds = self.started[1] + event["time"] - self.started[0]
@@ -149,6 +147,7 @@ class Search:
                 return  # the report before is unreadable; its epoch is retrained
             trial.reports[event["epoch"] - 1 :] = [Report(**{key: event[key] for key in METRICS})]
             trial.end, trial.paused, trial.error = event["end"], event["paused"], None
+            self.trained += bool(self.started[0])
         elif kind == "continued":
             trial.paused, trial.error = False, None
         elif kind == "ended":
@@ -221,7 +220,7 @@ class Search:
     def write(self) -> None:
         """Write search.json."""
         parts = {"objective": astuple(self.objective), "space": self.space, "images": self.images}
-        parts |= {"versions": self.versions, "taken": self.taken}
+        parts |= {"versions": self.versions, "draws": [self.first_number, self.stream]}
         write_json(self.folder / SEARCH_FILE, {"format": FORMAT, "settings": asdict(self.settings)} | parts)
 
 
@@ -278,7 +277,7 @@ def open_search(folder: Path, changes: dict) -> Search:
             raise ValueError
         settings, objective = Settings(**content["settings"]), Objective(*content["objective"])
         search = Search(folder, settings, content["space"], content["images"], objective, content["versions"])
-        search.taken = content["taken"]
+        search.first_number, search.stream = content["draws"]
         events, search.damaged = read_lines(folder / LOG_FILE)
         for event in events:
             search.apply(event)
@@ -293,9 +292,6 @@ def open_search(folder: Path, changes: dict) -> Search:
     if "data_dir" in changes and settings.dataset == "synthetic":
         raise InputError("--data-dir cannot be combined with synthetic images; remove it")
     search.settings = replace(settings, **changes)
-    if search.damaged:
-        sentence = f"Skipping {search.damaged} unreadable lines of {folder / LOG_FILE}; their epochs are retrained."
-        print(sentence, file=sys.stderr)
     return search
 
 
@@ -306,13 +302,19 @@ def installed_versions(settings: Settings) -> dict[str, str]:
 
 
 def check_unchanged(search: Search, space: dict, objective: Objective) -> None:
-    """Refuse to resume a search with another space or objective; note other versions of packages."""
+    """Refuse to resume a search with another space or objective; note unreadable lines and other versions."""
     before = search.space | vars(search.objective)
     for key, now in (space | vars(objective)).items():
         if now != before.get(key):
             raise InputError(
-                f"{key!r} is {now}, but was {before.get(key)} when the search began; restore it, or start a new search"
+                f"{key!r} is {now}, but was {before.get(key)} when the search began; restore it, or start a new search "
+                "with --warm-start"
             )
+    if search.damaged:
+        sentence = (
+            f"Skipping {search.damaged} unreadable lines of {search.folder / LOG_FILE}; their epochs are retrained."
+        )
+        print(sentence, file=sys.stderr)
     for package, version in installed_versions(search.settings).items():
         if version != (then := search.versions.get(package)):
             print(f"The search began with {package} {then}; with {version}, results may differ.", file=sys.stderr)

@@ -14,7 +14,7 @@ import pandas
 
 from data import InputError
 from search.best_model import BEST_MODEL, read_best_model
-from search.cost import cheaper, model_cost, trial_cost
+from search.cost import COSTS, cheaper, model_cost
 from search.files import atomic_write, lock
 from search.records import SEARCH_FILE, TRIAL_PREFIX, Search, Trial, open_search, script_command, short_path
 from search.space import end_of_range, widened
@@ -37,8 +37,9 @@ def write_results(search: Search) -> None:
         row |= {"max_epochs" if name == "epochs" else name: value for name, value in config.items()}
         row |= {"epochs": last and last.epoch}
         row |= {f"best_{name}": best and getattr(best, name) for name in ("epoch", *search.objective.shown)}
-        row |= {name: last and getattr(last, name) for name in ("loss", "accuracy", "seconds")}
-        row |= trial_cost(search, trial)
+        row |= {name: last and getattr(last, name) for name in ("loss", "accuracy", "seconds", "images_per_second")}
+        cost = model_cost(config, search.images["num_classes"])
+        row |= {name: cost.get(name) for name in COSTS}
         row |= {"weights": weights if weights and (search.folder / weights).exists() else None}
         row |= {"ended_because": trial.error or trial.end, "repeats": trial.repeats, "taken_from": trial.source}
         rows.append(row)
@@ -104,7 +105,7 @@ def recap_best(search: Search, metrics: dict) -> str:
         ),
         f"Best model: {short_path(search.folder / BEST_MODEL)}",
         f"TensorBoard: {shlex.join(['tensorboard', '--logdir', short_path(search.folder.parent)])}",
-        *(part for line in cheaper(search) for part in textwrap.wrap(line, COLUMNS)),
+        *textwrap.wrap(cheaper(search, best), COLUMNS),
         f"Early stopping saved {saved} of {planned} epochs.",
         *rungs(search, ended),
         *importance(search, ended),
@@ -169,9 +170,11 @@ def importance(search: Search, ended: list[Trial]) -> list[str]:
 
 def at_edges(search: Search, edges: dict[str, str]) -> list[str]:
     """Return lines about hyperparameters whose best value lies at this end of their range, and how to search beyond."""
+    if not edges:
+        return []
     ends = ", ".join(f"{key} ({end} end)" for key, end in edges.items())
     changes = [change for key, end in edges.items() if (change := widened(key, search.searched[key], end))]
-    lines = textwrap.wrap(f"The best value lies at the edge of its range: {ends}.", COLUMNS) if edges else []
+    lines = textwrap.wrap(f"The best value lies at the edge of its range: {ends}.", COLUMNS)
     if changes:
         name = "QUICK_SPACE" if search.settings.quick else "param_space"
         command = script_command("--warm-start", search.folder, *search.settings.source_flags())
@@ -220,9 +223,10 @@ def list_searches(output_dir: Path) -> str:
             row |= {"status": status, "trials": f"{ended}/{len(trials)}"}
             row |= {"test": cell(metrics.get("test_accuracy"), ".4f")}
             if ranking:
-                parameters, gflop, speed = trial_cost(search, ranking[0]).values()
-                row |= {"val": cell(ranking[0].best.accuracy, ".4f"), "Mparams": cell(parameters and parameters / 1e6)}
-                row |= {"GFLOP": cell(gflop), "img/s": cell(speed, ".0f")}
+                best, cost = ranking[0], model_cost(ranking[0].config, search.images["num_classes"])
+                row |= {"val": cell(best.best.accuracy, ".4f"), "GFLOP": cell(cost.get("gflop_per_image"))}
+                row |= {"Mparams": cell(cost["parameters"] / 1e6 if cost else None)}
+                row |= {"img/s": cell(best.reports[-1].images_per_second, ".0f")}
         rows.append(row)
     return table(rows) if rows else f"No searches found in {short_path(output_dir)}."
 

@@ -68,25 +68,22 @@ def with_validation_images(dataset: Dataset) -> Dataset:
     )
 
 
-def state_to_continue(folder: Path, about: dict, config: dict, device: torch.device) -> Training:
+def state_to_continue(folder: Path, about: dict, config: dict, dataset: Dataset, device: torch.device) -> Training:
     """Return the training of a model before its learning rate fell, to be continued with a config for more epochs.
 
-    Raises InputError if there is none, or if this config would have trained differently up to there.
+    Raises InputError if there is none, or if this config and dataset would have trained differently up to there.
     """
-    hyperparameters, path = about["hyperparameters"], folder / CONSTANT_LR_FILE
+    path = folder / CONSTANT_LR_FILE
     for key in CONFIG_KEYS:
-        if key != "epochs" and config[key] != hyperparameters[key]:
+        if key != "epochs" and config[key] != about["hyperparameters"][key]:
             raise InputError(f"{flag(key)} {config[key]} cannot be combined with --continue; remove one of them")
-    training = restore_training(config, len(about["classes"]), device, path)
+    if any(list(getattr(dataset, key)) != list(about[key]) for key in ("classes", "mean", "std")):
+        raise InputError("the images differ from the model's; choose another --data-dir, or remove --continue")
+    training = restore_training(config, len(dataset.classes), device, path)
     if not training.history:
         raise InputError(f"{path} is missing or damaged; remove --continue to train from scratch")
-    epochs = training.epoch + 1
-    while constant_epochs(config | {"epochs": epochs}) < training.epoch:
-        epochs += 1
-    if config["epochs"] < epochs:
-        raise InputError(
-            f"--epochs {config['epochs']} is too small to continue after epoch {training.epoch}; use at least {epochs}"
-        )
+    if config["epochs"] <= training.epoch or constant_epochs(config) < training.epoch:
+        raise InputError(f"--epochs {config['epochs']} is too small to continue after epoch {training.epoch}; use more")
     return training
 
 
@@ -96,9 +93,8 @@ def retrain(given: dict) -> int:
     config = about["hyperparameters"] | {key: given[key] for key in CONFIG_KEYS if key in given}
     check_space(config)
     device, objective = best_device(), Objective(*about["objective"])
-    if "continue" in given and given.get("full"):
+    if {"continue", "full"} <= given.keys():
         raise InputError("--continue cannot be combined with --full; remove one of them")
-    training = state_to_continue(given["model"], about, config, device) if "continue" in given else None
     name = given.get("name") or datetime.now().strftime("retrained_%Y-%m-%d_%H-%M-%S")
     output_dir = given.get("output_dir", "outputs")
     folder = new_folder(Settings(output_dir=output_dir, name=name))
@@ -107,10 +103,10 @@ def retrain(given: dict) -> int:
     if given.get("full"):
         dataset = with_validation_images(dataset)
     torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
-    if training is None:
+    if "continue" in given:
+        training = state_to_continue(given["model"], about, config, dataset, device)
+    else:
         training = new_training(config, len(dataset.classes), device)
-    elif any(list(getattr(dataset, key)) != list(about[key]) for key in ("classes", "mean", "std")):
-        raise InputError("the images differ from the model's; choose another --data-dir, or remove --continue")
     start = max(0, training.epoch - 1)  # earlier epochs left no weights
     model, kept = copy.deepcopy(training.evaluated), training.history[-1] if training.history else None
     for report in train_epochs(training, config, dataset, device):

@@ -5,7 +5,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NoReturn
 
 PROGRAM = "hparam_search.py"
@@ -82,11 +82,9 @@ class Settings:
 
     def source_flags(self) -> Sequence[str]:
         """Return the flags that give another search the same images, epochs, draws and --output-dir."""
-        usual = {"dataset": "cifar100", "max_epochs": None, "num_samples": 3, "sampler": "random", "seed": 0}
-        usual |= {"output_dir": "outputs", "data_dir": absolute_path("data")} | (QUICK_DEFAULTS if self.quick else {})
-        if self.dataset == "synthetic":
-            usual["data_dir"] = self.data_dir
-        changed = [key for key, default in usual.items() if getattr(self, key) != default]
+        keys = ["dataset", "max_epochs", "num_samples", "sampler", "seed", "output_dir"]
+        keys += ["data_dir"] * (self.dataset != "synthetic")
+        changed = [key for key in keys if getattr(self, key) != getattr(defaults(self.quick), key)]
         return ["--quick"] * self.quick + [text for key in changed for text in (flag(key), str(getattr(self, key)))]
 
     def methods(self) -> tuple[str, str]:
@@ -130,14 +128,18 @@ def parse_args(argv: Sequence[str] | None, description: str) -> tuple[Settings, 
     for setting in fields(Settings):
         parser.add_argument(flag(setting.name), **setting.metadata)
     given = vars(parser.parse_args(argv))
-    defaults = {"data_dir": absolute_path("data")} | (QUICK_DEFAULTS if given.get("quick") else {})
-    settings = Settings(**(defaults | given))
+    settings = replace(defaults("quick" in given), **given)
     try:
         check(settings, given)
     except ValueError as error:
         print_error(error)
         sys.exit(2)
     return settings, given
+
+
+def defaults(quick: bool) -> Settings:
+    """Return the settings of a command without other flags than --quick."""
+    return Settings(quick=quick, data_dir=absolute_path("data"), **(QUICK_DEFAULTS if quick else {}))
 
 
 def flag(key: str) -> str:

@@ -84,7 +84,7 @@ def summarize(space: dict) -> dict[str, object]:
             outer = entry.get_sampler()
             inner = getattr(outer, "sampler", outer)  # differs if the range is quantized
             name = "log" * isinstance(inner, LogUniform) + ("randint" if isinstance(entry, Integer) else "uniform")
-            step = {} if inner is outer or outer.q == 1 else {"step": to_plain(outer.q)}
+            step = {} if inner is outer else {"step": to_plain(outer.q)}
             summary[key] = {"tune": "q" * len(step) + name, "lower": values[0], "upper": values[1]} | step
         elif isinstance(entry, dict | Domain) and len(values) != 1:
             name = "grid_search" if isinstance(entry, dict) else "choice"
@@ -129,8 +129,8 @@ def widened(key: str, searched: dict, end: str) -> str | None:
             value = last * (last / before) ** share
         else:
             value = last + (last - before) * share
-        value = float(f"{round(value / step) * step:.10g}" if step else f"{value:.3g}")
-        value = round(value) if whole else value
+        value = round(value / step) * step if step else value
+        value = round(value) if whole else float(f"{value:.{10 if step else 3}g}")
         beyond = value > last if end == "upper" else value < last
         if beyond and CONFIG_KEYS[key][0](value) and (value > 0 or "log" not in name):
             break
@@ -139,5 +139,5 @@ def widened(key: str, searched: dict, end: str) -> str | None:
     if "values" in searched:
         return f'"{key}": tune.{name}({sorted([*values, value])}),'
     low, high = sorted([before, value])
-    ends = [low, high + 1 if name.endswith("randint") and not step else high, *([step] if step else [])]
+    ends = [low, high + 1 if name.endswith("randint") and step in (None, 1) else high, *([step] if step else [])]
     return f'"{key}": tune.{name}({", ".join(map(repr, ends))}),'

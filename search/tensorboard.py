@@ -79,9 +79,12 @@ class Board:
         """Return the writer of the search's events, which begin with what is searched and what is measured."""
         if "" not in self.writers:
             self.writers[""] = SummaryWriter(str(self.search.folder))
-            domains = [hp.HParam(key, domain(searched)) for key, searched in self.search.searched.items()]
-            names = [*(f"best_{key}" for key in self.search.objective.shown), "epochs"]
-            names += ["parameters", "gflop_per_image"]
+            domains = []
+            for key, searched in self.search.searched.items():
+                # TensorBoard hides values outside a discrete domain, which trials of an earlier search may have.
+                values = [trial.config[key] for trial in self.search.own_trials() if trial.source]
+                domains.append(hp.HParam(key, domain(searched, values)))
+            names = [*(f"best_{key}" for key in self.search.objective.shown), "epochs", *cost.COSTS]
             metrics = [hp.Metric(f"trial/{name}", display_name=name) for name in names]
             metrics.append(hp.Metric("training/images_per_second", display_name="images_per_second"))
             self.writers[""].file_writer.add_summary(hp.hparams_config_pb(domains, metrics))
@@ -98,10 +101,10 @@ class Board:
             self.close(name)
 
 
-def domain(searched: dict) -> hp.Domain | None:
-    """Return the values of a hyperparameter for HPARAMS: see summarize."""
+def domain(searched: dict, others: list) -> hp.Domain | None:
+    """Return the values of a hyperparameter for HPARAMS: those of the space (see summarize), and others."""
     if "values" in searched:
-        return hp.Discrete(sorted({to_hparam(value, searched) for value in searched["values"]}))
+        return hp.Discrete(sorted({to_hparam(value, searched) for value in (*searched["values"], *others)}))
     if not searched:
         return None
     lower, upper = searched["lower"], searched["upper"]

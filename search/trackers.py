@@ -1,9 +1,7 @@
 """Experiment trackers: what Ray's callbacks for MLflow, Weights & Biases and others receive."""
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 from ray import tune
@@ -24,11 +22,16 @@ class Trackers:
         if not isinstance(callbacks, list | tuple) or not all(isinstance(each, tune.Callback) for each in callbacks):
             raise InputError(f"callbacks is {callbacks!r}; make it a list of Ray's tune.Callback objects")
         self.callbacks = list(callbacks)
-        self.say: Callable[[str], object] = partial(print, file=sys.stderr)
+        self.say: Callable[[str], object] | None = None  # shows a message; None until the search begins
         self.step: dict[str, Any] = {"iteration": 0, "trials": []}  # what Tune passes to every hook
         self.trials: dict[str, Any] = {}  # name → the trial as Tune first started it
         self.told: dict[str, int] = {}  # name → how many of its epochs the callbacks know
-        self.call("setup")
+
+    def begin(self, say: Callable[[str], object]) -> None:
+        """Set the callbacks up, unless that is done, and show messages with `say` from now on."""
+        first, self.say = self.say is None, say
+        if first:
+            self.call("setup")
 
     def call(self, hook: str, **info: object) -> None:
         """Call a hook of all callbacks."""
@@ -64,4 +67,5 @@ class Trackers:
         """Report the end of the search; unfinished trials count as failed."""
         for name in list(self.trials):
             self.end(name, failed=True)
-        self.call("on_experiment_end", trials=self.step["trials"])
+        if self.say:
+            self.call("on_experiment_end", trials=self.step["trials"])

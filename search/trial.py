@@ -14,7 +14,7 @@ from ray import tune
 
 from data import Dataset, map_dataset
 from search.files import atomic_write, load_tensors
-from search.records import SEARCH_FILE, Objective
+from search.records import METRICS, SEARCH_FILE, Objective
 from train import Report, Training, best_device, constant_epochs, new_training, train_epochs
 
 TRAINING_FILE, CONSTANT_LR_FILE = "training.pt", "constant_lr.pt"
@@ -64,7 +64,8 @@ def restore_training(config: dict, num_classes: int, device: torch.device, path:
     if not path.exists():
         return training
     state = load_tensors(path)
-    if state is None or (state.get("config") or {}) | {"epochs": config["epochs"]} != config:
+    fits = state and state.get("config", {}) | {"epochs": config["epochs"]} == config
+    if not fits or any(list(report) != METRICS for report in state["history"]):
         training.notes.append(f"{path} is unreadable; restarting from scratch")
         return training
     training.model.load_state_dict(state["model"])

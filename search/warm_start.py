@@ -34,11 +34,11 @@ def check(settings: Settings) -> None:
 def take(search: Search) -> None:
     """Take the trials that fit from the searches in search.settings.warm_start, and print how many.
 
-    Their reports are recorded, and their files linked; unfinished trials will continue. Raises InputError if there are
-    earlier searches, but no trial fits.
+    Their reports are recorded, and their files linked; unfinished trials will continue. Raises InputError if no trial
+    fits.
     """
-    board, folders = Board(search), [Path(folder) for folder in search.settings.warm_start or ()]
-    for folder in folders:
+    board = Board(search)
+    for folder in map(Path, search.settings.warm_start):
         with earlier_search(folder) as earlier:
             reasons = [take_trial(search, board, earlier, trial) for trial in earlier.trials.values()]
         counts = Counter(reason for reason in reasons if reason)
@@ -46,9 +46,9 @@ def take(search: Search) -> None:
         print(f"Took {reasons.count(None)} of {len(reasons)} trials from {short_path(folder)}{rest}.")
     board.close_all()
     configs = [trial.config for trial in search.own_trials()]
-    if folders and not configs:
+    if not configs:
         raise InputError("no trial of the earlier searches fits; undo the differences above, or remove --warm-start")
-    search.taken = [len(configs), int(crc32({"configs": configs}), 16) if configs else 0]
+    search.first_number, search.stream = len(configs), int(crc32({"configs": configs}), 16)
 
 
 def take_trial(search: Search, board: Board, earlier: Search, trial: Trial) -> str | None:
@@ -64,7 +64,10 @@ def take_trial(search: Search, board: Board, earlier: Search, trial: Trial) -> s
         return "already taken"
     name, repeats = f"{TRIAL_PREFIX}{len(search.own_trials()):05}", None
     if trial.repeats:
-        repeats = name_of(earlier.trials[trial.repeats].config, False)
+        original = earlier.trials.get(trial.repeats)
+        repeats = original and name_of(original.config, False)
+        if not repeats:
+            return "repeats a trial that was not taken"
         name = f"{repeats}_seed_{trial.config['seed']}"
     folder = earlier.folder / trial.name
     (search.folder / name).mkdir()
@@ -95,10 +98,10 @@ def misfit(trial: Trial, earlier: Search, search: Search) -> str | None:
         return "not trained"
     if trial.repeats and not trial.end:
         return "unfinished repeat"
-    if trial.repeats and trial.repeats not in earlier.trials:
-        return "repeats a damaged trial"
     for key, value in trial.config.items():
-        if key not in CONFIG_KEYS or not CONFIG_KEYS[key][0](value):
+        if key not in CONFIG_KEYS:
+            return f"unknown {key}"
+        if not CONFIG_KEYS[key][0](value):
             return f"invalid {key}"
         if key != "seed" and not isinstance(search.space[key], dict) and value != search.space[key]:
             return f"different {key}"

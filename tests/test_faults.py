@@ -55,6 +55,7 @@ def test_trials_that_fail_leave_the_others_alone_and_are_tried_again_on_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(hparam_search, "MAX_FAILURES_PER_TRIAL", 0)
+    monkeypatch.setattr(hparam_search, "callbacks", [tracker := conftest.Tracker()])
     # Trials that are all alike, so that their figures must be, too.
     space = hparam_search.QUICK_SPACE | {"h_2": 16, "lr": 0.02, "p_drop": 0.1}
     monkeypatch.setattr(hparam_search, "QUICK_SPACE", space)
@@ -75,6 +76,7 @@ def test_trials_that_fail_leave_the_others_alone_and_are_tried_again_on_resume(
     assert all(f"train_cifar_0000{i} failed: {because[i]}.\n" in printed.err for i in (2, 3))
     assert because[3] in (path.parent / "error.txt").read_text()
     assert not list(folder.glob("train_cifar_00001/*.pt"))
+    assert sorted(tracker.ended) == [(f"train_cifar_0000{i}", i > 1) for i in range(4)]
     assert [len(trial.reports) for trial in open_search(folder, {}).trials.values()] == [4, 1, 2, 0]
 
     before = read_lines(folder / LOG_FILE)[0]

@@ -98,8 +98,14 @@ def test_five_best_of_the_ended_trials_keep_their_weights(tmp_path: Path) -> Non
     expected = [files if i == 2 else weights[1:2] if i in (0, 1, 3, 5, 6) else [] for i in range(8)]
     assert left == [[CONSTANT_LR_FILE, *names] if i == 5 else names for i, names in enumerate(expected)]
     better = add(search, 0.1, 0.7)  # the best one until now no longer is
+    add(search, 0.1, 0.8)  # from an earlier search that has not kept its weights
+    (tmp_path / better).mkdir()
+    for file in files:
+        (tmp_path / better / file).touch()
     prune(search, [search.trials[better]], 5)
-    assert sorted(path.name for path in (tmp_path / "train_cifar_00005").iterdir()) == weights[1:2]
+    left = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("train_cifar_00005", better)]
+    assert left == [weights[1:2], [CONSTANT_LR_FILE, *weights[1:2]]]
+    assert [len(list(tmp_path.glob(f"*/{name}"))) for name in weights] == [1, 6, 1]
 
 
 def test_what_a_killed_process_left_undone_is_done_at_the_start(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def test_continued_training_ends_as_one_with_more_epochs_from_the_start(
     state.write_bytes(state.read_bytes()[:-100])
     write_json(about, loads(about.read_bytes()) | {"mean": [0.5, 0.5, 0.5]})
     for model, flags, words in (
-        (best, ["--epochs", "9"], "--epochs 9 is too small to continue after epoch 7; use at least 10"),
+        (best, ["--epochs", "9"], "--epochs 9 is too small to continue after epoch 7; use more"),
         (best, ["--lr", "0.1"], "--lr 0.1 cannot be combined with --continue; remove one of them"),
         (best, ["--full"], "--continue cannot be combined with --full"),
         ("other", [], "the images differ from the model's; choose another --data-dir"),

@@ -11,7 +11,7 @@ import pytest
 import data
 from hparam_search import main
 from search import tuner
-from search.settings import Settings, flag
+from search.settings import Settings, flag, parse_args
 from tests.conftest import REPOSITORY
 from tests.helpers import IMAGES
 
@@ -72,3 +72,15 @@ def test_help_and_refusals_wait_for_no_slow_import(tmp_path: Path) -> None:
         command = [sys.executable, str(REPOSITORY / "hparam_search.py"), *flags]
         result = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
         assert (result.returncode, words in result.stdout + result.stderr) == (code, True)
+
+
+def test_flags_for_another_search_give_it_the_same_images_epochs_and_draws() -> None:
+    for command in (
+        "", "--quick", "--quick --num-samples 2", "--quick --num-samples 6 --seed 1 --max-epochs 3",
+        "--dataset folder --data-dir here --sampler tpe --num-samples 2", "--dataset synthetic --output-dir there",
+    ):  # fmt: skip
+        settings, _ = parse_args(command.split(), "")
+        assert parse_args(settings.source_flags(), "")[0] == settings
+        other, _ = parse_args([*command.split(), "--keep", "3", "--name", "it", "--repeats", "2"], "")
+        assert other.source_flags() == settings.source_flags()
+    assert settings.source_flags() == ["--dataset", "synthetic", "--output-dir", str(Path.cwd() / "there")]

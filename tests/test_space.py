@@ -99,6 +99,7 @@ def test_widened_entry_extends_the_range_at_one_end_as_far_as_values_are_valid()
         ("lr", tune.loguniform(1e-5, 1e-1), tune.loguniform(1e-5, 1.0), tune.loguniform(1e-6, 1e-1)),
         ("p_drop", tune.loguniform(0.1, 0.5), tune.loguniform(0.1, 0.889), tune.loguniform(0.01, 0.5)),
         ("h_1", tune.grid_search([128, 64]), tune.grid_search([64, 128, 256]), tune.grid_search([32, 64, 128])),
+        ("h_2", tune.grid_search([512, 1024]), tune.grid_search([512, 1024, 2048]), tune.grid_search([256, 512, 1024])),
         ("crop_padding", tune.choice([0, 2]), tune.choice([0, 2, 4]), None),
         ("crop_padding", tune.choice([30, 31]), None, tune.choice([29, 30, 31])),
         ("batch_size", tune.randint(8, 65), tune.randint(8, 121), tune.randint(2, 65)),

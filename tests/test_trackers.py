@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+import hparam_search
 from data import InputError
 from search.trackers import Trackers
 from tests.conftest import Broken, Finished, Tracker
@@ -34,7 +35,7 @@ def test_resumed_trial_is_told_with_its_earlier_epochs_and_one_that_does_not_end
     search, tracker, sentences = search_in(tmp_path), Tracker(), []
     trial = search.trials[add(search, 0.1, 0.2, end=None)]
     trackers = Trackers([Broken(), tracker])
-    trackers.say = sentences.append
+    trackers.begin(sentences.append)
     shown = TunesTrial("0")
     trackers.start(shown)
     trackers.start(TunesTrial("1"))  # after a pause
@@ -51,7 +52,12 @@ def test_resumed_trial_is_told_with_its_earlier_epochs_and_one_that_does_not_end
     assert (tracker.ended, tracker.over, len(sentences)) == ([(trial.name, True)], True, 1)
 
 
-def test_callbacks_that_are_no_list_of_callbacks_are_refused() -> None:
+def test_callbacks_that_are_no_list_of_callbacks_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     for bad in (None, Tracker(), [Tracker], ["mlflow"]):
         with pytest.raises(InputError, match="make it a list of Ray's"):
             Trackers(bad)
+    monkeypatch.setattr(hparam_search, "callbacks", None)
+    assert hparam_search.main(["--quick"]) == 2
+    assert "hparam_search.py: callbacks is None; make it a list of" in capsys.readouterr().err

@@ -4,19 +4,23 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from ray import tune
 
 import hparam_search
 from data import InputError
 from hparam_search import main
+from search.best_model import evaluate_best_model, read_best_model
 from search.files import read_lines
 from search.records import LOG_FILE, Objective, Search, Trial, creating_search, open_search
 from search.settings import Settings
 from search.space import summarize
+from search.trial import weights_path
 from search.warm_start import take
 from tests.conftest import Finished, figures, quick, read_csv, run_search, start, wait_for
 from tests.helpers import ACCURACY, CONFIG, END, IMAGES, SPACE, add, search_in, tell
 from tests.helpers import report as report_of
+from train import new_model
 
 FITS = {"epochs": 4, "batch_size": 32}  # with CONFIG
 
@@ -61,7 +65,7 @@ def test_trials_that_fit_are_taken_once_and_the_others_are_counted(
     new.write()
     assert capsys.readouterr().out.splitlines() == [
         f"Took 5 of 12 trials from {one.folder}; skipped: different momentum (1), different epochs (1), "
-        "invalid h_1 (1), invalid cutout (1), lacks flip (1), not trained (1), unfinished repeat (1).",
+        "invalid h_1 (1), unknown cutout (1), lacks flip (1), not trained (1), unfinished repeat (1).",
         f"Took 1 of 2 trials from {two.folder}; skipped: already taken (1).",
         f"Took 0 of 1 trials from {images.folder}; skipped: different images (1).",
         f"Took 0 of 1 trials from {metric.folder}; skipped: different METRIC or MODE (1).",
@@ -83,7 +87,7 @@ def test_trials_that_fit_are_taken_once_and_the_others_are_counted(
     files = sorted((new.folder / "train_cifar_00003").glob("*.pt"))
     assert [path.read_text() for path in files] == ["training.pt", "weights_000002.pt"]
     assert repr(open_search(new.folder, {}).trials) == repr(new.trials)
-    assert new.taken[0] == 4
+    assert new.first_number == 4
     # A config that was taken is not drawn again, but may be repeated.
     name, config = "train_cifar_00004", new.trials["train_cifar_00000"].config
     assert new.draw([Trial(name, config)]) == []
@@ -93,7 +97,7 @@ def test_trials_that_fit_are_taken_once_and_the_others_are_counted(
     last.space |= FITS
     take(last)
     assert last.trials.keys() == new.trials.keys() - {name}
-    assert last.taken == new.taken
+    assert (last.first_number, last.stream) == (new.first_number, new.stream)
 
 
 def test_search_for_which_nothing_fits_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
@@ -145,6 +149,15 @@ def test_warm_started_search_that_is_killed_and_loses_its_source_ends_as_if_undi
     process.kill()
     process.join()
     shutil.rmtree(earlier)
+    # What was killed can be built on, too: its unfinished trials continue where they were.
+    killed = {trial.config["lr"]: len(trial.reports) for trial in open_search(folder, {}).unfinished() if trial.reports}
+    assert killed
+    assert run_search(tmp_path / "other", "--num-samples", 1, "--max-epochs", 10, "--warm-start", folder) == 0
+    other = open_search(tmp_path / "other", {})
+    names = {trial.name: killed[trial.config["lr"]] for trial in other.own_trials() if trial.config["lr"] in killed}
+    assert len(names) == len(killed)
+    for name, reported in names.items():
+        assert min(epoch for each, epoch in trained(other) if each == name) == reported + 1
     assert main(["--resume", str(folder)]) == 0
     assert figures(folder) == figures(whole)
     rows, search = read_csv(folder), open_search(folder, {})
@@ -157,3 +170,20 @@ def test_warm_started_search_that_is_killed_and_loses_its_source_ends_as_if_undi
     # The best model is the earlier one, whose weights were linked.
     assert (folder / "best_model" / "metrics.json").read_text() == (whole / "best_model" / "metrics.json").read_text()
     assert f"test accuracy: {finished.metrics['test_accuracy']:.4f}\n" in capsys.readouterr().out
+
+
+def test_best_trial_whose_weights_were_not_kept_leaves_the_next_one_to_be_tested_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    search = search_in(tmp_path)
+    best, second, third = (add(search, accuracy) for accuracy in (0.9, 0.8, 0.7))
+    for name in (second, third):
+        (tmp_path / name).mkdir()
+        torch.save(new_model(CONFIG, 5).state_dict(), weights_path(tmp_path / name, 1))
+    metrics = evaluate_best_model(search, IMAGES, {})
+    assert metrics["trial_id"] == search.trials[second].trial_id
+    assert capsys.readouterr().err == f"{best} was better, but its weights are damaged or missing.\n"
+    assert read_best_model(search) == metrics
+    (tmp_path / best).mkdir()
+    torch.save(new_model(CONFIG, 5).state_dict(), weights_path(tmp_path / best, 1))
+    assert read_best_model(search) is None
