@@ -109,7 +109,7 @@ def test_progress_is_redrawn_on_a_terminal_and_repeated_now_and_then_in_a_file(
     for part in re.split(r"(\x1b\[\d+A\x1b\[J)", out):  # what a terminal that obeys shows
         screen = screen[: -int(part[2:-4])] if part.startswith("\x1b") else screen + part.splitlines()
     assert len(screen) == (0 if terminal else 8)
-    search.seconds = 125.0
+    search.seconds, search.trained = 125.0, 20
     # 125 s for 20 epochs; trials end after 7 on average, so 1 is left of one, and 7 of the other.
     assert block(search, names[2:3], {}) == [
         "Trials: 2 done, 1 running, 1 waiting. Epochs: 20 of about 28.",
