@@ -211,21 +211,21 @@ def list_searches(output_dir: Path) -> str:
     rows = []
     for path in sorted(output_dir.glob(f"*/{SEARCH_FILE}"), key=lambda path: path.stat().st_mtime):
         folder = path.parent
-        row = dict.fromkeys(("search", "status", "trials", "val", "test", "Mparams", "GFLOP", "img/s"), "")
+        row = dict.fromkeys(("search", "status", "trials", "val", "test", "params", "GFLOP", "img/s"), "")
         row |= {"search": folder.name, "status": "unreadable"}  # damaged, or from another version
         with contextlib.suppress(InputError, OSError):
             search = open_search(folder, {})
             trials, ended, ranking = search.own_trials(), len(search.ended()), search.ranking()
             metrics = read_best_model(search) or {}
             with lock(folder) as free:
-                interrupted = search.interrupted() or (ranking and not metrics)
-                status = "running" if not free else "interrupted" if interrupted else "finished"
+                unfinished = search.interrupted() or (ranking and not metrics)
+                status = "running" if not free else "unfinished" if unfinished else "finished"
             row |= {"status": status, "trials": f"{ended}/{len(trials)}"}
             row |= {"test": cell(metrics.get("test_accuracy"), ".4f")}
             if ranking:
                 best, cost = ranking[0], model_cost(ranking[0].config, search.images["num_classes"])
                 row |= {"val": cell(best.best.accuracy, ".4f"), "GFLOP": cell(cost.get("gflop_per_image"))}
-                row |= {"Mparams": cell(cost["parameters"] / 1e6 if cost else None)}
+                row |= {"params": f"{cost['parameters'] / 1e6:.3g}M" if cost else ""}
                 row |= {"img/s": cell(best.reports[-1].images_per_second, ".0f")}
         rows.append(row)
     return table(rows) if rows else f"No searches found in {short_path(output_dir)}."
@@ -240,7 +240,7 @@ def table(rows: list[dict[str, str]]) -> str:
     """Return rows of cells as a table of 80 columns; columns that do not fit continue below."""
     frame = pandas.DataFrame(rows).set_index(next(iter(rows[0])))
     frame.index.name, frame.columns.name = None, frame.index.name  # one line of headers
-    text = frame.to_string(line_width=COLUMNS)
+    text = frame.to_string(line_width=COLUMNS, formatters=[str] * len(frame.columns))  # pandas' own add spaces
     rule = "─" * max(map(len, text.splitlines()))
     return f"{rule}\n{text}\n{rule}"
 

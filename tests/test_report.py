@@ -77,9 +77,9 @@ def test_list_shows_every_search_and_its_status(finished: Finished, tmp_path: Pa
     with lock(tmp_path / "two"):
         parameters, gflop = model_cost(CONFIG, 5).values()
         rows = [" ".join(line.split()) for line in reports.list_searches(tmp_path).splitlines()[2:6]]
-    cost = " ".join(f"{value:.3g}" for value in (parameters / 1e6, gflop))
+    cost = f"{parameters / 1e6:.3g}M {gflop:.3g}"
     assert rows == [
-        f"one interrupted 0/1 0.3000 {cost} 1000",
+        f"one unfinished 0/1 0.3000 {cost} 1000",
         f"two running 1/1 0.3000 {cost} 1000",
         "three unreadable",
         "four finished 0/1",
@@ -87,7 +87,7 @@ def test_list_shows_every_search_and_its_status(finished: Finished, tmp_path: Pa
     # A finished search whose repeats have begun.
     shutil.copytree(finished.folder, tmp_path / "again" / "it")
     add(open_search(tmp_path / "again" / "it", {}), 0.3, end=None, repeats="train_cifar_00000")
-    assert re.search(r"it +interrupted +4/4", reports.list_searches(tmp_path / "again"))
+    assert re.search(r"it +unfinished +4/4", reports.list_searches(tmp_path / "again"))
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -159,7 +159,7 @@ def test_finished_search_is_resumed_and_listed_without_training_or_refused(
     validation, test = finished.metrics["val_accuracy"], finished.metrics["test_accuracy"]
     best = next(row for row in finished.rows if row["trial_id"] == finished.metrics["trial_id"])
     millions, *cost = (float(best[key]) for key in ("parameters", "gflop_per_image", "images_per_second"))
-    cells = [f"{validation:.4f}", f"{test:.4f}", f"{millions / 1e6:.3g}", f"{cost[0]:.3g}", f"{cost[1]:.0f}"]
+    cells = [f"{validation:.4f}", f"{test:.4f}", f"{millions / 1e6:.3g}M", f"{cost[0]:.3g}", f"{cost[1]:.0f}"]
     assert ["it", "finished", "4/4", *cells] in [line.split() for line in capsys.readouterr().out.splitlines()]
 
     # It is not continued with another space or objective.
