@@ -104,7 +104,8 @@ class Board:
 def domain(searched: dict, others: list) -> hp.Domain | None:
     """Return the values of a hyperparameter for HPARAMS: those of the space (see summarize), and others."""
     if "values" in searched:
-        return hp.Discrete(sorted({to_hparam(value, searched) for value in (*searched["values"], *others)}))
+        together = {"values": [*searched["values"], *others]}
+        return hp.Discrete(sorted({to_hparam(value, together) for value in together["values"]}))
     if not searched:
         return None
     lower, upper = searched["lower"], searched["upper"]
