@@ -92,17 +92,15 @@ def recap_best(search: Search, metrics: dict) -> str:
     ended = search.ended()
     planned = sum(trial.config["epochs"] for trial in ended)
     saved = planned - sum(len(trial.reports) for trial in ended)
-    cost = model_cost(best.config, search.images["num_classes"])
+    model, cost = [], model_cost(best.config, search.images["num_classes"])
+    if cost:
+        model = [f"  model: {cost['parameters']:,} parameters, {cost['gflop_per_image']:.3g} GFLOP per image"]
     lines = [
         f"Best trial: {best.name}, epoch {metrics['epoch']} of {best.config['epochs']}",
         *(f'    "{name}": {best.config[name]!r},' for name in search.searched),
         *(f"  validation {key}: {metrics[f'val_{key}']:.4f}" for key in search.objective.shown),
         f"  test accuracy: {metrics['test_accuracy']:.4f}",
-        *(
-            [f"  model: {cost['parameters']:,} parameters, {cost['gflop_per_image']:.3g} GFLOP per image"]
-            if cost
-            else []
-        ),
+        *model,
         f"Best model: {short_path(search.folder / BEST_MODEL)}",
         f"TensorBoard: {shlex.join(['tensorboard', '--logdir', short_path(search.folder.parent)])}",
         *textwrap.wrap(cheaper(search, best), COLUMNS),

@@ -122,7 +122,7 @@ def widened(key: str, searched: dict, end: str) -> str | None:
     values = sorted(searched.get("values") or [searched["lower"], searched["upper"]], reverse=end == "lower")
     before, last = values[-2:]
     whole = "uniform" not in name and all(type(value) is int for value in values)
-    for share in (1, 0.5, 0.25, 0.1, 0.01):
+    for share in (1, 0.5, 0.25, 0.1, 0.01):  # of the whole step, until the value is valid
         if "log" in name:
             value = last * 10 ** (share if end == "upper" else -share)
         elif "values" in searched and min(values) > 0:

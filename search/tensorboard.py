@@ -79,11 +79,11 @@ class Board:
         """Return the writer of the search's events, which begin with what is searched and what is measured."""
         if "" not in self.writers:
             self.writers[""] = SummaryWriter(str(self.search.folder))
-            domains = []
-            for key, searched in self.search.searched.items():
-                # TensorBoard hides values outside a discrete domain, which trials of an earlier search may have.
-                values = [trial.config[key] for trial in self.search.own_trials() if trial.source]
-                domains.append(hp.HParam(key, domain(searched, values)))
+            # TensorBoard hides values outside a discrete domain, which trials of earlier searches may have.
+            known = not self.search.settings.warm_start
+            domains = [
+                hp.HParam(key, domain(searched) if known else None) for key, searched in self.search.searched.items()
+            ]
             names = [*(f"best_{key}" for key in self.search.objective.shown), "epochs", *cost.COSTS]
             metrics = [hp.Metric(f"trial/{name}", display_name=name) for name in names]
             metrics.append(hp.Metric("training/images_per_second", display_name="images_per_second"))
@@ -101,11 +101,10 @@ class Board:
             self.close(name)
 
 
-def domain(searched: dict, others: list) -> hp.Domain | None:
-    """Return the values of a hyperparameter for HPARAMS: those of the space (see summarize), and others."""
+def domain(searched: dict) -> hp.Domain | None:
+    """Return the values of a hyperparameter for HPARAMS: see summarize."""
     if "values" in searched:
-        together = {"values": [*searched["values"], *others]}
-        return hp.Discrete(sorted({to_hparam(value, together) for value in together["values"]}))
+        return hp.Discrete(sorted({to_hparam(value, searched) for value in searched["values"]}))
     if not searched:
         return None
     lower, upper = searched["lower"], searched["upper"]
