@@ -79,11 +79,8 @@ class Board:
         """Return the writer of the search's events, which begin with what is searched and what is measured."""
         if "" not in self.writers:
             self.writers[""] = SummaryWriter(str(self.search.folder))
-            # TensorBoard hides values outside a discrete domain, which trials of earlier searches may have.
-            known = not self.search.settings.warm_start
-            domains = [
-                hp.HParam(key, domain(searched) if known else None) for key, searched in self.search.searched.items()
-            ]
+            known = not self.search.settings.warm_start  # trials of earlier searches may have other values
+            domains = [hp.HParam(key, domain(searched, known)) for key, searched in self.search.searched.items()]
             names = [*(f"best_{key}" for key in self.search.objective.shown), "epochs", *cost.COSTS]
             metrics = [hp.Metric(f"trial/{name}", display_name=name) for name in names]
             metrics.append(hp.Metric("training/images_per_second", display_name="images_per_second"))
@@ -101,11 +98,17 @@ class Board:
             self.close(name)
 
 
-def domain(searched: dict) -> hp.Domain | None:
-    """Return the values of a hyperparameter for HPARAMS: see summarize."""
-    if "values" in searched:
-        return hp.Discrete(sorted({to_hparam(value, searched) for value in searched["values"]}))
-    if not searched:
+def domain(searched: dict, known: bool) -> hp.Domain | None:
+    """Return the values of a hyperparameter for HPARAMS: see summarize.
+
+    Unless all values are known, the domain is not discrete, since TensorBoard would hide others.
+    """
+    values = searched.get("values", [])
+    if values and known:
+        return hp.Discrete(sorted({to_hparam(value, searched) for value in values}))
+    if values and all(type(value) in (int, float) for value in values):
+        return hp.RealInterval(float(min(values)), float(max(values)))
+    if values or not searched:
         return None
     lower, upper = searched["lower"], searched["upper"]
     return (hp.IntInterval if type(lower) is type(upper) is int else hp.RealInterval)(lower, upper)

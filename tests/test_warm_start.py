@@ -89,10 +89,10 @@ def test_trials_that_fit_are_taken_once_and_the_others_are_counted(
     files = sorted((new.folder / "train_cifar_00003").glob("*.pt"))
     assert [path.read_text() for path in files] == ["training.pt", "weights_000002.pt"]
     assert repr(open_search(new.folder, {}).trials) == repr(new.trials)
-    # TensorBoard would hide values outside a discrete domain, so there is none.
+    # TensorBoard would hide values outside a discrete domain, such as the grid of h_1.
     metadata = EventAccumulator(str(new.folder)).Reload().summary_metadata["_hparams_/experiment"]
     infos = HParamsPluginData.FromString(metadata.plugin_data.content).experiment.hparam_infos
-    assert {info.name: info.WhichOneof("domain") for info in infos} == dict.fromkeys(new.searched)
+    assert {info.name: info.WhichOneof("domain") for info in infos} == dict.fromkeys(new.searched, "domain_interval")
     assert new.first_number == 4
     # A config that was taken is not drawn again, but may be repeated.
     name, config = "train_cifar_00004", new.trials["train_cifar_00000"].config
