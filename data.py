@@ -10,6 +10,7 @@ import math
 import os
 import socket
 import sys
+import tempfile
 import unicodedata
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,8 +31,9 @@ IMAGES_AT_ONCE = 1024  # images augmented and normalised together; 13 MB
 MIN_IMAGES_PER_CLASS = 5  # the smallest number of which 20 % is a whole image
 DOWNLOAD_TIMEOUT = 10  # seconds to wait for an answer
 PICTURES_AT_ONCE = 50  # pictures that a thread reads before it reports
+FAULTS_NAMED = 5  # pictures that are named if they cannot be read
 MAX_PIXELS = 50_000_000  # per picture; 150 MB when decoded
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # quota of a container (cgroup v2)
+CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # hold the quotas of containers and jobs
 # What desktops, archives and network disks leave in folders, besides hidden files.
 LITTER = {
     "thumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin",
@@ -62,12 +64,10 @@ class Dataset:
 
 
 def save_dataset(dataset: Dataset, path: Path) -> None:
-    """Write a dataset into a file that other processes can map; raise OSError if this fails."""
-    try:
+    """Write a dataset into a file that other processes can map."""
+    with path.open("wb") as file:
         # torch would save the whole tensor that a slice belongs to, so copy the slice.
-        torch.save({key: v.clone() if isinstance(v, Tensor) else v for key, v in vars(dataset).items()}, path)
-    except (OSError, RuntimeError) as error:  # torch raises either
-        raise OSError(f"cannot write {path} ({str(error).splitlines()[0]}); make room there") from error
+        torch.save({key: v.clone() if isinstance(v, Tensor) else v for key, v in vars(dataset).items()}, file)
 
 
 def map_dataset(path: Path) -> Dataset:
@@ -107,14 +107,23 @@ def read_images(source: str, data_dir: str | Path, synthetic: dict) -> Dataset:
 def load_cifar100(data_dir: str | Path) -> Dataset:
     """Read CIFAR-100 (40,000 training, 10,000 validation and 10,000 test images), and download it first if necessary.
 
-    Raises InputError if it can neither be read nor downloaded.
+    An archive is unpacked beside itself or, where that fails, into a temporary folder. Raises InputError if CIFAR-100
+    can neither be read nor downloaded.
     """
     from torchvision.datasets import CIFAR100  # here, because it takes two seconds and trials do not need it
+    from torchvision.datasets.utils import check_integrity
 
-    timeout = socket.getdefaulttimeout()
+    timeout, archive = socket.getdefaulttimeout(), Path(data_dir, CIFAR100.filename).resolve()
     try:
         socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
-        train, test = CIFAR100(data_dir, download=True), CIFAR100(data_dir, train=False)
+        try:
+            train, test = CIFAR100(data_dir, download=True), CIFAR100(data_dir, train=False)
+        except OSError:
+            if not check_integrity(archive, CIFAR100.tgz_md5):
+                raise
+            with tempfile.TemporaryDirectory() as folder:
+                Path(folder, archive.name).symlink_to(archive)
+                train, test = CIFAR100(folder, download=True), CIFAR100(folder, train=False)
     except (OSError, RuntimeError) as error:  # no network, or a failed checksum
         raise InputError(
             f"CIFAR-100 can neither be read from {Path(data_dir).resolve()} nor downloaded ({error}); "
@@ -131,7 +140,7 @@ def load_folder(data_dir: str | Path) -> Dataset:
     """Read `<data_dir>/train/<class>/*` and `<data_dir>/test/<class>/*` as read_picture does.
 
     Names that differ only in their Unicode form, as macOS and Linux write them, are one class. Hidden files and desktop
-    or archive litter are ignored at any depth. Raises InputError if a folder is missing or empty, a picture cannot be
+    or archive litter are ignored at any depth. Raises InputError if a folder is missing or empty, pictures cannot be
     read, there are fewer than 2 classes, a class has fewer than 5 training images, or train/ lacks a class of test/.
     """
     train, test = Path(data_dir, "train"), Path(data_dir, "test")
@@ -145,10 +154,14 @@ def load_folder(data_dir: str | Path) -> Dataset:
         if len(paths) < MIN_IMAGES_PER_CLASS:
             needed = f"but a class needs at least {MIN_IMAGES_PER_CLASS}; add some, or remove the class"
             raise InputError(f"{train / name} has {len(paths)} images, {needed}")
-    images, labels = [], []
+    images, labels, faults = [], [], []
     for folder, found in ((train, train_paths), (test, test_paths)):
-        images.append(_read_pictures([path for name in classes for path in found.get(name, [])], folder))
+        images.append(_read_pictures([path for name in classes for path in found.get(name, [])], folder, faults))
         labels.append(torch.tensor([i for i, name in enumerate(classes) for _ in found.get(name, [])]))
+    if faults:
+        named = ", ".join(str(fault).split("; ")[0] for fault in faults[:FAULTS_NAMED])
+        more = len(faults) - FAULTS_NAMED
+        raise InputError(f"{named}{f' and {more:,} more' if more > 0 else ''}; remove or replace them")
     return split_dataset(images[0], labels[0], images[1], labels[1], classes)
 
 
@@ -179,29 +192,49 @@ def _without_litter(names: list[str]) -> list[str]:
     return sorted(name for name in names if name[0] != "." and name.casefold() not in LITTER)
 
 
-def _read_pictures(paths: list[str], folder: Path) -> Tensor:
-    """Read pictures as uint8 (N, 32, 32, 3), and print how many were resized."""
+def _read_pictures(paths: list[str], folder: Path, faults: list[InputError]) -> Tensor:
+    """Read pictures as uint8 (N, 32, 32, 3), and print how many were resized; append why others cannot be read."""
     Image.preinit()  # the common formats, tried first
     Image.init()  # the others; several threads must not load them at once
     pictures = []
     parts = [paths[i : i + PICTURES_AT_ONCE] for i in range(0, len(paths), PICTURES_AT_ONCE)]
     with ThreadPoolExecutor(usable_cpus()) as readers:  # Pillow releases Python's global lock while decoding
-        for part in readers.map(lambda part: [_read_picture(path) for path in part], parts):
+        for part in readers.map(lambda part: [_try_picture(path) for path in part], parts):
             pictures += part
             if sys.stdout.isatty():
                 end = "\n" if len(pictures) == len(paths) else ""
                 print(f"\r{folder}: {len(pictures):,} of {len(paths):,} images read.", end=end, flush=True)
-    if resized := sum(was_resized for _, was_resized in pictures):
+    read = [picture for picture in pictures if not isinstance(picture, InputError)]
+    if len(read) < len(pictures):
+        faults += [picture for picture in pictures if isinstance(picture, InputError)]
+        return torch.empty(0)
+    if resized := sum(was_resized for _, was_resized in read):
         print(f"{folder}: {resized:,} of {len(paths):,} images resized to 32×32.", file=sys.stderr)
-    return torch.from_numpy(np.stack([picture for picture, _ in pictures]))
+    return torch.from_numpy(np.stack([picture for picture, _ in read]))
+
+
+def _try_picture(path: str) -> tuple[np.ndarray, bool] | InputError:
+    """Read a picture as _read_picture does, or return why that fails."""
+    try:
+        return _read_picture(path)
+    except InputError as error:
+        return error
 
 
 def usable_cpus() -> int:
-    """Return how many CPUs this process may use, by its affinity (taskset, SLURM) and its container's quota."""
+    """Return how many CPUs this process may use, by its affinity (taskset, SLURM) and the quotas of its cgroups."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):  # no such file; no quota ("max")
-        quota, period = CPU_QUOTA.read_text().split()
-        count = min(count, max(1, int(quota) // int(period)))
+    paths = {Path()}  # as a container sees its own cgroup
+    with contextlib.suppress(OSError):
+        for line in OWN_CGROUPS.read_text().splitlines():
+            path = Path(line.split(":", 2)[2].lstrip("/"))
+            paths |= {path, *path.parents}
+    for folder in (root / path for root in (CGROUPS, CGROUPS / "cpu", CGROUPS / "cpu,cpuacct") for path in paths):
+        for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):  # of cgroup v2, and of v1
+            with contextlib.suppress(OSError, ValueError):  # no such file; no quota ("max")
+                quota, period = map(int, " ".join((folder / name).read_text() for name in names).split())
+                if quota > 0:
+                    count = min(count, max(1, quota // period))
     return count
 
 

@@ -10,17 +10,20 @@ Edit `param_space` to search something else: Ray Tune's `tune.grid_search`, `tun
 `tune.loguniform` search a hyperparameter; a plain value fixes it.
 """
 
-from search.settings import PROGRAM, Settings, parse_args  # first: sets what Ray reads when imported
-
-if __name__ == "__main__":
-    parse_args(None, __doc__)  # answers --help and bad flags before the slow imports
-
 import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # which PYTHONSAFEPATH=1 omits
+
+from search.settings import PROGRAM, Settings, parse_args  # before Ray: sets what it reads when imported
+
+if __name__ == "__main__":
+    parse_args(None, __doc__)  # answers --help and bad flags before the slow imports
 
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
@@ -73,6 +76,7 @@ GRACE_PERIOD = 2  # epoch of the first rung
 REDUCTION_FACTOR = 2.0  # promote 1 in this many trials; also the ratio between successive rungs
 KEEP = 2  # promote at least this many at each rung
 
+# None switches off PATIENCE, MAX_SECONDS_PER_TRIAL and SAVE_PERIOD; MODELS_KEPT = None keeps all.
 PATIENCE = 4  # stop a trial after this many epochs without progress
 MIN_DELTA = 0.001  # minimum decrease of the loss (nats) that counts as progress
 MAX_SECONDS_PER_TRIAL = 3600
@@ -87,7 +91,7 @@ PROGRESS_PERIOD = 30  # seconds between progress blocks in a log file
 def new_scheduler(settings: Settings, trials: list[records.Trial], max_epochs: int) -> TrialScheduler:
     """Build the scheduler that stops poor trials early. Any Ray scheduler that never pauses trials works, too."""
     if settings.scheduler == "none":
-        return FIFOScheduler()
+        return FIFOScheduler()  # trials still end by early stopping: see PATIENCE
     if settings.scheduler == "promote":
         knobs = settings.grace_period, settings.reduction_factor, settings.keep
         return halving.Promotion(trials, halving.new_rungs(len(trials), *knobs, max_epochs), max_epochs)
@@ -124,10 +128,13 @@ def draw(settings: Settings, first_number: int = 0, stream: int = 0) -> tuple[li
 def with_defaults(settings: Settings) -> Settings:
     """Return the settings of a new search, with the scheduler's defaults filled in."""
     epochs = search_space(settings)["epochs"]
+    if settings.quick and first_trials:
+        print("--quick ignores first_trials, which are for param_space.", file=sys.stderr)
     grace_period = settings.grace_period or min(GRACE_PERIOD, epochs)
     if grace_period > epochs:
         raise InputError(f"--grace-period {grace_period} exceeds the {epochs} epochs of a trial; use at most that")
-    factor, keep = settings.reduction_factor or REDUCTION_FACTOR, settings.keep or KEEP
+    factor = settings.reduction_factor or REDUCTION_FACTOR
+    keep = (KEEP or 0) if settings.keep is None else settings.keep
     return replace(settings, grace_period=grace_period, reduction_factor=factor, keep=keep)
 
 
@@ -144,12 +151,13 @@ def new_search(settings: Settings, tracking: trackers.Trackers) -> int:
     records.new_folder(settings)  # refuses a folder before the images are read
     warm_start.check(settings)
     dataset = read_images(**image_source(settings))
-    with tuner.running_ray():
+    with tuner.running_ray(settings):
         tuner.share_resources(settings, len(trials))  # refuses flags that exceed this machine
         with records.creating_search(settings, drawn_from, dataset, objective) as search:
             if settings.warm_start:
                 warm_start.take(search)
-            search.draw(draw(settings, search.first_number, search.stream)[0])
+                trials = draw(settings, search.first_number, search.stream)[0]
+            search.draw(trials)
         with records.lock_search(search.folder):
             return run(search, dataset, tracking)
 
@@ -159,13 +167,13 @@ def resume_search(folder: Path, changes: dict, tracking: trackers.Trackers) -> i
     with records.lock_search(folder):
         search = records.open_search(folder, changes)
         missing = [trial for trial in search.repeats(REPEATED_TRIALS) if trial.name not in search.trials]
-        complete = search.trials and not (search.unfinished() or missing or search.damaged or "num_samples" in changes)
+        complete = search.trials and not (search.unfinished() or missing or search.damaged or search.grown)
         if complete or search.time_left() <= 0:
             return finish(search, None)
         trials, drawn_from = draw(search.settings, search.first_number, search.stream)
         records.check_unchanged(search, drawn_from, records.Objective(METRIC, MODE))
         dataset = load_images(search)
-        with tuner.running_ray():
+        with tuner.running_ray(search.settings):
             search.draw(trials)
             search.write()
             return run(search, dataset, tracking)
@@ -228,7 +236,7 @@ def fit(search: records.Search, trials: list[records.Trial], dataset: Dataset, t
             run_config=tune.RunConfig(
                 name=folder.name,
                 storage_path=str(folder.parent),
-                stop=tune.stopper.TimeoutStopper(search.time_left()) if settings.time_budget else None,
+                stop=hooks.TimeBudget(search),
                 failure_config=tune.FailureConfig(max_failures=MAX_FAILURES_PER_TRIAL),
                 callbacks=[recorder],
                 verbose=0,  # the recorder shows the progress
@@ -246,26 +254,43 @@ def fit(search: records.Search, trials: list[records.Trial], dataset: Dataset, t
 
 
 def finish(search: records.Search, dataset: Dataset | None) -> int:
-    """Test the best model unless that is done, print and write the results, and return the exit code.
+    """Test the best model unless that is done, write and print the results, and return the exit code.
 
-    If the process is killed here, --resume repeats this.
+    The model comes first, and what fails stops nothing else: what is only shown must not cost what is kept. If the
+    process is killed here, --resume repeats this.
     """
-    print(report.recap(search))
-    hooks.prune(search, [trial for trial in search.trials.values() if trial.end], MODELS_KEPT)
-    report.write_results(search)
-    metrics = best_model.read_best_model(search)
-    if not metrics and search.ranking():
-        metrics = best_model.evaluate_best_model(search, dataset or load_images(search), image_source(search.settings))
+    failures: list[Exception] = []
+    metrics = None
+    with console.carry_on(failures):
+        metrics = best_model.read_best_model(search)
+        if metrics:
+            dataset = None  # shown before
+        elif search.ranking():
+            dataset = dataset or load_images(search)
+            metrics = best_model.evaluate_best_model(search, dataset, image_source(search.settings))
+    missing = not (metrics or failures)
+    with console.carry_on(failures):
+        if metrics and dataset:
+            best_model.show_best_model(search, dataset)
+    with console.carry_on(failures):
+        hooks.prune(search, [trial for trial in search.trials.values() if trial.end], MODELS_KEPT)
+    with console.carry_on(failures):
+        report.write_results(search)
+    with console.carry_on(failures):
+        print(report.recap(search))
     resume = records.script_command("--resume", search.folder)
     if search.interrupted():
         print(f"The time budget is spent. To resume: {resume} --time-budget MORE")
     elif search.unfinished():
         print(f"To try the failed trials again: {resume}")
-    if not metrics:
+    if metrics:
+        with console.carry_on(failures):
+            print(report.recap_best(search, metrics))
+    elif missing:
         print("No trial has a model, so there is no best model.", file=sys.stderr)
-        return 1
-    print(report.recap_best(search, metrics))
-    return 0 if metrics["trial_id"] == search.ranking()[0].trial_id else 1
+    if any(isinstance(failure, InputError) for failure in failures):
+        return 2
+    return 0 if metrics and not failures and metrics["trial_id"] == search.ranking()[0].trial_id else 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -276,9 +301,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if settings.list:
             print(report.list_searches(Path(settings.output_dir)))
             return 0
+        space.check_constants(globals())
+        folder = Path(settings.resume or Path(settings.output_dir, settings.name or ""))
         with contextlib.closing(trackers.Trackers(callbacks)) as tracking:
-            if settings.resume:
-                return resume_search(Path(given.pop("resume")), given, tracking)
+            if settings.resume or (settings.or_resume and (folder / records.SEARCH_FILE).exists()):
+                changes = {key: value for key, value in given.items() if key not in ("resume", "or_resume")}
+                return resume_search(folder, changes, tracking)
             return new_search(settings, tracking)
 
     return console.run_program(PROGRAM, work)

@@ -7,9 +7,10 @@ and LOOP below define the valid values of each key.
 import functools
 import itertools
 import math
+import os
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from data import IMAGE_SIZE, Batches, Dataset, epoch_seed
+from data import IMAGE_SIZE, Batches, Dataset, InputError, epoch_seed
 from model import SmallResNet
 
 EVALUATION_BATCH_SIZE = 500
@@ -41,34 +42,51 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < math.inf
 
 
-# Valid values of a hyperparameter: a test, and words for error messages.
-WHOLE = (lambda v: type(v) is int and 1 <= v <= 1_000_000, "a whole number from 1 to 1,000,000")
-POSITIVE = (lambda v: _is_number(v) and v > 0, "a number above 0")
-NOT_NEGATIVE = (lambda v: _is_number(v) and v >= 0, "a number of at least 0")
-FRACTION = (lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 up to but not including 1")
-SWITCH = (lambda v: isinstance(v, bool), "True or False")
-PADDING = (lambda v: type(v) is int and 0 <= v < IMAGE_SIZE, f"a whole number from 0 to {IMAGE_SIZE - 1}")
-SCHEDULE = (lambda v: isinstance(v, str) and v in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
-SEED = (lambda v: type(v) is int and 0 <= v < 2**63, "a whole number from 0 up to but not including 2**63")
+@dataclass(frozen=True)
+class Values:
+    """The valid values of a hyperparameter; values(x) has the default x."""
+
+    is_valid: Callable[[Any], bool]
+    words: str  # for error messages
+    default: Any = None  # the value in models and searches from before the hyperparameter existed
+
+    def __call__(self, default: Any) -> "Values":
+        return replace(self, default=default)
+
+
+WHOLE = Values(lambda v: type(v) is int and 1 <= v <= 1_000_000, "a whole number from 1 to 1,000,000")
+POSITIVE = Values(lambda v: _is_number(v) and v > 0, "a number above 0")
+NOT_NEGATIVE = Values(lambda v: _is_number(v) and v >= 0, "a number of at least 0")
+FRACTION = Values(lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 up to but not including 1")
+SWITCH = Values(lambda v: isinstance(v, bool), "True or False")
+PADDING = Values(lambda v: type(v) is int and 0 <= v < IMAGE_SIZE, f"a whole number from 0 to {IMAGE_SIZE - 1}")
+SCHEDULE = Values(lambda v: isinstance(v, str) and v in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
+SEED = Values(lambda v: type(v) is int and 0 <= v < 2**63, "a whole number from 0 up to but not including 2**63")
 
 # The hyperparameters. Those of MODEL are passed to SmallResNet, those of OPTIMIZER to torch.optim.SGD, those of LOSS to
 # cross_entropy in training and those of BATCHES to Batches, as keyword arguments of the same names.
-MODEL = {"h_1": WHOLE, "h_2": WHOLE, "p_drop": FRACTION}
-OPTIMIZER = {"lr": POSITIVE, "momentum": FRACTION, "weight_decay": NOT_NEGATIVE, "nesterov": SWITCH}
-LOSS = {"label_smoothing": FRACTION}
+MODEL = {"h_1": WHOLE, "h_2": WHOLE, "p_drop": FRACTION(0.0)}
+OPTIMIZER = {
+    "lr": POSITIVE,
+    "momentum": FRACTION(0.0),
+    "weight_decay": NOT_NEGATIVE(0.0),
+    "nesterov": SWITCH(False),
+}
+LOSS = {"label_smoothing": FRACTION(0.0)}
 BATCHES = {
     "batch_size": WHOLE,
-    "crop_padding": PADDING,  # random crops after this many pixels of reflected padding
-    "flip": SWITCH,  # random flips
-    "seed": SEED,  # random seed of batches, weights and dropout
+    "crop_padding": PADDING(0),  # random crops after this many pixels of reflected padding
+    "flip": SWITCH(False),  # random flips
+    "seed": SEED(0),  # random seed of batches, weights and dropout
 }
 LOOP = {
     "epochs": WHOLE,
-    "bias_lr": NOT_NEGATIVE,  # learning rate of batch norm's biases, unless lr is higher
-    "schedule": SCHEDULE,  # learning-rate schedule
-    "ema_decay": FRACTION,  # decay per step of the averaged weights; 0 switches averaging off
+    "bias_lr": NOT_NEGATIVE(0.0),  # learning rate of batch norm's biases, unless lr is higher
+    "schedule": SCHEDULE("constant"),  # learning-rate schedule
+    "ema_decay": FRACTION(0.0),  # decay per step of the averaged weights; 0 switches averaging off
 }
 CONFIG_KEYS = MODEL | OPTIMIZER | LOSS | BATCHES | LOOP
+DEFAULTS = {key: values.default for key, values in CONFIG_KEYS.items() if values.default is not None}
 
 
 def arguments(config: dict, keys: dict) -> dict:
@@ -171,9 +189,18 @@ def averaged_tensors(model: nn.Module) -> list[Tensor]:
     return [t.detach() for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
 
 
-def best_device(gpus: float = 1) -> torch.device:
-    """Return the GPU if this process has one and its share of it, `gpus`, is above 0; else the CPU."""
-    return torch.device("cuda" if gpus > 0 and torch.cuda.is_available() else "cpu")
+def best_device(name: str | None = None) -> torch.device:
+    """Return the device of this name, cuda or cpu; by default the GPU, if there is one that torch can use.
+
+    With cpu, all GPUs are hidden from this process: torch's optimizers would ask even a broken one for its state.
+    Raises InputError for cuda without such a GPU.
+    """
+    if name == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        return torch.device("cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("torch finds no CUDA GPU that it can use; use --device cpu")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

@@ -7,22 +7,26 @@ metrics.json   its trial_id and epoch, val_loss, val_accuracy, test_loss, test_a
 """
 
 import contextlib
+import copy
 import sys
+from collections.abc import Callable
 from dataclasses import astuple
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
 
-from data import Dataset, InputError, usable_cpus
+from data import Batches, Dataset, InputError, usable_cpus
 from model import SmallResNet
 from search.files import atomic_write, link, load_tensors, loads, write_json
 from search.records import Search, short_path
-from search.space import check_space
-from search.tensorboard import show_best_model
-from search.trial import CONSTANT_LR_FILE, weights_path
-from train import best_device, evaluate, evaluation_batches, new_model, predict
+from search.space import check_value
+from search.tensorboard import show_predictions
+from search.trial import CONSTANT_LR_FILE, load_weights, save_weights, weights_path
+from train import DEFAULTS, MODEL, best_device, evaluate, evaluation_batches, new_model, predict
 
+T = TypeVar("T")
 BEST_MODEL = "best_model"
 WEIGHTS, CONFIG, METRICS = "weights.pt", "config.json", "metrics.json"
 
@@ -31,7 +35,7 @@ def evaluate_best_model(search: Search, dataset: Dataset, source: dict) -> dict 
     """Test the best trial's model, once, and write best_model/; nothing else looks at the test images.
 
     If its weights are damaged or missing, say so on stderr and use those of the next best trial. Returns the content of
-    metrics.json, or None if no trial has a model.
+    metrics.json, or None if no trial has a model. Raises InputError if model.py no longer fits the weights.
     """
     folder = search.folder / BEST_MODEL
     if folder.exists() and not read_metrics(folder):
@@ -47,20 +51,41 @@ def evaluate_best_model(search: Search, dataset: Dataset, source: dict) -> dict 
         return None
     best = trial.best
     metrics = {"trial_id": trial.trial_id, "epoch": best.epoch}
-    metrics |= {f"val_{key}": getattr(best, key) for key in search.objective.shown} | score_on_test(model, dataset)
-    probabilities = predict(model, evaluation_batches(dataset, "test", best_device()))
-    show_best_model(search.folder, probabilities, dataset.test_labels, dataset.test_images, dataset.classes)
+    metrics |= {f"val_{key}": getattr(best, key) for key in search.objective.shown}
+    loss, accuracy = on_test_images(search, model, dataset, evaluate)
+    metrics |= {"test_loss": loss, "test_accuracy": accuracy}
     about = {"images": source, "objective": astuple(search.objective)}
     write_model(folder, model, trial.config, dataset, about, metrics, search.folder / trial.name / CONSTANT_LR_FILE)
     return metrics
 
 
-def score_on_test(model: nn.Module, dataset: Dataset) -> dict[str, float]:
-    """Move a model to the best device here, and return its loss and accuracy on the test images."""
-    device = best_device()
-    images = evaluation_batches(dataset, "test", device)
-    loss, accuracy = evaluate(model.to(device, memory_format=torch.channels_last), images)
-    return {"test_loss": loss, "test_accuracy": accuracy}
+def show_best_model(search: Search, dataset: Dataset) -> None:
+    """Write what the model in best_model/ predicts for the test images into TensorBoard's events."""
+    model, _ = read_model(search.folder / BEST_MODEL)
+    show_predictions(search.folder, on_test_images(search, model, dataset, predict), dataset)
+
+
+def on_test_images(
+    search: Search, model: nn.Module, dataset: Dataset, function: Callable[[nn.Module, Batches], T]
+) -> T:
+    """Return what a function of a model and batches makes of the test images, on a GPU if the search may use one.
+
+    If the GPU fails, say so on stderr and use the CPU.
+    """
+    device = torch.device("cpu") if search.settings.gpus_per_trial == 0 else best_device()
+    try:
+        return function(*moved(model, dataset, device))
+    except RuntimeError as error:
+        if device.type == "cpu":
+            raise
+        print(f"The GPU failed ({str(error).splitlines()[0]}); testing on the CPU.", file=sys.stderr)
+        return function(*moved(model, dataset, torch.device("cpu")))
+
+
+def moved(model: nn.Module, dataset: Dataset, device: torch.device) -> tuple[nn.Module, Batches]:
+    """Return a copy of a model, and the test images in batches, on a device."""
+    copied = copy.deepcopy(model).to(device, memory_format=torch.channels_last)
+    return copied, evaluation_batches(dataset, "test", device)
 
 
 def read_best_model(search: Search) -> dict | None:
@@ -90,7 +115,7 @@ def write_model(
     about = {key: getattr(dataset, key) for key in ("classes", "mean", "std")} | about
     with atomic_write(folder) as temporary:
         temporary.mkdir(parents=True)
-        torch.save({name: tensor.cpu() for name, tensor in model.state_dict().items()}, temporary / WEIGHTS)
+        save_weights(model, temporary / WEIGHTS)
         write_json(temporary / CONFIG, {"hyperparameters": config} | about)
         write_json(temporary / METRICS, metrics)
         if state and state.exists():
@@ -109,31 +134,37 @@ def read_metrics(folder: Path) -> dict | None:
 def read_model(folder: Path) -> tuple[SmallResNet, dict]:
     """Return the model in a folder, on the CPU, and the content of its config.json.
 
-    Raises InputError if there is none, or if it is damaged or from another version.
+    Hyperparameters that it lacks get their defaults. Raises InputError if there is no model, if it is damaged or from
+    another version, or if model.py no longer fits it.
     """
+    path = folder / CONFIG
     try:
-        about = loads((folder / CONFIG).read_bytes())
-        check_space(about["hyperparameters"])
-        if not {"classes", "mean", "std", "images", "objective"} <= about.keys():
+        about = loads(path.read_bytes())
+        if not {"hyperparameters", "classes", "mean", "std", "images", "objective"} <= about.keys():
             raise ValueError
     except OSError as error:
         raise InputError(f"no model found in {str(folder)!r}; pass a folder such as outputs/NAME/best_model") from error
-    except (ValueError, KeyError) as error:
-        raise InputError(f"{folder / CONFIG} is damaged, or from another version; pass another model") from error
-    model = load_model(folder / WEIGHTS, about["hyperparameters"], about["classes"])
+    except ValueError as error:
+        raise InputError(f"{path} is damaged, or from another version; pass another model") from error
+    config = about["hyperparameters"] = DEFAULTS | about["hyperparameters"]
+    for key in MODEL:
+        if key not in config:
+            raise InputError(f"{path} lacks {key!r}; give it a default in train.py, as others have there")
+        check_value(key, config[key])
+    model = load_model(folder / WEIGHTS, config, about["classes"])
     if model is None:
         raise InputError(f"{folder / WEIGHTS} is damaged; pass another model, or resume its search to rebuild it")
     return model, about
 
 
 def load_model(weights: Path, config: dict, classes: list[str] | tuple[str, ...]) -> SmallResNet | None:
-    """Return the model of a config with weights from a file, on the CPU, or None if these are damaged or missing."""
+    """Return the model of a config with weights from a file, on the CPU, or None if these are damaged or missing.
+
+    Raises InputError if model.py no longer fits them.
+    """
     state = load_tensors(weights)
     if state is None:
         return None
     model = new_model(config, len(classes))
-    try:
-        model.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError):  # weights of another model
-        return None
+    load_weights(model, state, weights)
     return model

@@ -30,11 +30,28 @@ def run_program(name: str, work: Callable[[], int]) -> int:
         except (InputError, OSError) as error:
             print_error(error, name)
             return 2 if isinstance(error, InputError) else 1
+        except RuntimeError as error:
+            if "CUDA" not in str(error) and "cuDNN" not in str(error):
+                raise
+            print_error(f"the GPU failed ({str(error).splitlines()[0].rstrip('.')}); use --device cpu", name)
+            return 1
         except KeyboardInterrupt:
             return 128 + signals[0]
         finally:
             out.discard_rest()
             err.discard_rest()
+
+
+@contextlib.contextmanager
+def carry_on(failures: list[Exception]) -> Iterator[None]:
+    """Report an exception in the block in a sentence, and append it to failures, instead of raising it."""
+    try:
+        yield
+    except Exception as error:
+        failures.append(error)
+        expected = isinstance(error, (InputError, OSError))
+        text = str(error) if expected else f"{type(error).__name__}: {error}"
+        print_error(text.splitlines()[0].rstrip("."))
 
 
 class SafeStream:

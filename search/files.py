@@ -15,8 +15,31 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+
+# What helps if a file cannot be written, where the system's reason leaves no doubt.
+ADVICE = {
+    errno.ENOSPC: "; make room there",
+    errno.EDQUOT: "; make room there",
+    errno.EROFS: "; make that disk writable",
+    errno.EACCES: "; allow this user to write there",
+}
+
+
+@contextlib.contextmanager
+def explain_failure(path: Path) -> Iterator[None]:
+    """Turn an error in the block, which writes a file, into an OSError with its name, the reason and advice."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save raises a RuntimeError in the context of an OSError
+        cause: Any = error
+        while cause and not isinstance(cause, OSError):
+            cause = cause.__context__
+        reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
+        advice = ADVICE.get(getattr(cause, "errno", None), "")
+        raise OSError(f"cannot write {path} ({reason}){advice}") from error
 
 
 @contextlib.contextmanager
@@ -24,16 +47,14 @@ def atomic_write(target: Path) -> Iterator[Path]:
     """Yield a temporary path for a file or folder, which then replaces target; raise OSError, naming it, on failure."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        for path in [*temporary.glob("*"), temporary]:
-            flush(path)
-        if temporary.is_dir():
-            remove(target)  # a folder cannot replace another one
-        temporary.replace(target)
-        flush(target.parent)
-    except (OSError, RuntimeError) as error:  # torch.save raises either
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise OSError(f"cannot write {target} ({reason}); make room there") from error
+        with explain_failure(target):
+            yield temporary
+            for path in [*temporary.glob("*"), temporary]:
+                flush(path)
+            if temporary.is_dir():
+                remove(target)  # a folder cannot replace another one
+            temporary.replace(target)
+            flush(target.parent)
     finally:
         remove(temporary)
 
@@ -97,10 +118,11 @@ def write_json(path: Path, content: dict) -> None:
         temporary.write_text(dumps(content, indent=2))
 
 
-def append_lines(path: Path, contents: list[dict]) -> None:
+def append_lines(path: Path, contents: list[dict], durable: bool = False) -> None:
     """Append dicts to a log, one per line, after dropping an incomplete last line that a killed process left.
 
-    If this fails, it raises OSError and leaves the complete lines as they are.
+    With `durable`, they are on disk when this returns. If this fails, it raises OSError and leaves the complete lines
+    as they are.
     """
     with path.open("a+b", buffering=0) as file:
         size = file.tell()
@@ -109,8 +131,10 @@ def append_lines(path: Path, contents: list[dict]) -> None:
             file.truncate(size)
         try:
             text = "".join(dumps(content) + "\n" for content in contents).encode()
-            if file.write(text) < len(text):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            while text:
+                text = text[file.write(text) :]  # after an incomplete write, the next one says why
+            if durable:
+                os.fsync(file.fileno())
         except OSError:
             file.truncate(size)
             raise
@@ -128,6 +152,13 @@ def read_lines(path: Path) -> tuple[list[dict], int]:
     return contents, damaged
 
 
+def save_tensors(content: dict, path: Path) -> None:
+    """Write a dict of tensors and plain values; raise OSError, naming the file, if this fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as temporary, temporary.open("wb") as file:  # torch would hide why a path fails
+        torch.save(content, file)
+
+
 def load_tensors(path: Path) -> dict | None:
     """Return the dict that torch.save wrote, on the CPU and without unpickling; None if that fails."""
     try:
@@ -141,15 +172,20 @@ def load_tensors(path: Path) -> dict | None:
 
 
 @contextlib.contextmanager
-def lock(folder: Path) -> Iterator[bool]:
-    """Lock a folder until the block, or this process, ends; yield False if another process has locked it.
+def lock(path: Path, shared: bool = False) -> Iterator[bool]:
+    """Lock a file until the block, or this process, ends; yield False if another process has locked it.
 
-    Always True on a file system without locks.
+    Any number of processes can share a lock, but none that wants it alone. The file is created for a lock that is not
+    shared; it must not be replaced. Always True on a file system without locks.
     """
-    descriptor = os.open(folder, os.O_RDONLY)
+    if shared and not path.exists():
+        yield True
+        return
+    with explain_failure(path):  # over NFS, a lock that is not shared needs a file that is open for writing
+        descriptor = os.open(path, os.O_RDONLY if shared else os.O_RDWR | os.O_CREAT, 0o666)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             locked = True
         except OSError as error:
             locked = not isinstance(error, BlockingIOError)

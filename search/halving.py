@@ -24,13 +24,13 @@ def new_rungs(trials: int, first: int, factor: float, keep: int, max_epochs: int
         trials: how many trials start.
         first: epoch of the first rung, at least 1; each further rung is at `factor` times the epoch of the one before.
         factor: 1 in `factor` of the trials that reach a rung is promoted; above 1.
-        keep: at least this many are promoted; at least 1.
+        keep: at least this many are promoted; 0 for no minimum.
         max_epochs: epochs of a trial; all rungs come before.
     """
     rungs, epoch = {}, first
     while epoch < max_epochs:
         rungs[epoch] = trials = min(trials, max(keep, math.ceil(trials / factor)))
-        epoch = math.ceil(epoch * factor)
+        epoch = math.ceil(min(epoch * factor, max_epochs))
     return rungs
 
 

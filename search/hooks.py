@@ -37,23 +37,38 @@ OUT_OF_MEMORY = (
 
 
 def early_stop(
-    max_epochs: int, patience: int, min_delta: float, max_seconds: float, reports: list[Report]
+    max_epochs: int, patience: int | None, min_delta: float, max_seconds: float | None, reports: list[Report]
 ) -> str | None:
     """Return why a trial ends after its latest report, whatever the other trials do, or None.
 
     It ends after max_epochs, after max_seconds of training and validation, if its loss is not finite, or if the loss
-    (nats) has not fallen by min_delta for `patience` epochs.
+    (nats) has not fallen by min_delta for `patience` epochs. None switches max_seconds or patience off.
     """
     latest, losses = reports[-1], [report.loss for report in reports]
     if not math.isfinite(latest.loss):
         return "loss became NaN or infinite"
     if latest.epoch >= max_epochs:
         return "all epochs done"
-    if latest.seconds >= max_seconds:
+    if max_seconds is not None and latest.seconds >= max_seconds:
         return f"reached the time limit ({max_seconds:,} s)"
-    if len(losses) > patience and min(losses[-patience:]) > min(losses[:-patience]) - min_delta:
+    if patience is None or len(losses) <= patience:
+        return None
+    if min(losses[-patience:]) > min(losses[:-patience]) - min_delta:
         return f"no progress for {patience} epochs"
     return None
+
+
+class TimeBudget(tune.Stopper):
+    """Stops all trials once the time budget of a search is spent."""
+
+    def __init__(self, search: Search) -> None:
+        self.end = time.monotonic() + search.time_left()
+
+    def __call__(self, trial_id: str, result: dict) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return time.monotonic() >= self.end
 
 
 class TrialQueue(Searcher):
@@ -187,8 +202,8 @@ class Recorder(tune.Callback):
         search: Search,
         queue: TrialQueue,
         ends: dict[str, str],
-        models_kept: int,
-        progress_period: float,
+        models_kept: int | None,
+        progress_period: float | None,
         trackers: Trackers,
     ) -> None:
         self.search, self.queue, self.ends, self.models_kept = search, queue, ends, models_kept
@@ -234,7 +249,8 @@ class Recorder(tune.Callback):
         if "restored" in result:
             if result["restored"] < len(known.reports):
                 self.record("restarted", trial=known.name, epoch=result["restored"])
-                self.board.close(known.name)
+                for name in (known.name, ""):  # its events, and those of the search, go back
+                    self.board.close(name)
             return
         if result["epoch"] <= len(known.reports):
             return  # reported again after a restart
@@ -311,11 +327,11 @@ class Recorder(tune.Callback):
         return True
 
 
-def prune(search: Search, trials: list[Trial], models_kept: int) -> None:
+def prune(search: Search, trials: list[Trial], models_kept: int | None) -> None:
     """Delete what these ended trials no longer need: training states, and weights except those of the best trials.
 
-    The models_kept best of the ended trials with weights (one taken from an earlier search may have none) keep those of
-    their best epoch; the best one also keeps the training state before its learning rate fell.
+    The models_kept best (None: all) of the ended trials with weights (one taken from an earlier search may have none)
+    keep those of their best epoch; the best one also keeps the training state before its learning rate fell.
     """
     ranking = [
         trial
@@ -344,5 +360,9 @@ def error_sentence(text: str, config: dict) -> str:
         cause := re.search(r"^\w+Error: .+", text.split("on the worker")[1], re.M)
     ):
         return f"cannot import its code ({cause[0]}); install the missing package, or put it beside train.py"
-    # The last line names an exception; if the process died, the first line says so.
-    return lines[-1] if re.match(r"[\w.]+(Error|Exception)\b", lines[-1]) else lines[0]
+    # An exception, whose message may have more lines, follows the last place in the code; a dead process has none.
+    places = [i for i, line in enumerate(last) if re.match(r'  File "', line)]
+    rest = (
+        [line for line in last[places[-1] + 1 :] if line.strip() and not line.startswith("    ")] if places else lines
+    )
+    return (rest or lines)[0].strip().rstrip(".")

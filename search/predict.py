@@ -12,7 +12,7 @@ import torch
 from data import Batches, read_picture
 from search.best_model import read_model
 from search.console import run_program
-from search.settings import Parser
+from search.settings import Parser, add_device
 from train import EVALUATION_BATCH_SIZE, best_device, predict
 
 PROGRAM = "python -m search.predict"
@@ -26,9 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser = Parser(PROGRAM, __doc__)
         parser.add_argument("model", type=Path, help="model folder, e.g. outputs/NAME/best_model")
         parser.add_argument("pictures", nargs="+", help=f"pictures; prints {CLASSES_SHOWN} likely classes of each")
+        add_device(parser)
         args = parser.parse_args(argv)
         model, about = read_model(args.model)
-        device = best_device()
+        device = best_device(args.device)
         images = torch.stack([read_picture(path) for path in args.pictures]).to(device)
         no_labels = torch.zeros(len(images), device=device)
         batches = Batches(images, no_labels, EVALUATION_BATCH_SIZE, about["mean"], about["std"])

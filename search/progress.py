@@ -12,10 +12,14 @@ TRIALS_SHOWN = 12  # maximum number of running trials listed
 
 
 class Progress:
-    """Shows the progress of a search: redrawn in place on a terminal, printed once per period (seconds) into a file."""
+    """Shows the progress of a search: redrawn in place on a terminal, printed once per period (seconds) into a file.
 
-    def __init__(self, period: float, rungs: dict[int, int]) -> None:
-        self.in_place, self.period, self.rungs = sys.stdout.isatty(), period, rungs
+    A period of None prints nothing into a file.
+    """
+
+    def __init__(self, period: float | None, rungs: dict[int, int]) -> None:
+        self.in_place, self.rungs = sys.stdout.isatty(), rungs
+        self.period = math.inf if period is None else period
         self.last = time.monotonic()
         self.drawn = 0  # number of redrawn lines above the cursor
 

@@ -7,7 +7,10 @@ Only Search.apply(event) changes the state of the trials, live and on resume: to
 """
 
 import contextlib
+import glob
 import importlib.metadata
+import itertools
+import json
 import math
 import os
 import shlex
@@ -20,13 +23,23 @@ from pathlib import Path
 from typing import Any
 
 from data import Dataset, InputError, fingerprint
-from search.files import append_lines, loads, lock, read_lines, remove, write_json
-from search.settings import GROWABLE, Settings, flag
-from train import Report
+from search.files import append_lines, explain_failure, flush, loads, lock, read_lines, remove, write_json
+from search.settings import CHANGEABLE, GROWABLE, Settings, flag
+from train import DEFAULTS, Report
 
 SEARCH_FILE, LOG_FILE, TRIAL_PREFIX = "search.json", "log.jsonl", "train_cifar_"
 METRICS = [key.name for key in fields(Report)]
 FORMAT = 8  # version of both files; others are refused
+
+
+def config_key(config: dict) -> str:
+    """Return a text that only equal configs share."""
+    return json.dumps(config, sort_keys=True)
+
+
+def new_report(values: dict) -> Report:
+    """Return a report from its saved fields; a metric that train.py did not have then is NaN."""
+    return Report(**{key: values.get(key, math.nan) for key in METRICS})
 
 
 @dataclass(frozen=True)
@@ -48,13 +61,15 @@ class Objective:
         return list(dict.fromkeys(["loss", "accuracy", self.metric]))
 
     def score(self, report: Report) -> float:
-        """Return a number that is higher for a better report."""
+        """Return a number that is higher for a better report; -inf if its loss or metric is not finite."""
         value = getattr(report, self.metric)
+        if not (math.isfinite(report.loss) and math.isfinite(value)):
+            return -math.inf
         return value if self.mode == "max" else -value
 
     def best(self, reports: Iterable[Report]) -> Report | None:
-        """Return the best report with a finite loss; of equals, the first."""
-        return max((report for report in reports if math.isfinite(report.loss)), key=self.score, default=None)
+        """Return the best report whose loss and metric are finite; of equals, the first."""
+        return max((report for report in reports if self.score(report) > -math.inf), key=self.score, default=None)
 
 
 @dataclass(eq=False)  # hashed by identity, for schedulers
@@ -64,9 +79,9 @@ class Trial:
     name: str
     config: dict = field(default_factory=dict)
     repeats: str | None = None  # the trial whose config it repeats with another seed
-    source: str | None = None  # the path of the earlier search's trial that it was taken from
+    source: str | None = None  # the earlier search's trial that it was taken from: its path, relative to --output-dir
     reports: list[Report] = field(default_factory=list)  # one per epoch, in order
-    best: Report | None = None  # its weights are on disk while needed; None if the trial diverged
+    best: Report | None = None  # its weights are on disk while needed; None if the trial diverged or none is finite
     paused: bool = False  # at a rung, until it continues or ends
     end: str | None = None  # why it ended
     error: str | None = None  # why it failed, in a sentence
@@ -105,12 +120,13 @@ class Search:
     versions: dict[str, str]  # of the packages that figures depend on, when the search began
     trials: dict[str, Trial] = field(default_factory=dict)  # by name, in the order in which they were drawn
     seconds: float = 0.0  # how long trials have run, over all processes
-    started: tuple[float, float] = (0.0, 0.0)  # when this process began to run trials, and `seconds` then
+    started: float | None = None  # when that would have been 0, by this process's monotonic clock
     resources: str = ""  # CPUs and GPUs that the trials use
     first_number: int = 0  # how many own trials were taken from earlier searches
     stream: int = 0  # random stream of the draws
     trained: int = 0  # number of epochs trained here
     damaged: int = 0  # number of unreadable lines in the log
+    grown: bool = False  # whether this process is to draw more trials
 
     @property
     def searched(self) -> dict[str, dict]:
@@ -120,7 +136,7 @@ class Search:
     def apply(self, event: dict) -> None:
         """Update the state with an event.
 
-        Events, each of which also has a time:
+        Events, each of which also has a time, and in `ran` how many seconds trials have run:
             started: the trials begin to run, on these resources.
             drawn: a trial has this config, and repeats another one or none; it may come from an earlier search.
             reported: a trial's epoch has these metrics; the trial ends for this reason, is paused, or continues.
@@ -131,23 +147,25 @@ class Search:
             stopped: no trial runs any more.
         """
         kind, name = event["event"], event.get("trial")
+        self.seconds = event.get("ran", self.seconds)
         if kind == "drawn":
             trial = self.trials.setdefault(name, Trial(name))
-            trial.config, trial.repeats, trial.source = event["config"], event["repeats"], event.get("source")
+            config, known = event["config"], self.searched.keys() | event["config"].keys()
+            # Hyperparameters may have been added to train.py since.
+            trial.config = config | {key: value for key, value in DEFAULTS.items() if key not in known}
+            trial.repeats, trial.source = event["repeats"], event.get("source")
             return
         if kind == "started":
-            self.started, self.resources = (event["time"], self.seconds), event["resources"]
-        if self.started[0]:
-            self.seconds = self.started[1] + event["time"] - self.started[0]
+            self.resources = event["resources"]
         if name not in self.trials or not self.is_drawn(self.trials[name]):
             return  # an event of the whole search, or of a trial whose config is damaged
         trial = self.trials[name]
         if kind == "reported":
             if event["epoch"] > len(trial.reports) + 1:
                 return  # the report before is unreadable; its epoch is retrained
-            trial.reports[event["epoch"] - 1 :] = [Report(**{key: event[key] for key in METRICS})]
+            trial.reports[event["epoch"] - 1 :] = [new_report(event)]
             trial.end, trial.paused, trial.error = event["end"], event["paused"], None
-            self.trained += bool(self.started[0])
+            self.trained += self.seconds > 0
         elif kind == "continued":
             trial.paused, trial.error = False, None
         elif kind == "ended":
@@ -161,34 +179,49 @@ class Search:
 
     def record(self, kind: str, **details: object) -> None:
         """Append an event to the log and apply it; raise OSError if it cannot be written."""
-        event = {"event": kind, "time": time.time()} | details
-        try:
-            append_lines(self.folder / LOG_FILE, [event])
-        except OSError as error:
-            raise OSError(f"cannot write {self.folder / LOG_FILE} ({error.strerror}); make room there") from error
+        now = time.monotonic()  # the clock on the wall may be set, or jump when a laptop wakes
+        if kind == "started":
+            self.started = now - self.seconds
+        ran = self.seconds if self.started is None else now - self.started
+        event = {"event": kind, "time": time.time(), "ran": ran} | details
+        with explain_failure(self.folder / LOG_FILE):  # before the files of a trial that has ended are deleted:
+            append_lines(self.folder / LOG_FILE, [event], durable=bool(details.get("end")))
         self.apply(event)
 
     def is_drawn(self, trial: Trial) -> bool:
         """Return whether a trial's config is complete; with TPE, it is drawn when the trial starts."""
-        return self.space.keys() - {"first_trials"} <= trial.config.keys()
+        return self.searched.keys() <= trial.config.keys()
 
     def draw(self, trials: list[Trial]) -> list[Trial]:
         """Add those of these trials that the search does not have yet, and return them.
 
-        A trial whose config was taken from an earlier search is not added.
+        Those whose config another one has are skipped; a message says how many.
         """
-        taken = [trial.config for trial in self.own_trials() if trial.source]
-        new = [t for t in trials if t.name not in self.trials and (t.repeats or t.config not in taken)]
-        for trial in new:
+        known = {config_key(trial.config) for trial in self.trials.values() if self.is_drawn(trial)}
+        new, skipped = [], 0
+        for trial in trials:
+            if trial.name in self.trials:
+                continue
+            if self.is_drawn(trial) and config_key(trial.config) in known:
+                skipped += 1
+                continue
+            known.add(config_key(trial.config))
             self.record("drawn", trial=trial.name, config=trial.config, repeats=trial.repeats)
-        return [self.trials[trial.name] for trial in new]
+            new.append(self.trials[trial.name])
+        if skipped:
+            print(f"Skipped {skipped} of {len(trials)} trials, as others have the same config.", file=sys.stderr)
+        return new
 
     def repeats(self, count: int) -> list[Trial]:
-        """Return trials that train the `count` best configs with the other random seeds asked for."""
-        repeats = []
+        """Return trials that train the `count` best configs with the other random seeds asked for.
+
+        Seeds with which another trial trains the config are skipped.
+        """
+        repeats: list[Trial] = []
         for trial in self.ranking()[:count]:
-            for i in range(self.settings.repeats or 0):
-                config = trial.config | {"seed": trial.config["seed"] + 1 + i}
+            others = [each.config for each in (*self.trials.values(), *repeats) if each.repeats != trial.name]
+            configs = (trial.config | {"seed": seed} for seed in itertools.count(trial.config["seed"] + 1))
+            for config in itertools.islice((c for c in configs if c not in others), self.settings.repeats or 0):
                 repeats.append(Trial(f"{trial.name}_seed_{config['seed']}", config, trial.name))
         return repeats
 
@@ -225,10 +258,10 @@ class Search:
 
 
 def new_folder(settings: Settings) -> Path:
-    """Return the folder of a new search; raise InputError if it exists or cannot be created."""
+    """Return the folder of a new search; raise InputError if it exists, unless empty, or cannot be created."""
     name = settings.name or datetime.now().strftime("search_%Y-%m-%d_%H-%M-%S")
     folder = Path(settings.output_dir).absolute() / name
-    if settings.name and folder.exists():
+    if settings.name and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{short_path(folder)} already exists; choose another --name, or resume it if it is a search")
     parent = next(parent for parent in folder.parents if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
@@ -236,39 +269,38 @@ def new_folder(settings: Settings) -> Path:
     return folder
 
 
-def create_folder(settings: Settings) -> Path:
-    """Create the folder of a new search, and return it; raise InputError if that fails."""
-    folder = new_folder(settings)
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        if isinstance(error, FileExistsError) and not settings.name:  # two searches started in the same second
-            time.sleep(1)
-            return create_folder(settings)
-        raise InputError(f"cannot create {folder} ({error.strerror}); choose another --name") from error
-    return folder
-
-
 @contextlib.contextmanager
 def creating_search(settings: Settings, space: dict, dataset: Dataset, objective: Objective) -> Iterator[Search]:
-    """Create the folder of a new search, and write search.json after the block, which adds the trials.
+    """Yield a new search in a hidden folder, to which the block adds trials; then write search.json and rename it.
 
-    If anything fails, the folder is removed. Raises InputError if it cannot be created.
+    So a search exists whole or not at all. Raises InputError if its folder cannot be created.
     """
-    folder = create_folder(settings)
+    folder = new_folder(settings)
+    hidden = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
-        search = Search(folder, settings, space, fingerprint(dataset), objective, installed_versions(settings))
-        yield search
+        try:
+            for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):  # by a killed process
+                remove(left)
+            hidden.mkdir(parents=True)
+        except OSError as error:
+            raise InputError(f"cannot create {folder} ({error.strerror}); choose another --name") from error
+        yield (search := Search(hidden, settings, space, fingerprint(dataset), objective, installed_versions(settings)))
         search.write()
-    except BaseException:
-        remove(folder)
-        raise
+        while folder.exists() and not settings.name:  # of another search that started in the same second
+            time.sleep(1)
+            folder = new_folder(settings)
+        with explain_failure(folder):
+            hidden.rename(folder)
+            flush(folder.parent)
+        search.folder = folder
+    finally:
+        remove(hidden)
 
 
 def open_search(folder: Path, changes: dict) -> Search:
     """Return the search in a folder, restored from its log, with the settings in `changes` replaced.
 
-    Raises InputError if it is damaged or from another version, or if a setting would shrink.
+    Raises InputError if it is damaged or from another version, or if a setting cannot change so.
     """
     path = folder / SEARCH_FILE
     try:
@@ -276,6 +308,7 @@ def open_search(folder: Path, changes: dict) -> Search:
         if content["format"] != FORMAT:
             raise ValueError
         settings, objective = Settings(**content["settings"]), Objective(*content["objective"])
+        settings = replace(settings, output_dir=str(folder.parent), name=folder.name)  # it may have been moved
         search = Search(folder, settings, content["space"], content["images"], objective, content["versions"])
         search.first_number, search.stream = content["draws"]
         events, search.damaged = read_lines(folder / LOG_FILE)
@@ -285,13 +318,16 @@ def open_search(folder: Path, changes: dict) -> Search:
         raise InputError(f"no search found in {short_path(folder)!r}; pass a folder such as outputs/NAME") from error
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path} is damaged, or from another version; start a new search") from error
-    for key in GROWABLE:
+    for key, value in changes.items():
         before = getattr(settings, key)
-        if key in changes and before is not None and changes[key] < before:
-            raise InputError(f"{flag(key)} {changes[key]:g} is less than the search has; use at least {before:g}")
+        if key in GROWABLE and before is not None and value < before:
+            raise InputError(f"{flag(key)} {value:g} is less than the search has; use at least {before:g}")
+        if key not in CHANGEABLE and value != before:
+            raise InputError(f"{flag(key)} is {value}, but was {before} when the search began; use another --name")
     if "data_dir" in changes and settings.dataset == "synthetic":
         raise InputError("--data-dir cannot be combined with synthetic images; remove it")
     search.settings = replace(settings, **changes)
+    search.grown = search.settings.num_samples > settings.num_samples
     return search
 
 
@@ -303,13 +339,17 @@ def installed_versions(settings: Settings) -> dict[str, str]:
 
 def check_unchanged(search: Search, space: dict, objective: Objective) -> None:
     """Refuse to resume a search with another space or objective; note unreadable lines and other versions."""
-    before = search.space | vars(search.objective)
+    before = DEFAULTS | search.space | vars(search.objective)
     for key, now in (space | vars(objective)).items():
-        if now != before.get(key):
+        if key not in before:  # a hyperparameter that has been added to train.py
+            raise InputError(f"the search began without {key!r}; give it a default in train.py, as others have there")
+        if now != before[key]:
             raise InputError(
                 f"{key!r} is {now}, but was {before.get(key)} when the search began; restore it, or start a new search "
                 "with --warm-start"
             )
+    if missing := search.searched.keys() - space.keys():
+        raise InputError(f"param_space lacks {min(missing)!r}, which the search varies; restore it")
     if search.damaged:
         sentence = (
             f"Skipping {search.damaged} unreadable lines of {search.folder / LOG_FILE}; their epochs are retrained."
@@ -331,17 +371,17 @@ def check_same_images(search: Search, dataset: Dataset) -> None:
 
 
 @contextlib.contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Keep other processes from running the search in a folder.
+def lock_folder(folder: Path, shared: bool = False) -> Iterator[None]:
+    """Keep other processes from running the search in a folder, and if not shared, from reading it to start their own.
 
-    Raises InputError if another process is running it, or there is no such folder.
+    Raises InputError if another process is running it, or there is no such search.
     """
-    if not folder.is_dir():
+    if not (folder / SEARCH_FILE).exists():
         raise InputError(f"no search found in {short_path(folder)!r}; pass a folder such as outputs/NAME")
-    with lock(folder) as free:
+    with lock(folder / LOG_FILE, shared) as free:  # the one file that is never replaced
         if not free:
             raise InputError(
-                f"another process is running the search in {short_path(folder)}; wait for it to finish, or stop it"
+                f"another process is using the search in {short_path(folder)}; wait for it to finish, or stop it"
             )
         yield
 

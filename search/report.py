@@ -16,7 +16,7 @@ from data import InputError
 from search.best_model import BEST_MODEL, read_best_model
 from search.cost import COSTS, cheaper, model_cost
 from search.files import atomic_write, lock
-from search.records import SEARCH_FILE, TRIAL_PREFIX, Search, Trial, open_search, script_command, short_path
+from search.records import LOG_FILE, SEARCH_FILE, TRIAL_PREFIX, Search, Trial, open_search, script_command, short_path
 from search.space import end_of_range, widened
 from search.trial import weights_path
 
@@ -33,7 +33,7 @@ def write_results(search: Search) -> None:
     for trial in search.trials.values():
         config, best, last = parameters | trial.config, trial.best, trial.reports[-1] if trial.reports else None
         weights = best and weights_path(Path(trial.name), best.epoch)
-        row: dict[str, object] = {"trial_id": trial.trial_id, "status": trial.status}
+        row: dict[str, object] = {"trial": trial.name, "status": trial.status}  # as text: 00000 is a number to pandas
         row |= {"max_epochs" if name == "epochs" else name: value for name, value in config.items()}
         row |= {"epochs": last and last.epoch}
         row |= {f"best_{name}": best and getattr(best, name) for name in ("epoch", *search.objective.shown)}
@@ -41,7 +41,8 @@ def write_results(search: Search) -> None:
         cost = model_cost(config, search.images["num_classes"])
         row |= {name: cost.get(name) for name in COSTS}
         row |= {"weights": weights if weights and (search.folder / weights).exists() else None}
-        row |= {"ended_because": trial.error or trial.end, "repeats": trial.repeats, "taken_from": trial.source}
+        row |= {"ended_because": trial.error or trial.end, "repeats": trial.repeats}
+        row |= {"taken_from": search.folder.parent / trial.source if trial.source else None}
         rows.append(row)
     with atomic_write(search.folder / "results.csv") as temporary:
         # Of objects, or None would turn whole numbers into floats.
@@ -61,7 +62,7 @@ def recap(search: Search) -> str:
         rows.append(row | {name: cell(last and getattr(last, name), ".4f") for name in ("loss", "accuracy")})
     fixed = [item for item in trials[0].config.items() if item[0] not in search.searched]
     shared = ", ".join(f"{key} {value}" for key, value in fixed if all(t.config[key] == value for t in trials))
-    sources = Counter(Path(trial.source).parent for trial in trials if trial.source)
+    sources = Counter((search.folder.parent / trial.source).parent for trial in trials if trial.source)
     ends = Counter(trial.end for trial in trials if trial.end)
     counts = Counter(trial.status for trial in trials)
     lines = [
@@ -207,7 +208,7 @@ def repeats(search: Search) -> list[str]:
 def list_searches(output_dir: Path) -> str:
     """Return the searches in a folder as text of 80 columns: status, trials, accuracies and costs of best models."""
     rows = []
-    for path in sorted(output_dir.glob(f"*/{SEARCH_FILE}"), key=lambda path: path.stat().st_mtime):
+    for path in sorted(output_dir.glob(f"[!.]*/{SEARCH_FILE}"), key=lambda path: path.stat().st_mtime):
         folder = path.parent
         row = dict.fromkeys(("search", "status", "trials", "val", "test", "params", "GFLOP", "img/s"), "")
         row |= {"search": folder.name, "status": "unreadable"}  # damaged, or from another version
@@ -215,7 +216,7 @@ def list_searches(output_dir: Path) -> str:
             search = open_search(folder, {})
             trials, ended, ranking = search.own_trials(), len(search.ended()), search.ranking()
             metrics = read_best_model(search) or {}
-            with lock(folder) as free:
+            with lock(folder / LOG_FILE, shared=True) as free:
                 unfinished = search.interrupted() or (ranking and not metrics)
                 status = "running" if not free else "unfinished" if unfinished else "finished"
             row |= {"status": status, "trials": f"{ended}/{len(trials)}"}

@@ -10,7 +10,6 @@ import argparse
 import ast
 import copy
 import math
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,13 +19,22 @@ from pathlib import Path
 import torch
 
 from data import Dataset, InputError, read_images, usable_cpus
-from search.best_model import read_model, score_on_test, write_model
+from search.best_model import read_model, write_model
 from search.console import run_program
 from search.records import Objective, new_folder, short_path
-from search.settings import Parser, Settings, flag, folder_name
+from search.settings import Parser, Settings, absolute_path, add_device, flag, folder_name
 from search.space import check_space
 from search.trial import CONSTANT_LR_FILE, restore_training
-from train import CONFIG_KEYS, Training, best_device, constant_epochs, new_training, train_epochs
+from train import (
+    CONFIG_KEYS,
+    Training,
+    best_device,
+    constant_epochs,
+    evaluate,
+    evaluation_batches,
+    new_training,
+    train_epochs,
+)
 
 PROGRAM = "python -m search.retrain"
 
@@ -46,9 +54,11 @@ def parse_args(argv: Sequence[str] | None) -> dict:
     add("model", type=Path, help="model folder whose config is trained, e.g. outputs/NAME/best_model")
     add("--full", action="store_true", help="train on the validation images too, and keep the last epoch's weights")
     add("--continue", action="store_true", help="continue from just before the learning rate fell (more --epochs)")
-    add("--data-dir", metavar="PATH", type=os.path.expanduser, help="image folder (default: the original one)")
-    add("--output-dir", metavar="PATH", type=os.path.expanduser, help="parent of the new folder (default: outputs)")
+    add("--test", action="store_true", help="test the model on the test images; not to choose between models")
+    add("--data-dir", metavar="PATH", type=absolute_path, help="image folder (default: the original one)")
+    add("--output-dir", metavar="PATH", type=absolute_path, help="parent of the new folder (default: outputs)")
     add("--name", type=folder_name, help="name of the new model folder (default: retrained_<date>_<time>)")
+    add_device(parser)
     group = parser.add_argument_group(
         "hyperparameters", "replace those of the config: " + ", ".join(map(flag, CONFIG_KEYS))
     )
@@ -88,17 +98,20 @@ def state_to_continue(folder: Path, about: dict, config: dict, dataset: Dataset,
 
 
 def retrain(given: dict) -> int:
-    """Train a config, test it once, write its folder, and return the exit code."""
+    """Train a config, write its folder, and return the exit code."""
     _, about = read_model(given["model"])
-    config = about["hyperparameters"] | {key: given[key] for key in CONFIG_KEYS if key in given}
+    values = about["hyperparameters"] | given
+    if missing := [flag(key) for key in CONFIG_KEYS if key not in values]:
+        raise InputError(f"{given['model']} was trained without {missing[0]}; pass its value")
+    config = {key: values[key] for key in CONFIG_KEYS}
     check_space(config)
-    device, objective = best_device(), Objective(*about["objective"])
+    device, objective = best_device(given["device"]), Objective(*about["objective"])
     if {"continue", "full"} <= given.keys():
         raise InputError("--continue cannot be combined with --full; remove one of them")
     name = given.get("name") or datetime.now().strftime("retrained_%Y-%m-%d_%H-%M-%S")
     output_dir = given.get("output_dir", "outputs")
     folder = new_folder(Settings(output_dir=output_dir, name=name))
-    source = about["images"] | ({"data_dir": str(Path(given["data_dir"]).resolve())} if "data_dir" in given else {})
+    source = about["images"] | ({"data_dir": given["data_dir"]} if "data_dir" in given else {})
     dataset = read_images(**source)
     if given.get("full"):
         dataset = with_validation_images(dataset)
@@ -125,9 +138,11 @@ def retrain(given: dict) -> int:
     if not given.get("full"):
         metrics |= {"val_loss": kept.loss, "val_accuracy": kept.accuracy}
         print(f"validation accuracy: {kept.accuracy:.4f}, at epoch {kept.epoch}")
-    metrics |= score_on_test(model, dataset)
+    if given.get("test"):
+        metrics["test_loss"], metrics["test_accuracy"] = evaluate(model, evaluation_batches(dataset, "test", device))
+        print(f"test accuracy: {metrics['test_accuracy']:.4f}")
     write_model(folder, model, config, dataset, {"images": source, "objective": about["objective"]}, metrics)
-    print(f"test accuracy: {metrics['test_accuracy']:.4f}", f"Model: {short_path(folder)}", sep="\n")
+    print(f"Model: {short_path(folder)}")
     return 0
 
 

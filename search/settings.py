@@ -3,16 +3,20 @@
 import argparse
 import math
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NoReturn
+from urllib.parse import unquote
 
 PROGRAM = "hparam_search.py"
 QUICK_DEFAULTS: dict[str, Any] = {"dataset": "synthetic", "num_samples": 2}
 GROWABLE = ("num_samples", "repeats", "time_budget")  # settings that --resume can raise
+CHANGEABLE = (*GROWABLE, "data_dir", "cpus_per_trial", "gpus_per_trial")  # settings that --resume can change
 # setting → the schedulers that use it
 SCHEDULERS_WITH = {"grace_period": ("promote", "asha"), "reduction_factor": ("promote", "asha"), "keep": ("promote",)}
+LOWEST_FACTOR = 1.1  # with a reduction factor of 1, every epoch would be a rung at which none is stopped
 UNITS = {"s": 1, "m": 60, "h": 3600}
 
 
@@ -28,7 +32,11 @@ def seconds(text: str) -> float:
 
 
 def absolute_path(text: str) -> str:
-    """Return an absolute path, in which a leading ~ stands for the home folder."""
+    """Return an absolute path, in which a leading ~ stands for the home folder; also of a file:// URL."""
+    if re.match(r"file:///", text, re.IGNORECASE):
+        text = unquote(text[7:])
+    elif url := re.match(r"\w[\w+.-]*://", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a folder; mount {url[0]} storage as one and pass its path")
     return os.path.abspath(os.path.expanduser(text))  # noqa: PTH100, PTH111 (Path raises for ~nobody)
 
 
@@ -65,7 +73,11 @@ class Settings:
     )
     time_budget: float | None = option(None, "stop cleanly after this long, e.g. 90s, 30m, 2h", type=seconds)
     quick: bool = option(False, "a one-minute demo on two cores, on synthetic images", action="store_true")
-    scheduler: str = option("promote", "what stops poor trials early", choices=("promote", "asha", "none"))
+    scheduler: str = option(
+        "promote",
+        "what stops poor trials early; with none, early stopping still ends trials without progress (PATIENCE)",
+        choices=("promote", "asha", "none"),
+    )
     grace_period: int | None = option(
         None, "epoch of the first rung, where trials are first compared (default: 2)", type=int
     )
@@ -77,6 +89,7 @@ class Settings:
     gpus_per_trial: float | None = option(None, "GPUs per trial, e.g. 0.5 (default: 1 if any)", type=float)
     output_dir: str = option("outputs", "parent of all search folders", type=absolute_path)
     name: str | None = option(None, "name of the search folder (default: search_<date>_<time>)", type=folder_name)
+    or_resume: bool = option(False, "resume the search called --name if it exists", action="store_true")
     resume: str | None = option(None, "continue the search in this folder (see README)", type=absolute_path)
     list: bool = option(False, "list the searches in --output-dir: status, accuracy, cost", action="store_true")
 
@@ -114,6 +127,12 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
+def add_device(parser: Parser) -> None:
+    """Add the flag --device, which is None by default."""
+    text = "where to compute (default: on the GPU, if torch can use one)"
+    parser.add_argument("--device", choices=("cuda", "cpu"), default=None, help=text)
+
+
 def print_error(message: object, program: str = PROGRAM) -> None:
     """Print a sentence on stderr."""
     print(f"{program}: {message}.", file=sys.stderr)
@@ -149,7 +168,7 @@ def flag(key: str) -> str:
 
 def check(settings: Settings, given: dict) -> None:
     """Raise ValueError, with a sentence, if flags are out of range or cannot be combined."""
-    for key, others in (("list", {"output_dir"}), ("resume", {"data_dir", *GROWABLE})):
+    for key, others in (("list", {"output_dir"}), ("resume", set(CHANGEABLE))):
         if key in given and (other := min(set(given) - {key} - others, default=None)):
             accepted = ", ".join(sorted(map(flag, others)))
             raise ValueError(f"{flag(key)} can only be combined with {accepted}; remove {flag(other)}")
@@ -160,12 +179,16 @@ def check(settings: Settings, given: dict) -> None:
             )
     if settings.dataset == "synthetic" and "data_dir" in given:
         raise ValueError("--data-dir cannot be combined with --dataset synthetic; remove one of them")
+    if settings.or_resume and not settings.name:
+        raise ValueError("--or-resume needs --name; add it")
     lowest = {"num_samples": 1, "max_epochs": 1, "seed": 0, "cpus_per_trial": 1, "repeats": 2}
-    for key, minimum in (lowest | {"grace_period": 1, "keep": 1}).items():
+    for key, minimum in (lowest | {"grace_period": 1, "keep": 0}).items():
         if given.get(key, minimum) < minimum:
             raise ValueError(f"{flag(key)} {given[key]} is too small; use at least {minimum}")
-    if not 1 < given.get("reduction_factor", 3) < math.inf:
-        raise ValueError(f"--reduction-factor {settings.reduction_factor} is out of range; use a number above 1")
+    if not LOWEST_FACTOR <= given.get("reduction_factor", 3) < math.inf:
+        raise ValueError(
+            f"--reduction-factor {settings.reduction_factor} is out of range; use a number of at least {LOWEST_FACTOR}"
+        )
     gpus = given.get("gpus_per_trial", 0)
     if not (0 <= gpus <= 1 or (1 < gpus < math.inf and gpus == int(gpus))):
         raise ValueError(f"--gpus-per-trial {gpus} is out of range; use a number from 0 to 1, or a whole number")

@@ -7,7 +7,17 @@ from typing import Any
 from ray.tune.search.sample import Categorical, Domain, Float, Integer, LogUniform
 
 from data import InputError
-from train import CONFIG_KEYS
+from search.settings import LOWEST_FACTOR
+from train import CONFIG_KEYS, NOT_NEGATIVE, POSITIVE, WHOLE, Values
+
+COUNT = Values(lambda v: type(v) is int and v >= 0, "a whole number of at least 0")
+FACTOR = Values(lambda v: POSITIVE.is_valid(v) and v >= LOWEST_FACTOR, f"a number of at least {LOWEST_FACTOR}")
+# The valid values of constants in hparam_search.py.
+CONSTANTS = {"GRACE_PERIOD": WHOLE, "REDUCTION_FACTOR": FACTOR, "KEEP": COUNT, "PATIENCE": WHOLE}
+CONSTANTS |= {"MIN_DELTA": NOT_NEGATIVE, "MAX_SECONDS_PER_TRIAL": POSITIVE, "MAX_FAILURES_PER_TRIAL": COUNT}
+CONSTANTS |= {"SAVE_PERIOD": NOT_NEGATIVE, "MODELS_KEPT": WHOLE, "STARTUP_TRIALS": COUNT, "REPEATED_TRIALS": WHOLE}
+CONSTANTS |= {"PROGRESS_PERIOD": NOT_NEGATIVE}
+ALLOW_NONE = ("KEEP", "PATIENCE", "MAX_SECONDS_PER_TRIAL", "SAVE_PERIOD", "MODELS_KEPT", "PROGRESS_PERIOD")
 
 
 def to_plain(entry: Any) -> Any:
@@ -29,9 +39,9 @@ def check_space(space: dict) -> None:
     for key in space:
         if key not in CONFIG_KEYS:
             raise InputError(f"param_space has the unknown key {key!r}; use only {', '.join(CONFIG_KEYS)}")
-    for key, (_, words) in CONFIG_KEYS.items():
+    for key, allowed in CONFIG_KEYS.items():
         if key not in space:
-            raise InputError(f"param_space lacks {key!r}; add it with {words}")
+            raise InputError(f"param_space lacks {key!r}; add it with {allowed.words}")
         entry = space[key]
         values = possible_values(entry)
         if not values and not isinstance(entry, Domain):
@@ -52,9 +62,20 @@ def check_space(space: dict) -> None:
 
 def check_value(key: str, value: object) -> None:
     """Refuse a value that no trial could train with."""
-    is_valid, words = CONFIG_KEYS[key]
-    if not is_valid(value):
-        raise InputError(f"{key} cannot be {value!r}; use {words}")
+    allowed = CONFIG_KEYS[key]
+    if not allowed.is_valid(value):
+        raise InputError(f"{key} cannot be {value!r}; use {allowed.words}")
+
+
+def check_constants(values: dict) -> None:
+    """Refuse values of the constants in hparam_search.py with which a search could not run; values has them by name."""
+    for name, allowed in CONSTANTS.items():
+        off = name in ALLOW_NONE
+        if not (allowed.is_valid(values[name]) or (off and values[name] is None)):
+            rest = ", or None to switch it off" if off else ""
+            if name in ("GRACE_PERIOD", "REDUCTION_FACTOR"):
+                rest = "; --scheduler none compares no trials"
+            raise InputError(f"{name} cannot be {values[name]!r}; use {allowed.words}{rest}")
 
 
 def possible_values(entry: object) -> list:
@@ -132,7 +153,7 @@ def widened(key: str, searched: dict, end: str) -> str | None:
         value = round(value / step) * step if step else value
         value = round(value) if whole else float(f"{value:.{10 if step else 3}g}")
         beyond = value > last if end == "upper" else value < last
-        if beyond and CONFIG_KEYS[key][0](value) and (value > 0 or "log" not in name):
+        if beyond and CONFIG_KEYS[key].is_valid(value) and (value > 0 or "log" not in name):
             break
     else:
         return None

@@ -5,6 +5,7 @@ part of their name before the slash, and sorts the groups alphabetically.
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from data import Dataset
 from search import cost
 from search.records import METRICS, Search, Trial
 
@@ -27,6 +29,8 @@ TAGS = {
     "train_loss": "loss/train",
 }
 MISTAKES_SHOWN = 40
+CLASSES_SHOWN = 100  # in a confusion matrix
+NO_CHARACTER = "\U0010ffff"  # fonts show it as they show all characters that they lack
 INK = (31, 119, 180)  # of a confusion matrix: red, green, blue
 
 
@@ -51,7 +55,7 @@ class Board:
 
         trials, ranking = self.search.trials.values(), self.search.ranking()
         epochs = sum(len(each.reports) for each in trials)
-        whole = self.search_writer()
+        whole = self.search_writer(epochs)
         if ranking:
             metric = self.search.objective.metric
             whole.add_scalar(f"search/best_{metric}", getattr(ranking[0].best, metric), epochs)
@@ -75,10 +79,10 @@ class Board:
                 self.writers[trial.name].add_scalar(f"trial/{key}", value, step)
         return self.writers[trial.name]
 
-    def search_writer(self) -> Any:
-        """Return the writer of the search's events, which begin with what is searched and what is measured."""
+    def search_writer(self, step: int) -> Any:
+        """Return the writer of the search's events from this step on, which begin with what is searched."""
         if "" not in self.writers:
-            self.writers[""] = SummaryWriter(str(self.search.folder))
+            self.writers[""] = SummaryWriter(str(self.search.folder), purge_step=step)
             known = not self.search.settings.warm_start  # trials of earlier searches may have other values
             domains = [hp.HParam(key, domain(searched, known)) for key, searched in self.search.searched.items()]
             names = [*(f"best_{key}" for key in self.search.objective.shown), "epochs", *cost.COSTS]
@@ -125,29 +129,54 @@ def to_hparam(value: Any, searched: dict) -> Any:
 # --- the best model on the test images --------------------------------------------------------------------------------
 
 
-def show_best_model(folder: Path, probabilities: Tensor, labels: Tensor, images: Tensor, classes: tuple) -> None:
+def show_predictions(folder: Path, probabilities: Tensor, dataset: Dataset) -> None:
     """Write the best model's confusion matrix, accuracy by class, and worst mistakes into the search's events.
 
-    probabilities, float (N, C) on the CPU, are those of the test images, uint8 (N, 32, 32, 3), with labels int64 (N,).
+    probabilities, float (N, C) on the CPU, are those of the test images. Of many classes, the matrix has those that are
+    most often confused.
     """
-    confidence, predicted = probabilities.max(1)
-    confusion = torch.zeros(len(classes), len(classes))
-    confusion.index_put_((labels, predicted), torch.ones(len(labels)), accumulate=True)
-    shares = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
-    tested = confusion.sum(1).nonzero().flatten().tolist()
-    rows = sorted(((shares[i, i].item(), classes[i]) for i in tested), reverse=True)
-    wrong = (predicted != labels).nonzero().flatten()
+    names = [printable(name) for name in dataset.classes]
+    labels, font = list(names), ImageFont.load_default(10)
+    boxes = bytes(font.getmask(NO_CHARACTER))
+    for i, name in enumerate(names):
+        if any(bytes(font.getmask(character)) == boxes for character in name):
+            labels[i] = f"class {i}"  # the font lacks a character
+            names[i] += f" ({labels[i]})"
+    true, (confidence, predicted) = dataset.test_labels, probabilities.max(1)
+    tested = true.bincount(minlength=len(names))
+    correct = true[predicted == true].bincount(minlength=len(names))
+    rows = sorted(((correct[i] / tested[i]).item(), names[i]) for i in tested.nonzero().flatten().tolist())
+    wrong = (predicted != true).nonzero().flatten()
+    confused = true[wrong].bincount(minlength=len(names)) + predicted[wrong].bincount(minlength=len(names))
+    shown = confused.topk(min(CLASSES_SHOWN, len(names))).indices.sort().values
+    place = torch.full((len(names),), -1)
+    place[shown] = torch.arange(len(shown))
+    both = (place[true] >= 0) & (place[predicted] >= 0)
+    shares = torch.zeros(len(shown), len(shown))
+    shares.index_put_((place[true[both]], place[predicted[both]]), torch.ones(()), accumulate=True)
+    shares /= tested[shown].clamp(min=1).unsqueeze(1)
     wrong = wrong[confidence[wrong].argsort(descending=True)][:MISTAKES_SHOWN]
-    captions = [f"is {classes[labels[i]]}\nseen as {classes[predicted[i]]} {confidence[i]:.2f}" for i in wrong]
+    captions = [f"is {labels[true[i]]}\nseen as {labels[predicted[i]]} {confidence[i]:.2f}" for i in wrong]
     with SummaryWriter(str(folder)) as writer:
-        writer.add_image("best_model/confusion_matrix", np.array(draw_confusion(shares, classes)), dataformats="HWC")
-        table = "\n".join(f"| {name} | {share:.3f} |" for share, name in rows)
+        matrix = draw_confusion(shares, [labels[i] for i in shown])
+        writer.add_image("best_model/confusion_matrix", np.array(matrix), dataformats="HWC")
+        table = "\n".join(f"| {escape(name)} | {share:.3f} |" for share, name in reversed(rows))
         writer.add_text("best_model/accuracy_by_class", f"| class | accuracy |\n| --- | --- |\n{table}")
-        mistakes = draw_mistakes(images[wrong], captions)
+        mistakes = draw_mistakes(dataset.test_images[wrong], captions)
         writer.add_image("best_model/most_confident_mistakes", np.array(mistakes), dataformats="HWC")
 
 
-def draw_confusion(shares: Tensor, classes: tuple) -> Image.Image:
+def printable(name: str) -> str:
+    """Return a name with codes in place of line breaks, bytes that are not UTF-8, and the like."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
+def escape(name: str) -> str:
+    """Return a name for a table in Markdown, where it might be mistaken for markup."""
+    return "".join(c if c.isalnum() or c == " " else f"&#{ord(c)};" for c in name)
+
+
+def draw_confusion(shares: Tensor, classes: Sequence[str]) -> Image.Image:
     """Draw a confusion matrix, float (C, C) from 0 to 1: a row per true class, a column per predicted one."""
     cell = max(10, min(40, 900 // len(classes)))
     font = ImageFont.load_default(min(14, cell))

@@ -3,21 +3,26 @@
 <trial>/weights_<epoch>.pt   the weights of its best epoch, a state_dict
 <trial>/training.pt          the training state: everything needed to continue
 <trial>/constant_lr.pt       that just before the learning rate falls, for search.retrain --continue
+<trial>/output.txt           what its process printed, if anything
 """
 
-from collections.abc import Callable, Collection
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from ray import tune
+from torch import nn
 
-from data import Dataset, map_dataset
-from search.files import atomic_write, load_tensors
-from search.records import METRICS, SEARCH_FILE, Objective
-from train import Report, Training, best_device, constant_epochs, new_training, train_epochs
+from data import Dataset, InputError, map_dataset
+from search.files import explain_failure, load_tensors, save_tensors
+from search.records import SEARCH_FILE, Objective, new_report
+from train import DEFAULTS, Training, best_device, constant_epochs, new_training, train_epochs
 
-TRAINING_FILE, CONSTANT_LR_FILE = "training.pt", "constant_lr.pt"
+TRAINING_FILE, CONSTANT_LR_FILE, OUTPUT_FILE = "training.pt", "constant_lr.pt", "output.txt"
 
 
 def weights_path(folder: Path, epoch: int) -> Path:
@@ -25,12 +30,22 @@ def weights_path(folder: Path, epoch: int) -> Path:
     return folder / f"weights_{epoch:06}.pt"
 
 
-def save_weights(training: Training, path: Path) -> None:
-    """Write the evaluated weights, loadable without a GPU; raise OSError, naming the file, if this fails."""
-    weights = {name: tensor.cpu() for name, tensor in training.evaluated.state_dict().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary:
-        torch.save(weights, temporary)
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Write a model's weights, loadable without a GPU; raise OSError, naming the file, if this fails."""
+    save_tensors({name: tensor.cpu() for name, tensor in model.state_dict().items()}, path)
+
+
+def load_weights(model: nn.Module, weights: dict, path: Path) -> None:
+    """Put weights that were read from a file into a model; raise InputError if they are those of another model."""
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    found = {name: getattr(tensor, "shape", None) for name, tensor in weights.items()}
+    different = next((name for name in expected | found if expected.get(name) != found.get(name)), None)
+    if different:
+        raise InputError(
+            f"the weights in {path} do not fit model.py, where {different!r} is another one, new or gone; restore "
+            "model.py, or start a new search"
+        )
+    model.load_state_dict(weights)
 
 
 def prune_weights(folder: Path, epochs: set[int]) -> None:
@@ -50,31 +65,28 @@ def save_training(training: Training, config: dict, path: Path) -> None:
         "momentum": training.optimizer.state_dict()["state"],
         "averaged": training.averaged.state_dict() if training.averaged else None,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary:
-        torch.save(state, temporary)
+    save_tensors(state, path)
 
 
 def restore_training(config: dict, num_classes: int, device: torch.device, path: Path) -> Training:
     """Return the training saved in a file, or a new one, with a note if the saved one is unreadable.
 
-    The saved one may have a different number of epochs.
+    The saved one may have a different number of epochs. Raises InputError if model.py no longer fits it.
     """
     training = new_training(config, num_classes, device)
     if not path.exists():
         return training
     state = load_tensors(path)
-    fits = state and state.get("config", {}) | {"epochs": config["epochs"]} == config
-    if not fits or any(list(report) != METRICS for report in state["history"]):
+    if not state or DEFAULTS | state.get("config", {}) | {"epochs": config["epochs"]} != config:
         training.notes.append(f"{path} is unreadable; restarting from scratch")
         return training
-    training.model.load_state_dict(state["model"])
+    load_weights(training.model, state["model"], path)
     if training.averaged:
         training.averaged.load_state_dict(state["averaged"])
     # The learning rates are set at every step; what else the groups hold comes from the config.
     groups = training.optimizer.state_dict()["param_groups"]
     training.optimizer.load_state_dict({"state": state["momentum"], "param_groups": groups})
-    training.history = [Report(**report) for report in state["history"]]
+    training.history = [new_report(report) for report in state["history"]]
     return training
 
 
@@ -83,7 +95,7 @@ def run_trial(
     dataset: Dataset,
     folder: Path,
     objective: Objective,
-    save_period: float,
+    save_period: float | None,
     rungs: Collection[int],
     report: Callable[[dict], object],
     device: torch.device,
@@ -91,9 +103,10 @@ def run_trial(
     """Train one trial, from where an earlier process stopped, and report every epoch.
 
     Before an epoch is reported, its weights are saved if they are the best so far, and the training state if at least
-    save_period seconds of training have passed, or the trial may be paused, since the epoch is one of `rungs`. `report`
-    is called with {"restored": the epoch of the training state}, then with the metrics of each epoch (see Report);
-    those up to a restored state are reported again as they were. A "note" is added if the user should know something.
+    save_period seconds of training have passed (None: never), or the trial may be paused, since the epoch is one of
+    `rungs`. `report` is called with {"restored": the epoch of the training state}, then with the metrics of each epoch
+    (see Report); those up to a restored state are reported again as they were. A "note" is added if the user should
+    know something.
     """
     training = restore_training(config, len(dataset.classes), device, folder / TRAINING_FILE)
     constant = constant_epochs(config)
@@ -110,10 +123,11 @@ def run_trial(
     for epoch in train_epochs(training, config, dataset, device):
         best = objective.best(training.history)
         if best is epoch:
-            save_weights(training, weights_path(folder, epoch.epoch))
+            save_weights(training.evaluated, weights_path(folder, epoch.epoch))
         if epoch.epoch == constant:
             save_training(training, config, folder / CONSTANT_LR_FILE)
-        if epoch.epoch in rungs or epoch.seconds - saved_seconds >= save_period:
+        is_due = save_period is not None and epoch.seconds - saved_seconds >= save_period
+        if epoch.epoch in rungs or is_due:
             save_training(training, config, folder / TRAINING_FILE)
             saved, saved_seconds = epoch.epoch, epoch.seconds
         tell(asdict(epoch))
@@ -127,7 +141,7 @@ def train_cifar(
     images: Path,
     search_folder: Path,
     objective: Objective,
-    save_period: float,
+    save_period: float | None,
     rungs: Collection[int],
 ) -> None:
     """Run one trial under Ray Tune in search_folder/<its name>, on the dataset in the file `images` (see run_trial).
@@ -141,5 +155,29 @@ def train_cifar(
     resources = tune.get_context().get_trial_resources()
     folder = search_folder / tune.get_context().get_trial_name()
     torch.set_num_threads(max(1, int(resources.head_cpus)))
-    device = best_device(resources.required_resources.get("GPU", 0))
-    run_trial(config, map_dataset(images), folder, objective, save_period, rungs, tune.report, device)
+    # Without GPUs of its own, a worker still sees all: they are hidden, as even an optimizer on the CPU asks them.
+    device = best_device(None if resources.required_resources.get("GPU", 0) else "cpu")
+    with printing_into(folder / OUTPUT_FILE):
+        run_trial(config, map_dataset(images), folder, objective, save_period, rungs, tune.report, device)
+
+
+@contextlib.contextmanager
+def printing_into(path: Path) -> Iterator[None]:
+    """Append all that this process prints or logs to a file, which is removed if it is empty at the end."""
+    with explain_failure(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("ab")
+    before = [os.dup(number) for number in (1, 2)]  # stdout and stderr, for C++ libraries, too
+    with file:
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
+    try:
+        yield
+    finally:
+        for number, old in zip((1, 2), before, strict=True):
+            (sys.stdout, sys.stderr)[number - 1].flush()
+            os.dup2(old, number)
+            os.close(old)
+        with contextlib.suppress(OSError):
+            if not path.stat().st_size:
+                path.unlink()

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import re
+import resource
 import secrets
 import shutil
 import signal
@@ -16,10 +17,13 @@ import ray
 import torch
 
 from data import Dataset, InputError, save_dataset, usable_cpus
+from search.files import explain_failure
 from search.settings import Settings, cluster_address
 
 CODE = Path(__file__).resolve().parents[1]
-LONGEST_TEMP_DIR = 40  # bytes; the paths of Ray's sockets below it are limited to 107
+LONGEST_TEMP_DIR = 30  # bytes; the paths of Ray's sockets below it are limited to 107
+FEWEST_FILES = 256  # that Ray opens on a small machine
+FEWEST_THREADS = 250  # that Ray starts there, with the first workers
 # Ray's messages that the search replaces with its own.
 LOGGERS = (
     "ray.tune.tune",
@@ -32,7 +36,7 @@ REPEATED_MESSAGES = ("Trials did not complete", "Token authentication", "Failed 
 
 
 @contextlib.contextmanager
-def running_ray() -> Iterator[None]:
+def running_ray(settings: Settings) -> Iterator[None]:
     """Start Ray, or join the cluster at RAY_ADDRESS, for the duration of the block.
 
     A Ray that this process has already started must have this program's code. Raises InputError if Ray cannot be
@@ -43,17 +47,20 @@ def running_ray() -> Iterator[None]:
         return
     for name in LOGGERS:
         logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(REPEATED_MESSAGES))
-    # Trials get a copy of the code: from the working directory they might import another train.py, or none.
-    packages = {path.parent.name for path in CODE.glob("*/__init__.py")}
-    others = [f"/{path.name}" for path in CODE.iterdir() if path.suffix != ".py" and path.name not in packages]
+    check_limits()
     address, handler = cluster_address(), signal.getsignal(signal.SIGTERM)
+    parent = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    if len(os.fsencode(parent)) > LONGEST_TEMP_DIR:
+        parent = "/tmp"
+    folder = Path(tempfile.mkdtemp(prefix="ray", dir=parent))  # of its own, to be removed
     try:
+        copy_code(folder / "code")
         if address and (parts := re.fullmatch(r"\[?([^/]+?)\]?:(\d+)", address)):
             # Ray would wait for minutes if nothing listens there.
             socket.create_connection((parts[1], int(parts[2])), timeout=5).close()
         ray.init(
-            **({"address": address} if address else local_options()),
-            runtime_env={"working_dir": str(CODE), "excludes": others, "env_vars": WORKER_ENVIRONMENT},
+            **({"address": address} if address else local_options(settings, folder)),
+            runtime_env={"working_dir": str(folder / "code"), "env_vars": WORKER_ENVIRONMENT},
             log_to_driver=False,
             logging_level=logging.WARNING,
             include_dashboard=False,
@@ -69,23 +76,60 @@ def running_ray() -> Iterator[None]:
         raise InputError(f"Ray cannot start ({str(error).splitlines()[0]}); see the Ray documentation") from error
     with contextlib.suppress(ValueError):  # not in the main thread, where ray.init replaces it
         signal.signal(signal.SIGTERM, handler)
+    died = False
     try:
         yield
+    except OSError:
+        died = True  # perhaps; its logs stay
+        raise
     finally:
         ray.shutdown()
+        if not died:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def local_options() -> dict:
-    """Return the arguments of ray.init that start a local Ray."""
+def copy_code(target: Path) -> None:
+    """Copy the modules and packages of this project, which trials get, to a folder.
+
+    From the working directory they might import another train.py, or none. A copy has neither the data that lie beside
+    the code nor a .gitignore, which Ray would obey.
+    """
+    target.mkdir()
+    for path in CODE.glob("*.py"):
+        shutil.copy(path, target)
+    for path in CODE.glob("*/__init__.py"):
+        shutil.copytree(path.parent, target / path.parent.name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+
+
+def check_limits() -> None:
+    """Raise this process's limit of open files as far as allowed; refuse limits with which Ray would hang or crash."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = most if most != resource.RLIM_INFINITY else 65_536
+    if files < FEWEST_FILES:
+        raise InputError(f"ulimit -n {files} is too low for Ray; allow at least {FEWEST_FILES} open files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, most))
+    threads, _ = resource.getrlimit(resource.RLIMIT_NPROC)
+    if os.geteuid() and threads != resource.RLIM_INFINITY:  # root has no such limit
+        used = 0
+        for path in Path("/proc").glob("[0-9]*/task"):
+            with contextlib.suppress(OSError):  # it has ended
+                used += len(list(path.iterdir())) if path.stat().st_uid == os.geteuid() else 0
+        if threads - used < FEWEST_THREADS:
+            raise InputError(
+                f"ulimit -u {threads} is too low for Ray, as {used} processes and threads are in use; allow at least "
+                f"{used + FEWEST_THREADS}"
+            )
+
+
+def local_options(settings: Settings, folder: Path) -> dict:
+    """Return the arguments of ray.init that start a local Ray with a folder for its files."""
     if "RAY_AUTH_MODE" not in os.environ:
         # Otherwise Ray writes a token into the home folder, which a container user may lack.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
-    if len(os.fsencode(folder)) > LONGEST_TEMP_DIR:
-        folder = "/tmp"
     # Ray counts GPUs that torch cannot use (a Mac's), and finds none without NVIDIA's management library.
-    counts = {"num_cpus": usable_cpus(), "num_gpus": torch.cuda.device_count()}
-    return {"address": "local", **counts, "_temp_dir": str(Path(folder, "ray"))}
+    usable = settings.gpus_per_trial != 0 and torch.cuda.is_available()
+    counts = {"num_cpus": usable_cpus(), "num_gpus": torch.cuda.device_count() if usable else 0}
+    return {"address": "local", **counts, "_temp_dir": str(folder)}
 
 
 def own_node_lives() -> bool:
@@ -122,5 +166,6 @@ def temporary_folder(search_folder: Path, dataset: Dataset) -> Iterator[tuple[Pa
     with tempfile.TemporaryDirectory(prefix=".ray_", dir=search_folder, ignore_cleanup_errors=True) as folder:
         # Not in Ray's object store: if Ray dies, this process would crash before it prints how to resume.
         images = Path(folder, "images.pt")
-        save_dataset(dataset, images)
+        with explain_failure(images):
+            save_dataset(dataset, images)
         yield Path(folder), images

@@ -16,11 +16,11 @@ from train import CONFIG_KEYS
 
 @contextlib.contextmanager
 def earlier_search(folder: Path) -> Iterator[Search]:
-    """Yield the search in a folder, locked against other processes.
+    """Yield the search in a folder, which meanwhile others can read, but not run.
 
     Raises InputError if it is running, damaged or from another version.
     """
-    with lock_folder(folder):
+    with lock_folder(folder, shared=True):
         yield open_search(folder, {})
 
 
@@ -73,7 +73,9 @@ def take_trial(search: Search, board: Board, earlier: Search, trial: Trial) -> s
     (search.folder / name).mkdir()
     for path in folder.glob("*.pt"):
         link(path, search.folder / name / path.name)
-    search.record("drawn", trial=name, config=trial.config, repeats=repeats, source=str(folder))
+    beside = earlier.folder.parent == search.folder.parent  # and may be moved together
+    source = str(folder.relative_to(search.folder.parent) if beside else folder)
+    search.record("drawn", trial=name, config=trial.config, repeats=repeats, source=source)
     for report in trial.reports:
         is_last = report is trial.reports[-1]
         state = {"end": trial.end if is_last else None, "paused": trial.paused and is_last}
@@ -101,7 +103,7 @@ def misfit(trial: Trial, earlier: Search, search: Search) -> str | None:
     for key, value in trial.config.items():
         if key not in CONFIG_KEYS:
             return f"unknown {key}"
-        if not CONFIG_KEYS[key][0](value):
+        if not CONFIG_KEYS[key].is_valid(value):
             return f"invalid {key}"
         if key != "seed" and not isinstance(search.space[key], dict) and value != search.space[key]:
             return f"different {key}"
