@@ -36,6 +36,7 @@ import hparam_search
 from benchmarks import print_header, print_row
 from data import Dataset, map_dataset
 from search.records import METRICS
+from search.settings import Settings
 
 SCHEDULERS = ("none", "promote", "asha", "tune")  # hparam_search's, and Tune's defaults
 COLUMNS = ("Ray's start, s", "seconds", "seconds per trial", "processes", "driver, MB", "a worker, MB")
@@ -114,7 +115,7 @@ def measure(scheduler: str, trials: int, epochs: int) -> list[float]:
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         dataset = blank_images()
         start = time.perf_counter()
-        with hparam_search.tuner.running_ray():
+        with hparam_search.tuner.running_ray(Settings()):
             started = time.perf_counter()
             if scheduler == "tune":
                 tune_search(trials, epochs, dataset, Path(folder))

@@ -120,7 +120,7 @@ class Search:
     versions: dict[str, str]  # of the packages that figures depend on, when the search began
     trials: dict[str, Trial] = field(default_factory=dict)  # by name, in the order in which they were drawn
     seconds: float = 0.0  # how long trials have run, over all processes
-    started: float | None = None  # when that would have been 0, by this process's monotonic clock
+    started: float | None = field(default=None, repr=False)  # when it was 0, by this process's monotonic clock
     resources: str = ""  # CPUs and GPUs that the trials use
     first_number: int = 0  # how many own trials were taken from earlier searches
     stream: int = 0  # random stream of the draws

@@ -26,6 +26,7 @@ import hparam_search  # before Ray: it sets what Ray reads at its import
 from search.cost import model_cost
 from search.files import load_tensors, read_lines
 from search.records import LOG_FILE, Search, open_search
+from search.settings import Settings
 from tests.helpers import CONFIG, RECIPE
 
 torch.set_num_threads(1)  # of two, one may wait for the other if the machine is busy
@@ -68,7 +69,7 @@ def ray_started() -> Iterator[str]:
     """Start Ray with one CPU, and return its address: one trial at a time, on one thread, gives the same each time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hparam_search.tuner, "usable_cpus", lambda: 1)
-        with hparam_search.tuner.running_ray():
+        with hparam_search.tuner.running_ray(Settings()):
             yield hparam_search.tuner.ray.get_runtime_context().gcs_address
 
 

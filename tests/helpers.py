@@ -38,7 +38,8 @@ def report(epoch: int, accuracy: float = 0.5, loss: float = 1.0, seconds: float 
 def search_in(folder: Path, metric: str = "accuracy", mode: str = "max", **settings: object) -> Search:
     """Return a new search without trials and images."""
     folder.mkdir(parents=True, exist_ok=True)
-    search = Search(folder, Settings(**settings), summarize(SPACE), SIZES, Objective(metric, mode), {})
+    settings = Settings(**{"output_dir": str(folder.parent), "name": folder.name} | settings)
+    search = Search(folder, settings, summarize(SPACE), SIZES, Objective(metric, mode), {})
     search.write()
     return search
 

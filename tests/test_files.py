@@ -10,7 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from search.files import append_lines, atomic_write, dumps, link, load_tensors, loads, lock, read_lines, write_json
+from search.files import (
+    append_lines,
+    atomic_write,
+    dumps,
+    explain_failure,
+    link,
+    load_tensors,
+    loads,
+    lock,
+    read_lines,
+    write_json,
+)
 from tests.helpers import DAMAGES, NAN, disk_full_after
 
 LINES = [{"epoch": 1, "loss": NAN}, {"name": "ä", "lr": 1e-5}, {"list": [1, 2.0, None, True, {}]}]
@@ -84,9 +95,9 @@ def test_log_cut_anywhere_is_read_up_to_there_and_continued_and_a_full_disk_chan
     log.write_bytes(whole.replace(b"1e-05", b"2e-05") + b"noise\n\xff\n")
     write_json(file, LINES[1])
     with disk_full_after(log.stat().st_size + len(dumps(LINES[1])) + 20):
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(OSError, match="File too large"):
             append_lines(log, LINES[1:])
-        with pytest.raises(OSError, match=f"cannot write {file} .*make room there"):
+        with pytest.raises(OSError, match=f"cannot write {file} .File too large.$"):
             write_json(file, {"long": "x" * 500})
     assert str((read_lines(log), loads(file.read_bytes()))) == str((([LINES[0], LINES[2]], 3), LINES[1]))
 
@@ -97,13 +108,30 @@ def test_disks_need_neither_flush_folders_nor_lock(code: int, tmp_path: Path, mo
         if stat.S_ISDIR(os.fstat(descriptor).st_mode):
             raise OSError(code, os.strerror(code))
 
-    with lock(tmp_path) as first, lock(tmp_path) as second:
-        assert (first, second) == (True, False)
+    file = tmp_path / "file"
+    with lock(file, shared=True) as first, lock(file, shared=True) as second, lock(file) as third:
+        assert (first, second, third) == (True, True, True)  # nothing was there to share
+    with lock(file, shared=True) as first, lock(file, shared=True) as second, lock(file) as third:
+        assert (first, second, third) == (True, True, False)
+    with lock(file) as first, lock(file) as second, lock(file, shared=True) as third:
+        assert (first, second, third) == (True, False, False)
     monkeypatch.setattr(os, "fsync", refuse)
-    monkeypatch.setattr(fcntl, "flock", refuse)
-    write(tmp_path / "file", "text")
-    with lock(tmp_path) as locked:
-        assert locked
+    write(file, "text")
+    monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(code, os.strerror(code))))
+    with lock(file) as first, lock(file) as second:
+        assert (first, second) == (True, True)
+
+
+def test_failure_to_write_names_the_file_and_the_reason_and_advises_where_that_is_known_to_help(tmp_path: Path) -> None:
+    room, reasons = "; make room there", {errno.EROFS: "; make that disk writable", errno.EACCES: "; allow this user "}
+    for code in (errno.ENOSPC, errno.EDQUOT, *reasons, errno.EIO, errno.ESTALE, errno.EFBIG, errno.EISDIR):
+        with pytest.raises(OSError, match=r".") as caught, explain_failure(tmp_path):
+            raise OSError(code, os.strerror(code))
+        start = f"cannot write {tmp_path} ({os.strerror(code)})"
+        if code in (errno.EIO, errno.ESTALE, errno.EFBIG, errno.EISDIR):
+            assert str(caught.value) == start
+        else:
+            assert str(caught.value).startswith(start + reasons.get(code, room))
 
 
 @pytest.mark.parametrize("other_disk", [False, True])

@@ -30,10 +30,12 @@ def test_trial_ends_at_the_first_epoch_with_a_reason_to() -> None:
         (falling[:5], 50, "reached the time limit (50 s)"),
         ([5.0, 4.95, 4.91, 4.91], 1000, "no progress for 3 epochs"),  # 0.09 is too little
         ([5.0, 6.0, 6.0, 4.0, 4.5, 4.5, NAN], 1000, "loss became NaN or infinite"),
+        (falling, None, "all epochs done"),
     ):
         reports = [report(i, loss=loss, seconds=10 * i) for i, loss in enumerate(losses, 1)]
         ends = [early_stop(20, 3, 0.1, max_seconds, reports[:i]) for i in range(1, len(losses) + 1)]
         assert ends == [None] * (len(losses) - 1) + [end]
+    assert not early_stop(20, None, 0.1, 1000, [report(i, loss=1.0) for i in range(1, 20)])
 
 
 @pytest.mark.parametrize("interruptions", [0.0, 0.1])
@@ -123,15 +125,17 @@ def test_what_a_killed_process_left_undone_is_done_at_the_start(tmp_path: Path) 
 
 
 def test_traceback_comes_down_to_a_sentence() -> None:
-    head = "Failure # {} (occurred at 2026-11-23)\nray::train() (pid=1)\n  File ...\n"  # of one of several attempts
+    code = '  File "a.py", line 1, in f\n    g()\n    ^^^\n'
+    head = "Failure # {} (occurred at 2026-11-23)\nray::train() (pid=1)\n" + code  # of one of several attempts
     memory = "out of memory with batch_size 32, h_1 4, h_2 8; reduce these"
     for text, sentence in (
         ("MemoryError", memory), ("ray.exceptions.OutOfMemoryError: Task was killed", memory),
         ("RuntimeError: CUDA error: out of memory\nCUDA", memory), ("RuntimeError: can't allocate memory: you", memory),
         ("RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", memory),
         ("RuntimeError: FIND was unable to find an engine to execute this computation", memory),
-        ("ValueError: the reason why\n", "ValueError: the reason why"),
+        ("ValueError: the reason why\n", "ValueError: the reason why"), ("a.Problem: it\n  is\nso", "a.Problem: it"),
+        ("torch.AcceleratorError: CUDA error: no kernel\nFor debugging\n\n    x", "torch.AcceleratorError: CUDA error"),
         ("failed to import on the worker\nImportError: No x\nmore", "cannot import its code (ImportError: No x)"),
     ):  # fmt: skip
         assert error_sentence(f"{head.format(1)}KeyError: x\n\n{head.format(2)}{text}", CONFIG).startswith(sentence)
-    assert error_sentence("Failure # 1 (at)\nThe actor died.\n\tclass_name: X\n", CONFIG) == "The actor died."
+    assert error_sentence("Failure # 1 (at)\nThe actor died.\n\tclass_name: X\n", CONFIG) == "The actor died"

@@ -43,7 +43,7 @@ def test_importance_is_a_rank_correlation_at_the_last_epoch_that_all_reached(tmp
     assert importance(tmp_path / "edge", [({"h_1": x}, [x / 40]) for x in [4, 8, 16] * 4]).endswith(
         "The best value lies at the edge of its range: h_1 (upper end). To search beyond it without retraining these "
         'trials, set in param_space     "h_1": tune.choice([4, 8, 16, 32]), and run     python '
-        f"hparam_search.py --warm-start {tmp_path}/edge"
+        f"hparam_search.py --warm-start {tmp_path}/edge --output-dir {tmp_path}"
     )
 
 
@@ -74,7 +74,7 @@ def test_list_shows_every_search_and_its_status(finished: Finished, tmp_path: Pa
     (tmp_path / "three" / "search.json").write_text("{}")
     failed = search_in(tmp_path / "four")
     failed.record("failed", trial=add(failed), error="out of memory")
-    with lock(tmp_path / "two"):
+    with lock(tmp_path / "two" / "log.jsonl"):
         parameters, gflop = model_cost(CONFIG, 5).values()
         rows = [" ".join(line.split()) for line in reports.list_searches(tmp_path).splitlines()[2:6]]
     cost = f"{parameters / 1e6:.3g}M {gflop:.3g}"
@@ -120,6 +120,7 @@ def test_progress_is_redrawn_on_a_terminal_and_repeated_now_and_then_in_a_file(
     # Of 4 trials, 2 are promoted after 5 epochs; one repeats another.
     add(search, 0.1, end=None, repeats=names[0], epochs=10)
     tell(search, names[2], report(5, 0.3), paused=True)
+    search.seconds, search.trained = 125.0, 20
     first, second, *_ = block(search, [], {5: 2})
     assert first == f"Trials: 2 done, 0 running, 1 paused, 2 waiting. Epochs: 20 of about {20 + (1 + 5) + 5 + 9}."
     assert second == "Time: 2min 5s, about 2min 0s left."

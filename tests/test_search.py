@@ -37,7 +37,7 @@ def evaluated(model: nn.Module, split: str) -> tuple[float, float]:
 
 def test_results_have_a_row_per_trial_with_its_best_epoch(finished: Finished) -> None:
     trials = list(finished.search.trials.values())
-    assert [row["trial_id"] for row in finished.rows] == [trial.trial_id for trial in trials]
+    assert [row["trial"] for row in finished.rows] == [trial.name for trial in trials]
     assert [row["h_2"] for row in finished.rows] == ["16", "32", "16", "32"]
     for trial, row in zip(trials, finished.rows, strict=True):
         assert [report.epoch for report in trial.reports] == list(range(1, int(row["epochs"]) + 1))
@@ -65,9 +65,12 @@ def test_best_model_has_the_figures_that_were_reported(finished: Finished) -> No
     model, about = read_model(finished.folder / "best_model")
     best = max(finished.rows, key=lambda row: (float(row["best_accuracy"]), -float(row["best_loss"])))
     metrics = finished.metrics
-    shown = [metrics["trial_id"], *(str(metrics[key]) for key in ("epoch", "val_loss", "val_accuracy"))]
-    assert shown == [best[key] for key in ("trial_id", "best_epoch", "best_loss", "best_accuracy")]
-    assert about["hyperparameters"] == finished.search.trials[f"train_cifar_{best['trial_id']}"].config
+    shown = [
+        f"train_cifar_{metrics['trial_id']}",
+        *(str(metrics[key]) for key in ("epoch", "val_loss", "val_accuracy")),
+    ]
+    assert shown == [best[key] for key in ("trial", "best_epoch", "best_loss", "best_accuracy")]
+    assert about["hyperparameters"] == finished.search.trials[best["trial"]].config
     assert (about["classes"], about["mean"]) == (list(DATA.classes), list(DATA.mean))
     assert evaluated(model, "val") == pytest.approx((metrics["val_loss"], metrics["val_accuracy"]), rel=0.001)
     assert evaluated(model, "test") == pytest.approx((metrics["test_loss"], metrics["test_accuracy"]), rel=0.001)
@@ -134,9 +137,9 @@ def test_terminal_shows_the_recap_and_why_each_trial_ended(finished: Finished) -
     assert f"test accuracy: {finished.metrics['test_accuracy']:.4f}\n" in out
     saved = 40 - sum(int(row["epochs"]) for row in finished.rows)
     assert f"Early stopping saved {saved} of 40 epochs.\n" in out
-    ends = re.findall(r"^train_cifar_(\w+): (.+), at epoch (\d+); best accuracy (0\.\d+)\.$", finished.err, re.M)
+    ends = re.findall(r"^(train_cifar_\w+): (.+), at epoch (\d+); best accuracy (0\.\d+)\.$", finished.err, re.M)
     assert sorted(ends) == [
-        (row["trial_id"], row["ended_because"], row["epochs"], f"{float(row['best_accuracy']):.4f}")
+        (row["trial"], row["ended_because"], row["epochs"], f"{float(row['best_accuracy']):.4f}")
         for row in finished.rows
     ]
 
@@ -145,7 +148,7 @@ def test_finished_search_is_resumed_and_listed_without_training_or_refused(
     finished: Finished, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     before = {path: path.read_bytes() for path in finished.folder.rglob("*") if path.is_file()}
-    monkeypatch.setattr(hparam_search.tuner, "running_ray", lambda: pytest.fail("Ray was started"))
+    monkeypatch.setattr(hparam_search.tuner, "running_ray", lambda _: pytest.fail("Ray was started"))
     monkeypatch.setattr(hparam_search, "read_images", lambda **_: pytest.fail("images were read"))
     assert main(["--resume", str(finished.folder)]) == 0
 
@@ -157,7 +160,7 @@ def test_finished_search_is_resumed_and_listed_without_training_or_refused(
 
     assert main(["--list", "--output-dir", str(finished.folder.parent)]) == 0
     validation, test = finished.metrics["val_accuracy"], finished.metrics["test_accuracy"]
-    best = next(row for row in finished.rows if row["trial_id"] == finished.metrics["trial_id"])
+    best = next(row for row in finished.rows if row["trial"].endswith(finished.metrics["trial_id"]))
     millions, *cost = (float(best[key]) for key in ("parameters", "gflop_per_image", "images_per_second"))
     cells = [f"{validation:.4f}", f"{test:.4f}", f"{millions / 1e6:.3g}M", f"{cost[0]:.3g}", f"{cost[1]:.0f}"]
     assert ["it", "finished", "4/4", *cells] in [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -205,7 +208,7 @@ def test_search_grown_step_by_step_ends_as_if_asked_for_everything_at_first(
 
     # A larger one is spent in the middle of a trial, whose model is tested.
     with monkeypatch.context() as patch:
-        patch.setattr(tune.stopper, "TimeoutStopper", lambda seconds: OverInTheFirstTrial())
+        patch.setattr(hparam_search.hooks, "TimeBudget", lambda search: OverInTheFirstTrial())
         assert main(["--resume", str(folder), "--time-budget", "1h"]) == 0
     out = capsys.readouterr().out
     assert "The time budget is spent." in out
@@ -221,8 +224,8 @@ def test_search_grown_step_by_step_ends_as_if_asked_for_everything_at_first(
 
     # The best config is trained again with two other seeds, whatever the scheduler thinks of them.
     best = f"train_cifar_{finished.metrics['trial_id']}"
-    repeats = [(row["trial_id"], row["repeats"], row["seed"], row["epochs"]) for row in rows[4:]]
-    assert repeats == [(f"{finished.metrics['trial_id']}_seed_{seed}", best, seed, "10") for seed in "12"]
+    repeats = [(row["trial"], row["repeats"], row["seed"], row["epochs"]) for row in rows[4:]]
+    assert repeats == [(f"{best}_seed_{seed}", best, seed, "10") for seed in "12"]
     one, other = (float(row["best_accuracy"]) for row in rows[4:])
     assert f"\n  {best}  {(one + other) / 2:.4f} ± {abs(one - other) / 2**0.5:.4f} (2 seeds)\n" in out
 
@@ -237,7 +240,7 @@ def for_the_lowest_loss(ray_started: str, tmp_path_factory: pytest.TempPathFacto
         for name, value in {"METRIC": "loss", "MODE": "min", "STARTUP_TRIALS": 1}.items():
             patch.setattr(hparam_search, name, value)
         with patch.context() as budget:
-            budget.setattr(tune.stopper, "TimeoutStopper", lambda seconds: OverInTheFirstTrial())
+            budget.setattr(hparam_search.hooks, "TimeBudget", lambda search: OverInTheFirstTrial())
             assert run_search(folder, *flags, "--num-samples", 1) == 0
         assert main(["--resume", str(folder), "--time-budget", "2h", "--num-samples", "2"]) == 0
     return folder

@@ -18,9 +18,9 @@ from tests.helpers import IMAGES
 BAD_COMMANDS = {
     "--no-such-flag": "--no-such-flag; see --help", "--dataset mnist": "mnist", "--gpus-per-trial 1.5": "out of range",
     "--num-samples 0": "--num-samples 0 is too small; use at least 1", "--gpus-per-trial nan": "out of range",
-    "--quick --grace-period 5": "--grace-period 5 exceeds the 4 epochs of a trial", "--reduction-factor 1": "above 1",
+    "--quick --grace-period 5": "--grace-period 5 exceeds the 4 epochs of a trial", "--reduction-factor 1": "least 1.1",
     "--scheduler none --grace-period 2": "--grace-period cannot be combined with --scheduler none",
-    "--grace-period 0": "--grace-period 0 is too small; use at least 1", "--keep 0": "--keep 0 is too small",
+    "--grace-period 0": "--grace-period 0 is too small; use at least 1", "--keep -1": "--keep -1 is too small",
     "--keep 3 --scheduler asha": "--keep cannot be combined with --scheduler asha; remove one of them",
     "--time-budget 30": "invalid duration '30' (use e.g. 90s, 30m or 2h)", "--time-budget=-1h": "duration '-1h'",
     "--dataset synthetic --data-dir here": "--data-dir cannot be combined with --dataset synthetic",
@@ -29,8 +29,11 @@ BAD_COMMANDS = {
     "--quick --warm-start outputs/taken": "no search found in 'outputs/taken'",
     "--quick --warm-start broken": "broken/search.json is damaged, or from another version",
     "--resume nowhere": "no search found in 'nowhere'", "--list --seed 1": "combined with --output-dir; remove --seed",
-    "--resume nowhere --sampler tpe": "with --data-dir, --num-samples, --repeats, --time-budget; remove --sampler",
+    "--resume nowhere --sampler tpe": "--num-samples, --repeats, --time-budget; remove --sampler",
     "--name ../up": "invalid name '../up'", "--quick --name taken": "outputs/taken already exists",
+    "--quick --name taken --or-resume": "outputs/taken already exists", "--or-resume": "--or-resume needs --name",
+    "--output-dir s3://bucket/x": "'s3://bucket/x' is not a folder; mount s3:// storage as one",
+    "--dataset folder --data-dir GS://b": "mount GS:// storage", "--resume hdfs://host:8020/x": "mount hdfs:// storage",
     "--quick --output-dir file": "is not a writable folder", "--repeats 1": "use at least 2",
 }  # fmt: skip
 ODD = ["", " ", ".", "..", "/", "a/b", "a\\b", "a\nb", "\0", "\x1b[2J", "ä" * 150, "x" * 300, "-1", "0", "1", "2",
@@ -45,7 +48,7 @@ def test_any_command_starts_a_search_or_is_refused_in_a_sentence_and_leaves_noth
         (tmp_path / name).touch()
     (tmp_path / "loop").symlink_to("loop")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tuner, "running_ray", lambda: 1 / 0)  # the command was good
+    monkeypatch.setattr(tuner, "running_ray", lambda _: 1 / 0)  # the command was good
     monkeypatch.setattr(data, "make_synthetic", lambda **_: IMAGES)
     generator, codes, before = random.Random(0), [], sorted(tmp_path.rglob("*"))
     commands = [(command.split(), words) for command, words in BAD_COMMANDS.items()]

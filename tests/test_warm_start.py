@@ -35,7 +35,9 @@ def test_trials_that_fit_are_taken_once_and_the_others_are_counted(
     folders = [str(tmp_path / name) for name in names]
     new = search_in(tmp_path / "new", scheduler="none", warm_start=folders)
     new.space |= FITS
-    del one.space["flip"]  # added since
+    added = ("batch_size", "label_smoothing")  # since, one of them with a default
+    for key in added:
+        del one.space[key]
     one.write()
     images.images, metric.objective = {"num_classes": 6}, Objective("loss", "min")
     images.write()
@@ -45,7 +47,7 @@ def test_trials_that_fit_are_taken_once_and_the_others_are_counted(
     add(one, 0.3, epochs=5)
     add(one, 0.3, h_1=0)
     add(one, 0.3, cutout=8)
-    one.record("drawn", trial="lacks", config={key: CONFIG[key] for key in CONFIG if key != "flip"}, repeats=None)
+    one.record("drawn", trial="lacks", config={key: CONFIG[key] for key in CONFIG if key not in added}, repeats=None)
     tell(one, "lacks", report_of(1), END)
     add(one)
     add(one, -1, lr=2.0, seed=9)  # lr lies outside the new space
@@ -67,22 +69,22 @@ def test_trials_that_fit_are_taken_once_and_the_others_are_counted(
     new.write()
     assert capsys.readouterr().out.splitlines() == [
         f"Took 5 of 12 trials from {one.folder}; skipped: different momentum (1), different epochs (1), "
-        "invalid h_1 (1), unknown cutout (1), lacks flip (1), not trained (1), unfinished repeat (1).",
+        "invalid h_1 (1), unknown cutout (1), lacks batch_size (1), not trained (1), unfinished repeat (1).",
         f"Took 1 of 2 trials from {two.folder}; skipped: already taken (1).",
         f"Took 0 of 1 trials from {images.folder}; skipped: different images (1).",
         f"Took 0 of 1 trials from {metric.folder}; skipped: different METRIC or MODE (1).",
     ]
     taken = {name: (trial.source, trial.status) for name, trial in new.trials.items()}
     assert taken == {
-        "train_cifar_00000": (f"{one.folder}/{best}", "TERMINATED"),
-        "train_cifar_00001": (f"{one.folder}/train_cifar_00007", "DIVERGED"),
-        "train_cifar_00002": (f"{one.folder}/train_cifar_00008", "UNFINISHED"),
-        "train_cifar_00003": (f"{one.folder}/{paused}", "PAUSED"),
-        "train_cifar_00000_seed_6": (f"{one.folder}/train_cifar_00010", "TERMINATED"),
-        "train_cifar_00000_seed_7": (f"{two.folder}/train_cifar_00001", "TERMINATED"),
+        "train_cifar_00000": (f"one/{best}", "TERMINATED"),
+        "train_cifar_00001": ("one/train_cifar_00007", "DIVERGED"),
+        "train_cifar_00002": ("one/train_cifar_00008", "UNFINISHED"),
+        "train_cifar_00003": (f"one/{paused}", "PAUSED"),
+        "train_cifar_00000_seed_6": ("one/train_cifar_00010", "TERMINATED"),
+        "train_cifar_00000_seed_7": ("two/train_cifar_00001", "TERMINATED"),
     }
     for trial in new.trials.values():
-        source = (one if trial.source.startswith(str(one.folder)) else two).trials[Path(trial.source).name]
+        source = (one if trial.source.startswith("one/") else two).trials[Path(trial.source).name]
         assert (trial.config, repr(trial.reports)) == (source.config, repr(source.reports))
     assert {trial.repeats for trial in new.trials.values()} == {None, "train_cifar_00000"}
     shutil.rmtree(one.folder)
@@ -94,10 +96,11 @@ def test_trials_that_fit_are_taken_once_and_the_others_are_counted(
     infos = HParamsPluginData.FromString(metadata.plugin_data.content).experiment.hparam_infos
     assert {info.name: info.WhichOneof("domain") for info in infos} == dict.fromkeys(new.searched, "domain_interval")
     assert new.first_number == 4
-    # A config that was taken is not drawn again, but may be repeated.
+    # A config that was taken is not drawn again, but may be repeated with another seed.
     name, config = "train_cifar_00004", new.trials["train_cifar_00000"].config
     assert new.draw([Trial(name, config)]) == []
-    assert len(new.draw([Trial(name, config, "train_cifar_00000")])) == 1
+    assert len(new.draw([Trial(name, config | {"seed": 1}, "train_cifar_00000")])) == 1
+    assert capsys.readouterr().err == "Skipped 1 of 1 trials, as others have the same config.\n"
     # A warm-started search can be taken from, too.
     last = search_in(tmp_path / "last", scheduler="none", warm_start=[str(new.folder)])
     last.space |= FITS
