@@ -5,7 +5,6 @@ and LOOP below define the valid values of each key.
 """
 
 import functools
-import itertools
 import math
 import os
 import time
@@ -66,12 +65,7 @@ SEED = Values(lambda v: type(v) is int and 0 <= v < 2**63, "a whole number from 
 # The hyperparameters. Those of MODEL are passed to SmallResNet, those of OPTIMIZER to torch.optim.SGD, those of LOSS to
 # cross_entropy in training and those of BATCHES to Batches, as keyword arguments of the same names.
 MODEL = {"h_1": WHOLE, "h_2": WHOLE, "p_drop": FRACTION(0.0)}
-OPTIMIZER = {
-    "lr": POSITIVE,
-    "momentum": FRACTION(0.0),
-    "weight_decay": NOT_NEGATIVE(0.0),
-    "nesterov": SWITCH(False),
-}
+OPTIMIZER = {"lr": POSITIVE, "momentum": FRACTION(0.0), "weight_decay": NOT_NEGATIVE(0.0), "nesterov": SWITCH(False)}
 LOSS = {"label_smoothing": FRACTION(0.0)}
 BATCHES = {
     "batch_size": WHOLE,
@@ -132,16 +126,6 @@ class Training:
     def evaluated(self) -> nn.Module:
         """The model that is validated and saved."""
         return self.averaged.module if self.averaged else self.model
-
-
-def constant_epochs(config: dict) -> int:
-    """Return the number of initial epochs at the maximum learning rate.
-
-    Until then, training does not depend on config["epochs"].
-    """
-    schedule, epochs = SCHEDULES[config["schedule"]], config["epochs"]
-    constant = itertools.takewhile(lambda epoch: schedule(epoch / epochs) == 1, range(epochs + 1))
-    return max(0, len(list(constant)) - 1)
 
 
 def new_model(config: dict, num_classes: int) -> SmallResNet:

@@ -2,7 +2,6 @@
 
 weights.pt     a state_dict, on the CPU
 config.json    hyperparameters, classes, and mean, std and source of the images
-constant_lr.pt the training state just before the learning rate fell, if kept, for search.retrain --continue
 metrics.json   its trial_id and epoch, val_loss, val_accuracy, test_loss, test_accuracy (and val_<METRIC> if another)
 """
 
@@ -19,11 +18,11 @@ from torch import nn
 
 from data import Batches, Dataset, InputError, usable_cpus
 from model import SmallResNet
-from search.files import atomic_write, link, load_tensors, loads, write_json
+from search.files import atomic_write, load_tensors, loads, write_json
 from search.records import Search, short_path
 from search.space import check_value
 from search.tensorboard import show_predictions
-from search.trial import CONSTANT_LR_FILE, load_weights, save_weights, weights_path
+from search.trial import load_weights, save_weights, weights_path
 from train import DEFAULTS, MODEL, best_device, evaluate, evaluation_batches, new_model, predict
 
 T = TypeVar("T")
@@ -55,7 +54,7 @@ def evaluate_best_model(search: Search, dataset: Dataset, source: dict) -> dict 
     loss, accuracy = on_test_images(search, model, dataset, evaluate)
     metrics |= {"test_loss": loss, "test_accuracy": accuracy}
     about = {"images": source, "objective": astuple(search.objective)}
-    write_model(folder, model, trial.config, dataset, about, metrics, search.folder / trial.name / CONSTANT_LR_FILE)
+    write_model(folder, model, trial.config, dataset, about, metrics)
     return metrics
 
 
@@ -68,24 +67,20 @@ def show_best_model(search: Search, dataset: Dataset) -> None:
 def on_test_images(
     search: Search, model: nn.Module, dataset: Dataset, function: Callable[[nn.Module, Batches], T]
 ) -> T:
-    """Return what a function of a model and batches makes of the test images, on a GPU if the search may use one.
+    """Return what a function makes of a model and the test images, on the GPU if the search may use one.
 
     If the GPU fails, say so on stderr and use the CPU.
     """
-    device = torch.device("cpu") if search.settings.gpus_per_trial == 0 else best_device()
-    try:
-        return function(*moved(model, dataset, device))
-    except RuntimeError as error:
-        if device.type == "cpu":
-            raise
-        print(f"The GPU failed ({str(error).splitlines()[0]}); testing on the CPU.", file=sys.stderr)
-        return function(*moved(model, dataset, torch.device("cpu")))
-
-
-def moved(model: nn.Module, dataset: Dataset, device: torch.device) -> tuple[nn.Module, Batches]:
-    """Return a copy of a model, and the test images in batches, on a device."""
-    copied = copy.deepcopy(model).to(device, memory_format=torch.channels_last)
-    return copied, evaluation_batches(dataset, "test", device)
+    cpu = torch.device("cpu")
+    for device in (cpu if search.settings.gpus_per_trial == 0 else best_device(), cpu):
+        try:
+            on_device = copy.deepcopy(model).to(device, memory_format=torch.channels_last)
+            return function(on_device, evaluation_batches(dataset, "test", device))
+        except RuntimeError as error:
+            if device == cpu:
+                raise
+            print(f"The GPU failed ({str(error).splitlines()[0]}); testing on the CPU.", file=sys.stderr)
+    raise AssertionError("unreachable")
 
 
 def read_best_model(search: Search) -> dict | None:
@@ -106,9 +101,8 @@ def write_model(
     dataset: Dataset,
     about: dict,
     metrics: dict,
-    state: Path | None = None,
 ) -> None:
-    """Write a model's folder atomically, with a training state if there is one.
+    """Write a model's folder atomically.
 
     about holds "images", the arguments of data.read_images, and "objective".
     """
@@ -118,8 +112,6 @@ def write_model(
         save_weights(model, temporary / WEIGHTS)
         write_json(temporary / CONFIG, {"hyperparameters": config} | about)
         write_json(temporary / METRICS, metrics)
-        if state and state.exists():
-            link(state, temporary / CONSTANT_LR_FILE)
 
 
 def read_metrics(folder: Path) -> dict | None:

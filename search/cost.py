@@ -4,7 +4,7 @@ import functools
 import math
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor, nn
 
 from data import IMAGE_SIZE
 from search.records import Search, Trial
@@ -16,7 +16,7 @@ COSTS = ("parameters", "gflop_per_image")
 def model_cost(config: dict, num_classes: int) -> dict[str, float]:
     """Return the parameters of a config's model, and the GFLOP of its forward pass per image.
 
-    These are the multiplications and additions of convolutions and matrix products. Returns {} if the config is
+    These are the multiplications and additions of convolutions and linear layers. Returns {} if the config is
     incomplete, or the model cannot run on the meta device.
     """
     try:
@@ -29,17 +29,18 @@ def model_cost(config: dict, num_classes: int) -> dict[str, float]:
 @functools.cache
 def measure(num_classes: int, *sizes: tuple[str, object]) -> dict[str, float]:
     """Do what model_cost does, for sizes as pairs of names and values."""
-    with torch.device("meta"), torch.inference_mode(), FlopCounterMode(display=False) as counter:
+    flop = []
+
+    def count(layer: nn.Module, _: object, output: Tensor) -> None:
+        flop.append(2 * layer.weight[0].numel() * output.numel())
+
+    with torch.device("meta"), torch.inference_mode():
         model = new_model(dict(sizes), num_classes).eval()
+        for layer in model.modules():
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                layer.register_forward_hook(count)
         model(torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE))
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return dict(zip(COSTS, (parameters, counter.get_total_flops() / 1e9), strict=True))
-
-
-def prepare() -> None:
-    """Do the slow imports of the first measurement now; Tune would warn about them during a search."""
-    with FlopCounterMode(display=False):
-        torch.empty(1)
+    return dict(zip(COSTS, (sum(each.numel() for each in model.parameters()), sum(flop) / 1e9), strict=True))
 
 
 def cheaper(search: Search, best: Trial) -> str:

@@ -21,7 +21,7 @@ from search.records import LOG_FILE, METRICS, Search, Trial
 from search.sampler import outcomes
 from search.tensorboard import Board
 from search.trackers import Trackers
-from search.trial import CONSTANT_LR_FILE, TRAINING_FILE, prune_weights, weights_path
+from search.trial import OUTPUT_FILE, TRAINING_FILE, prune_weights, weights_path
 from search.tuner import own_node_lives
 from train import Report
 
@@ -331,7 +331,7 @@ def prune(search: Search, trials: list[Trial], models_kept: int | None) -> None:
     """Delete what these ended trials no longer need: training states, and weights except those of the best trials.
 
     The models_kept best (None: all) of the ended trials with weights (one taken from an earlier search may have none)
-    keep those of their best epoch; the best one also keeps the training state before its learning rate fell.
+    keep those of their best epoch.
     """
     ranking = [
         trial
@@ -341,8 +341,8 @@ def prune(search: Search, trials: list[Trial], models_kept: int | None) -> None:
     for trial in (*trials, *ranking):
         folder = search.folder / trial.name
         (folder / TRAINING_FILE).unlink(missing_ok=True)
-        if trial not in ranking[:1]:
-            (folder / CONSTANT_LR_FILE).unlink(missing_ok=True)
+        if (output := folder / OUTPUT_FILE).exists() and not output.stat().st_size:
+            output.unlink()
         prune_weights(folder, {trial.best.epoch} if trial in ranking[:models_kept] else set())
 
 

@@ -17,7 +17,7 @@ from search.best_model import BEST_MODEL, read_best_model
 from search.cost import COSTS, cheaper, model_cost
 from search.files import atomic_write, lock
 from search.records import LOG_FILE, SEARCH_FILE, TRIAL_PREFIX, Search, Trial, open_search, script_command, short_path
-from search.space import end_of_range, widened
+from search.space import end_of_range
 from search.trial import weights_path
 
 COLUMNS = 80
@@ -172,14 +172,12 @@ def at_edges(search: Search, edges: dict[str, str]) -> list[str]:
     if not edges:
         return []
     ends = ", ".join(f"{key} ({end} end)" for key, end in edges.items())
-    changes = [change for key, end in edges.items() if (change := widened(key, search.searched[key], end))]
-    lines = textwrap.wrap(f"The best value lies at the edge of its range: {ends}.", COLUMNS)
-    if changes:
-        name = "QUICK_SPACE" if search.settings.quick else "param_space"
-        command = script_command("--warm-start", search.folder, *search.settings.source_flags())
-        lines.append(f"To search beyond it without retraining these trials, set in {name}")
-        lines += [*(f"    {change}" for change in changes), "and run", f"    {command}"]
-    return lines
+    text = (
+        f"The best value lies at the edge of its range: {ends}. To search beyond it without retraining these trials, "
+    )
+    text += f"widen it in {'QUICK_SPACE' if search.settings.quick else 'param_space'} and run"
+    command = script_command("--warm-start", search.folder, *search.settings.source_flags())
+    return [*textwrap.wrap(text, COLUMNS), f"    {command}"]
 
 
 def rank_correlation(one: list[float], other: list[float]) -> float:

@@ -3,7 +3,6 @@
 python -m search.retrain outputs/NAME/best_model
 python -m search.retrain outputs/NAME/best_model --full    # on training and validation images together
 python -m search.retrain outputs/NAME/best_model --lr 0.02 --epochs 30
-python -m search.retrain outputs/NAME/best_model --epochs 60 --continue    # from just before its learning rate fell
 """
 
 import argparse
@@ -24,17 +23,7 @@ from search.console import run_program
 from search.records import Objective, new_folder, short_path
 from search.settings import Parser, Settings, absolute_path, add_device, flag, folder_name
 from search.space import check_space
-from search.trial import CONSTANT_LR_FILE, restore_training
-from train import (
-    CONFIG_KEYS,
-    Training,
-    best_device,
-    constant_epochs,
-    evaluate,
-    evaluation_batches,
-    new_training,
-    train_epochs,
-)
+from train import CONFIG_KEYS, best_device, evaluate, evaluation_batches, new_training, train_epochs
 
 PROGRAM = "python -m search.retrain"
 
@@ -53,7 +42,6 @@ def parse_args(argv: Sequence[str] | None) -> dict:
     add = parser.add_argument
     add("model", type=Path, help="model folder whose config is trained, e.g. outputs/NAME/best_model")
     add("--full", action="store_true", help="train on the validation images too, and keep the last epoch's weights")
-    add("--continue", action="store_true", help="continue from just before the learning rate fell (more --epochs)")
     add("--test", action="store_true", help="test the model on the test images; not to choose between models")
     add("--data-dir", metavar="PATH", type=absolute_path, help="image folder (default: the original one)")
     add("--output-dir", metavar="PATH", type=absolute_path, help="parent of the new folder (default: outputs)")
@@ -78,25 +66,6 @@ def with_validation_images(dataset: Dataset) -> Dataset:
     )
 
 
-def state_to_continue(folder: Path, about: dict, config: dict, dataset: Dataset, device: torch.device) -> Training:
-    """Return the training of a model before its learning rate fell, to be continued with a config for more epochs.
-
-    Raises InputError if there is none, or if this config and dataset would have trained differently up to there.
-    """
-    path = folder / CONSTANT_LR_FILE
-    for key in CONFIG_KEYS:
-        if key != "epochs" and config[key] != about["hyperparameters"][key]:
-            raise InputError(f"{flag(key)} {config[key]} cannot be combined with --continue; remove one of them")
-    if any(list(getattr(dataset, key)) != list(about[key]) for key in ("classes", "mean", "std")):
-        raise InputError("the images differ from the model's; choose another --data-dir, or remove --continue")
-    training = restore_training(config, len(dataset.classes), device, path)
-    if not training.history:
-        raise InputError(f"{path} is missing or damaged; remove --continue to train from scratch")
-    if config["epochs"] <= training.epoch or constant_epochs(config) < training.epoch:
-        raise InputError(f"--epochs {config['epochs']} is too small to continue after epoch {training.epoch}; use more")
-    return training
-
-
 def retrain(given: dict) -> int:
     """Train a config, write its folder, and return the exit code."""
     _, about = read_model(given["model"])
@@ -106,8 +75,6 @@ def retrain(given: dict) -> int:
     config = {key: values[key] for key in CONFIG_KEYS}
     check_space(config)
     device, objective = best_device(given["device"]), Objective(*about["objective"])
-    if {"continue", "full"} <= given.keys():
-        raise InputError("--continue cannot be combined with --full; remove one of them")
     name = given.get("name") or datetime.now().strftime("retrained_%Y-%m-%d_%H-%M-%S")
     output_dir = given.get("output_dir", "outputs")
     folder = new_folder(Settings(output_dir=output_dir, name=name))
@@ -116,16 +83,11 @@ def retrain(given: dict) -> int:
     if given.get("full"):
         dataset = with_validation_images(dataset)
     torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
-    if "continue" in given:
-        training = state_to_continue(given["model"], about, config, dataset, device)
-    else:
-        training = new_training(config, len(dataset.classes), device)
-    start = max(0, training.epoch - 1)  # earlier epochs left no weights
-    model, kept = copy.deepcopy(training.evaluated), training.history[-1] if training.history else None
+    training = new_training(config, len(dataset.classes), device)
     for report in train_epochs(training, config, dataset, device):
         if not math.isfinite(report.train_loss):
             raise InputError(f"loss became NaN or infinite in epoch {report.epoch}; use a lower --lr")
-        best = objective.best(training.history[start:])
+        best = objective.best(training.history)
         if best is None or best is report:  # None: without validation images
             model, kept = copy.deepcopy(training.evaluated), report
         validation = "" if given.get("full") else f"loss {report.loss:.4f}  accuracy {report.accuracy:.4f}  "

@@ -130,35 +130,3 @@ def end_of_range(value: float, searched: dict, margin: float = 0.05) -> str | No
         low, high, value = math.log(low), math.log(high), math.log(value)
     place = (value - low) / (high - low)
     return "lower" if place <= margin else "upper" if place >= 1 - margin else None
-
-
-def widened(key: str, searched: dict, end: str) -> str | None:
-    """Return the line of param_space that extends a range or numeric grid at its "upper" or "lower" end.
-
-    A logarithmic range grows by a factor of 10, any other by its width, and a grid by a value at the same ratio as
-    the last two (or at the same distance, if not all are positive); by less if that would not be valid. Returns None
-    if nothing that was tried is valid.
-    """
-    name, step = searched["tune"], searched.get("step")
-    values = sorted(searched.get("values") or [searched["lower"], searched["upper"]], reverse=end == "lower")
-    before, last = values[-2:]
-    whole = "uniform" not in name and all(type(value) is int for value in values)
-    for share in (1, 0.5, 0.25, 0.1, 0.01):  # of the whole step, until the value is valid
-        if "log" in name:
-            value = last * 10 ** (share if end == "upper" else -share)
-        elif "values" in searched and min(values) > 0:
-            value = last * (last / before) ** share
-        else:
-            value = last + (last - before) * share
-        value = round(value / step) * step if step else value
-        value = round(value) if whole else float(f"{value:.{10 if step else 3}g}")
-        beyond = value > last if end == "upper" else value < last
-        if beyond and CONFIG_KEYS[key].is_valid(value) and (value > 0 or "log" not in name):
-            break
-    else:
-        return None
-    if "values" in searched:
-        return f'"{key}": tune.{name}({sorted([*values, value])}),'
-    low, high = sorted([before, value])
-    ends = [low, high + 1 if name.endswith("randint") and step in (None, 1) else high, *([step] if step else [])]
-    return f'"{key}": tune.{name}({", ".join(map(repr, ends))}),'

@@ -40,7 +40,6 @@ class Board:
     def __init__(self, search: Search) -> None:
         self.search = search
         self.writers: dict[str, Any] = {}  # a trial's name, or "" for the search → SummaryWriter
-        cost.prepare()
 
     def write(self, trial: Trial, num_running: int) -> None:
         """Write a trial's latest report, and the search's progress; raise OSError if they cannot be written."""

@@ -2,14 +2,11 @@
 
 <trial>/weights_<epoch>.pt   the weights of its best epoch, a state_dict
 <trial>/training.pt          the training state: everything needed to continue
-<trial>/constant_lr.pt       that just before the learning rate falls, for search.retrain --continue
 <trial>/output.txt           what its process printed, if anything
 """
 
-import contextlib
 import os
-import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,9 +17,9 @@ from torch import nn
 from data import Dataset, InputError, map_dataset
 from search.files import explain_failure, load_tensors, save_tensors
 from search.records import SEARCH_FILE, Objective, new_report
-from train import DEFAULTS, Training, best_device, constant_epochs, new_training, train_epochs
+from train import DEFAULTS, Training, best_device, new_training, train_epochs
 
-TRAINING_FILE, CONSTANT_LR_FILE, OUTPUT_FILE = "training.pt", "constant_lr.pt", "output.txt"
+TRAINING_FILE, OUTPUT_FILE = "training.pt", "output.txt"
 
 
 def weights_path(folder: Path, epoch: int) -> Path:
@@ -71,13 +68,13 @@ def save_training(training: Training, config: dict, path: Path) -> None:
 def restore_training(config: dict, num_classes: int, device: torch.device, path: Path) -> Training:
     """Return the training saved in a file, or a new one, with a note if the saved one is unreadable.
 
-    The saved one may have a different number of epochs. Raises InputError if model.py no longer fits it.
+    Raises InputError if model.py no longer fits it.
     """
     training = new_training(config, num_classes, device)
     if not path.exists():
         return training
     state = load_tensors(path)
-    if not state or DEFAULTS | state.get("config", {}) | {"epochs": config["epochs"]} != config:
+    if not state or DEFAULTS | state.get("config", {}) != config:
         training.notes.append(f"{path} is unreadable; restarting from scratch")
         return training
     load_weights(training.model, state["model"], path)
@@ -109,7 +106,6 @@ def run_trial(
     know something.
     """
     training = restore_training(config, len(dataset.classes), device, folder / TRAINING_FILE)
-    constant = constant_epochs(config)
 
     def tell(metrics: dict) -> None:
         note = "; ".join(training.notes)
@@ -124,8 +120,6 @@ def run_trial(
         best = objective.best(training.history)
         if best is epoch:
             save_weights(training.evaluated, weights_path(folder, epoch.epoch))
-        if epoch.epoch == constant:
-            save_training(training, config, folder / CONSTANT_LR_FILE)
         is_due = save_period is not None and epoch.seconds - saved_seconds >= save_period
         if epoch.epoch in rungs or is_due:
             save_training(training, config, folder / TRAINING_FILE)
@@ -157,27 +151,14 @@ def train_cifar(
     torch.set_num_threads(max(1, int(resources.head_cpus)))
     # Without GPUs of its own, a worker still sees all: they are hidden, as even an optimizer on the CPU asks them.
     device = best_device(None if resources.required_resources.get("GPU", 0) else "cpu")
-    with printing_into(folder / OUTPUT_FILE):
-        run_trial(config, map_dataset(images), folder, objective, save_period, rungs, tune.report, device)
+    print_into(folder / OUTPUT_FILE)
+    run_trial(config, map_dataset(images), folder, objective, save_period, rungs, tune.report, device)
 
 
-@contextlib.contextmanager
-def printing_into(path: Path) -> Iterator[None]:
-    """Append all that this process prints or logs to a file, which is removed if it is empty at the end."""
+def print_into(path: Path) -> None:
+    """Append all that this process prints or logs from now on to a file."""
     with explain_failure(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("ab")
-    before = [os.dup(number) for number in (1, 2)]  # stdout and stderr, for C++ libraries, too
-    with file:
-        for number in (1, 2):
-            os.dup2(file.fileno(), number)
-    try:
-        yield
-    finally:
-        for number, old in zip((1, 2), before, strict=True):
-            (sys.stdout, sys.stderr)[number - 1].flush()
-            os.dup2(old, number)
-            os.close(old)
-        with contextlib.suppress(OSError):
-            if not path.stat().st_size:
-                path.unlink()
+        with path.open("ab") as file:
+            for number in (1, 2):  # stdout and stderr, of C++ libraries, too
+                os.dup2(file.fileno(), number)

@@ -13,7 +13,7 @@ from search.hooks import Recorder, ResumableScheduler, TrialQueue, early_stop, e
 from search.records import open_search
 from search.settings import Settings
 from search.trackers import Trackers
-from search.trial import CONSTANT_LR_FILE, TRAINING_FILE, weights_path
+from search.trial import TRAINING_FILE, weights_path
 from tests.helpers import CONFIG, END, NAN, add, report, search_in, tell
 
 SCHEDULERS = {
@@ -89,7 +89,7 @@ def test_scheduler_decides_like_a_fresh_one(kind: str, interruptions: float, tmp
 
 def test_five_best_of_the_ended_trials_keep_their_weights(tmp_path: Path) -> None:
     search, weights = search_in(tmp_path), [weights_path(Path(), epoch).name for epoch in (1, 2, 3)]
-    files = [CONSTANT_LR_FILE, TRAINING_FILE, *weights]
+    files = [TRAINING_FILE, *weights]
     for accuracy in (0.3, 0.5, 0.9, 0.45, 0.2, 0.6, 0.4, -1):
         name = add(search, accuracy / 2, accuracy, accuracy / 3, end=None if accuracy == 0.9 else "ended")
         (tmp_path / name).mkdir()
@@ -98,15 +98,15 @@ def test_five_best_of_the_ended_trials_keep_their_weights(tmp_path: Path) -> Non
     prune(search, search.ended(), 5)
     left = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in search.trials]
     expected = [files if i == 2 else weights[1:2] if i in (0, 1, 3, 5, 6) else [] for i in range(8)]
-    assert left == [[CONSTANT_LR_FILE, *names] if i == 5 else names for i, names in enumerate(expected)]
-    better = add(search, 0.1, 0.7)  # the best one until now no longer is
+    assert left == expected
+    better = add(search, 0.1, 0.7)
     add(search, 0.1, 0.8)  # from an earlier search that has not kept its weights
     (tmp_path / better).mkdir()
     for file in files:
         (tmp_path / better / file).touch()
     prune(search, [search.trials[better]], 5)
     left = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("train_cifar_00005", better)]
-    assert left == [weights[1:2], [CONSTANT_LR_FILE, *weights[1:2]]]
+    assert left == [weights[1:2], weights[1:2]]
     assert [len(list(tmp_path.glob(f"*/{name}"))) for name in weights] == [1, 6, 1]
 
 

@@ -1,5 +1,4 @@
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -8,8 +7,6 @@ from PIL import Image
 
 from search import predict, retrain
 from search.best_model import read_metrics, read_model, write_model
-from search.files import loads, write_json
-from tests.conftest import Finished
 from tests.helpers import CONFIG, IMAGES, VALIDATION
 from train import evaluate, new_model
 
@@ -57,33 +54,3 @@ def test_pictures_are_classified(model: Path, capsys: pytest.CaptureFixture) -> 
         expected = trained.eval()(normalised.permute(2, 0, 1)[None]).softmax(1)[0].sort(descending=True)
         assert [line.split()[1] for line in shown] == [about["classes"][i] for i in expected.indices]
         assert [float(line.split()[0]) for line in shown] == pytest.approx(expected.values.tolist(), abs=0.01)
-
-
-def test_continued_training_ends_as_one_with_more_epochs_from_the_start(
-    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    best = str(finished.folder / "best_model")
-    for name, more in (("whole", []), ("continued", ["--continue"])):
-        assert retrain.main([best, "--epochs", "14", "--name", name, *more]) == 0
-    whole, continued = (Path("outputs", name) for name in ("whole", "continued"))
-    lines = re.findall(r"^epoch +(\d+) of 14  (.*)  ", capsys.readouterr().out, re.MULTILINE)
-    assert [int(epoch) for epoch, _ in lines] == [*range(1, 15), *range(8, 15)]  # 7 = 0.7 × 10 epochs are left out
-    assert lines[7:14] == lines[14:]
-    assert read_metrics(continued) == read_metrics(whole)
-    assert (continued / "weights.pt").read_bytes() == (whole / "weights.pt").read_bytes()
-    for copy in ("copy", "other"):
-        shutil.copytree(best, copy)
-    state, about = Path("copy", "constant_lr.pt"), Path("other", "config.json")
-    state.write_bytes(state.read_bytes()[:-100])
-    write_json(about, loads(about.read_bytes()) | {"mean": [0.5, 0.5, 0.5]})
-    for model, flags, words in (
-        (best, ["--epochs", "9"], "--epochs 9 is too small to continue after epoch 7; use more"),
-        (best, ["--lr", "0.1"], "--lr 0.1 cannot be combined with --continue; remove one of them"),
-        (best, ["--full"], "--continue cannot be combined with --full"),
-        ("other", [], "the images differ from the model's; choose another --data-dir"),
-        ("copy", [], "copy/constant_lr.pt is missing or damaged; remove --continue"),
-        (str(whole), [], "outputs/whole/constant_lr.pt is missing or damaged"),
-    ):
-        assert retrain.main([model, "--continue", *flags]) == 2
-        assert words in capsys.readouterr().err

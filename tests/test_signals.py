@@ -81,9 +81,9 @@ def test_search_that_runs_is_left_alone_until_it_is_interrupted(
     process = start(ray_started, quick(folder, *LONG), output)
     wait_for(lambda: has_reported(folder), process)
     assert main(["--resume", str(folder)]) == 2
-    assert "another process is running the search in " in capsys.readouterr().err
+    assert "another process is using the search in " in capsys.readouterr().err
     assert run_search(tmp_path / "new", "--warm-start", folder) == 2
-    assert f"another process is running the search in {folder}; wait" in capsys.readouterr().err
+    assert f"another process is using the search in {folder}; wait" in capsys.readouterr().err
     assert run_search(folder) == 2
     assert f"{folder} already exists" in capsys.readouterr().err
     os.kill(process.pid, signal.SIGINT)

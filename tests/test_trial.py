@@ -8,7 +8,7 @@ import torch
 
 from data import make_synthetic
 from search.files import load_tensors
-from search.trial import CONSTANT_LR_FILE, TRAINING_FILE, run_trial, weights_path
+from search.trial import TRAINING_FILE, run_trial, weights_path
 from tests.helpers import ACCURACY, CONFIG, CPU, DAMAGES, IMAGES, VALIDATION, add, disk_full_after, search_in, tell
 from train import Report, evaluate, new_model
 
@@ -38,8 +38,7 @@ def test_stopped_trial_continues_bit_for_bit(recipe: dict, tmp_path: Path) -> No
     assert [metrics | clock for metrics in rest[1:]] == [metrics | clock for metrics in whole[1:]]
     best, model = ACCURACY.best(Report(**metrics) for metrics in whole[1:]), new_model(config, 5)
     names = [TRAINING_FILE, weights_path(Path(), best.epoch).name]
-    more = [CONSTANT_LR_FILE] if "schedule" not in recipe else []
-    assert sorted(path.name for path in (tmp_path / "stopped").iterdir()) == [*more, *names]
+    assert sorted(path.name for path in (tmp_path / "stopped").iterdir()) == names
     one, other = (load_tensors(tmp_path / folder / names[1]) for folder in ("whole", "stopped"))
     torch.testing.assert_close(one, other, rtol=0, atol=0)
     model.load_state_dict(one)
