@@ -31,7 +31,7 @@ def measure(num_classes: int, *sizes: tuple[str, object]) -> dict[str, float]:
     """Do what model_cost does, for sizes as pairs of names and values."""
     flop = []
 
-    def count(layer: nn.Module, _: object, output: Tensor) -> None:
+    def count(layer: nn.Conv2d | nn.Linear, _: object, output: Tensor) -> None:
         flop.append(2 * layer.weight[0].numel() * output.numel())
 
     with torch.device("meta"), torch.inference_mode():

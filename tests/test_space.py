@@ -8,7 +8,7 @@ from ray import tune
 
 from data import InputError
 from search.sampler import draw_configs, outcomes, suggest_config
-from search.space import check_space, end_of_range, summarize, widened
+from search.space import check_space, end_of_range, summarize
 from tests.helpers import SPACE, add, search_in
 
 
@@ -92,29 +92,6 @@ def test_tpe_depends_on_its_arguments_alone_and_finds_what_is_good(monkeypatch: 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="--sampler tpe needs the optuna package; run pip install optuna"):
         draw_configs(SPACE, 1, 0, tpe=True)
-
-
-def test_widened_entry_extends_the_range_at_one_end_as_far_as_values_are_valid() -> None:
-    for key, entry, upper, lower in (
-        ("lr", tune.loguniform(1e-5, 1e-1), tune.loguniform(1e-5, 1.0), tune.loguniform(1e-6, 1e-1)),
-        ("p_drop", tune.loguniform(0.1, 0.5), tune.loguniform(0.1, 0.889), tune.loguniform(0.01, 0.5)),
-        ("h_1", tune.grid_search([128, 64]), tune.grid_search([64, 128, 256]), tune.grid_search([32, 64, 128])),
-        ("h_2", tune.grid_search([512, 1024]), tune.grid_search([512, 1024, 2048]), tune.grid_search([256, 512, 1024])),
-        ("crop_padding", tune.choice([0, 2]), tune.choice([0, 2, 4]), None),
-        ("crop_padding", tune.choice([30, 31]), None, tune.choice([29, 30, 31])),
-        ("batch_size", tune.randint(8, 65), tune.randint(8, 121), tune.randint(2, 65)),
-        ("h_2", tune.lograndint(8, 65), tune.lograndint(8, 641), tune.lograndint(1, 65)),
-        ("crop_padding", tune.qrandint(4, 8, 2), tune.qrandint(4, 12, 2), tune.qrandint(0, 8, 2)),
-        ("lr", tune.quniform(0.0625, 0.5625, 0.0625), tune.quniform(0.0625, 1.0625, 0.0625), None),
-        ("bias_lr", tune.loguniform(1, 10), tune.loguniform(1, 100.0), tune.loguniform(0.1, 10)),
-        ("weight_decay", tune.quniform(0, 0.2, 0.1), tune.quniform(0, 0.4, 0.1), None),
-        ("bias_lr", tune.qloguniform(0.5, 1, 0.1), tune.qloguniform(0.5, 10, 0.1), tune.qloguniform(0.2, 1, 0.1)),
-    ):  # fmt: skip
-        before = summarize({key: entry})[key]
-        for end, expected in (("upper", upper), ("lower", lower)):
-            line = widened(key, before, end)
-            found = line and summarize(eval(f"{{{line}}}", {"tune": tune}))
-            assert found == (expected and summarize({key: expected}))
 
 
 def test_best_value_lies_at_the_end_of_a_range_within_a_twentieth_of_it() -> None:
