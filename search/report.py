@@ -172,12 +172,12 @@ def at_edges(search: Search, edges: dict[str, str]) -> list[str]:
     if not edges:
         return []
     ends = ", ".join(f"{key} ({end} end)" for key, end in edges.items())
+    space = "QUICK_SPACE" if search.settings.quick else "param_space"
     text = (
-        f"The best value lies at the edge of its range: {ends}. To search beyond it without retraining these trials, "
+        f"The best value lies at the edge of its range: {ends}. To search beyond it without retraining, widen {space}"
     )
-    text += f"widen it in {'QUICK_SPACE' if search.settings.quick else 'param_space'} and run"
     command = script_command("--warm-start", search.folder, *search.settings.source_flags())
-    return [*textwrap.wrap(text, COLUMNS), f"    {command}"]
+    return [*textwrap.wrap(f"{text} and run", COLUMNS), f"    {command}"]
 
 
 def rank_correlation(one: list[float], other: list[float]) -> float:

@@ -98,10 +98,10 @@ def test_log_on_a_full_disk_ends_the_search_which_continues_on_resume(
 ) -> None:
     folder, writable = tmp_path / "it", 4  # two trials are drawn, and one reports once
 
-    def append_unless_full(path: Path, contents: list[dict]) -> None:
+    def append_unless_full(path: Path, contents: list[dict], durable: bool) -> None:
         if len(path.read_bytes().splitlines() if path.exists() else []) >= writable:
             raise OSError(28, "No space left on device")
-        append_lines(path, contents)
+        append_lines(path, contents, durable)
 
     full = f"hparam_search.py: cannot write {folder / LOG_FILE} (No space left on device); make room there.\n"
     with monkeypatch.context() as patch:
