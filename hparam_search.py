@@ -174,6 +174,7 @@ def resume_search(folder: Path, changes: dict, tracking: trackers.Trackers) -> i
         records.check_unchanged(search, drawn_from, records.Objective(METRIC, MODE))
         dataset = load_images(search)
         with tuner.running_ray(search.settings):
+            tuner.share_resources(search.settings, 1)  # before they are written
             search.draw(trials)
             search.write()
             return run(search, dataset, tracking)

@@ -17,7 +17,7 @@ from ray.tune.search import Searcher
 from search.files import read_lines
 from search.halving import Promotion
 from search.progress import Progress
-from search.records import LOG_FILE, METRICS, Search, Trial
+from search.records import LOG_FILE, METRICS, Search, Trial, config_key
 from search.sampler import outcomes
 from search.tensorboard import Board
 from search.trackers import Trackers
@@ -75,7 +75,7 @@ class TrialQueue(Searcher):
     """Hands Tune these trials of a search, at most at_once at a time, as the promotion chooses.
 
     Tune sees a trial that continues after a pause as a new one. If a trial's config is not drawn yet, suggest_config is
-    called with its number and the outcomes so far.
+    called with its number, the outcomes so far, and the configs taken.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class TrialQueue(Searcher):
         trials: list[Trial],
         promotion: Promotion,
         at_once: int,
-        suggest_config: Callable[[int, list], dict],
+        suggest_config: Callable[..., dict],
     ) -> None:
         super().__init__()
         self.search, self.trials, self.promotion, self.at_once = search, trials, promotion, at_once
@@ -107,7 +107,8 @@ class TrialQueue(Searcher):
         if not self.search.is_drawn(trial):
             rung = min(self.promotion.rungs, default=None)
             told = outcomes(self.search.own_trials(), self.search.objective, rung)
-            config = self.suggest_config(int(trial.trial_id), told)
+            taken = {config_key(each.config) for each in self.search.trials.values()}
+            config = self.suggest_config(int(trial.trial_id), told, taken=taken)
             self.search.record("drawn", trial=trial.name, config=config, repeats=None)
         return trial.config
 

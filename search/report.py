@@ -173,11 +173,9 @@ def at_edges(search: Search, edges: dict[str, str]) -> list[str]:
         return []
     ends = ", ".join(f"{key} ({end} end)" for key, end in edges.items())
     space = "QUICK_SPACE" if search.settings.quick else "param_space"
-    text = (
-        f"The best value lies at the edge of its range: {ends}. To search beyond it without retraining, widen {space}"
-    )
+    text = f"The best value lies at the edge of its range: {ends}. To search beyond it without retraining, widen "
     command = script_command("--warm-start", search.folder, *search.settings.source_flags())
-    return [*textwrap.wrap(f"{text} and run", COLUMNS), f"    {command}"]
+    return [*textwrap.wrap(f"{text}{space} and run", COLUMNS), f"    {command}"]
 
 
 def rank_correlation(one: list[float], other: list[float]) -> float:

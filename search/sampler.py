@@ -3,7 +3,7 @@
 import contextlib
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from ray import tune
@@ -12,10 +12,11 @@ from ray.tune.search.sample import Domain
 from ray.tune.search.variant_generator import generate_variants
 
 from data import InputError
-from search.records import Objective, Trial
-from search.space import check_value, to_plain
+from search.records import Objective, Trial, config_key
+from search.space import check_value, count_configs, to_plain
 
 MAX_TRIALS = 100_000
+MOST_ATTEMPTS = 500  # to draw a config that is not taken
 
 
 def draw_configs(
@@ -24,9 +25,9 @@ def draw_configs(
     """Return the configs of all trials: the first trials, then num_samples random draws per grid point.
 
     The first trials give plain values to searched hyperparameters; omitted ones are drawn, and change no other draw.
-    With tpe, the configs of the others hold only the fixed values: suggest_config draws the rest. Each stream
-    (0 to 2**32 - 1) gives different draws. Raises InputError if a config is invalid, or if TPE cannot draw from the
-    space.
+    With tpe, the configs of the others hold only the fixed values: suggest_config draws the rest; there are at most as
+    many as the space has. Each stream (0 to 2**32 - 1) gives different draws. Raises InputError if a config is invalid,
+    or if TPE cannot draw from the space.
     """
     if tpe:
         if importlib.util.find_spec("optuna") is None:
@@ -48,6 +49,8 @@ def draw_configs(
         drawn = [draw_grid(without_grids(space) | values, random_first)[0] for values in first_trials]
         for _ in range(num_samples):
             drawn += [fixed] * points if tpe else draw_grid(space, random)
+        if tpe:
+            drawn = drawn[: int(min(len(drawn), count_configs(space)))]
     except Exception as error:  # raised by a user's function
         raise InputError(f"param_space cannot be drawn from ({type(error).__name__}: {error}); correct it") from error
     configs = [to_plain(config) for config in drawn]
@@ -100,17 +103,26 @@ def outcomes(trials: Sequence[Trial], objective: Objective, rung: int | None) ->
     return [(trial.config, scores.get(trial, lowest)) for trial in found]
 
 
-def suggest_config(space: dict, seed: int, number: int, outcomes: Sequence[tuple[dict, float]], startup: int) -> dict:
+def suggest_config(
+    space: dict,
+    seed: int,
+    number: int,
+    outcomes: Sequence[tuple[dict, float]],
+    startup: int,
+    taken: Collection[str] = (),
+    attempt: int = 0,
+) -> dict:
     """Return the config that TPE suggests (Bergstra et al. 2011, "Algorithms for Hyper-Parameter Optimization").
 
-    It depends only on the space, the search's seed, the trial's number and the outcomes, so that a resumed search draws
-    what it would have drawn. The outcomes are configs with scores (higher is better); with fewer than `startup` of
-    them, the config is drawn at random.
+    It depends only on the arguments: the space, the search's seed, the trial's number, the outcomes, and what is taken
+    (see config_key), so that a resumed search draws what it would have drawn. The outcomes are configs with scores
+    (higher is better); with fewer than `startup` of them, the config is drawn at random, as it is if TPE suggests one
+    that is taken.
     """
     import optuna  # optional
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    own_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+    own_seed = int(np.random.SeedSequence([seed, number, attempt][: 2 + (attempt > 0)]).generate_state(1)[0])
     # The defaults of these two changed in Optuna 5.0; multivariate finds more (see benchmarks/RESULTS.md).
     sampler = optuna.samplers.TPESampler(
         n_startup_trials=startup, seed=own_seed, multivariate=True, constant_liar=False
@@ -120,4 +132,7 @@ def suggest_config(space: dict, seed: int, number: int, outcomes: Sequence[tuple
     for config, score in outcomes:
         with contextlib.suppress(ValueError):  # one of first_trials may lie outside the space
             study.add_evaluated_point({key: config[key] for key in searched}, score)
-    return space | study.suggest("next")
+    config = space | study.suggest("next")
+    if config_key(config) not in taken or attempt == MOST_ATTEMPTS:
+        return config
+    return suggest_config(space, seed, number, (), 1, taken, attempt + 1)

@@ -115,6 +115,19 @@ def summarize(space: dict) -> dict[str, object]:
     return summary
 
 
+def count_configs(space: dict) -> float:
+    """Return how many different configs a space has; infinity with a range of floats or a user's function."""
+    count = 1.0
+    for searched in (entry for entry in summarize(space).values() if isinstance(entry, dict)):
+        if "values" in searched:
+            count *= len({repr(value) for value in searched["values"]})
+        elif step := searched.get("step", type(searched.get("lower")) is int and 1):
+            count *= (searched["upper"] - searched["lower"]) // step + 1
+        else:
+            return math.inf
+    return count
+
+
 def end_of_range(value: float, searched: dict, margin: float = 0.05) -> str | None:
     """Return "upper" or "lower" if a value is within that share of either end of a range or numeric grid, else None.
 
