@@ -182,6 +182,24 @@ def test_what_is_wrong_with_a_folder_is_named(spoil: Callable, words: str, make_
         load_folder(folder)
 
 
+def test_five_unreadable_pictures_are_named_and_the_others_counted(make_folder: Callable) -> None:
+    folder = make_folder({split: {"a": 9, "b": 9} for split in ("train", "test")})
+    paths = [path for split in ("train", "test") for path in sorted((folder / split).rglob("*.png"))]
+    names = [paths[i] for i in (2, 8, 20, 21, 34)]
+    for name in names:
+        name.write_text("no image")
+    expected = ", ".join(f"{name} cannot be read as an image" for name in names)
+    with pytest.raises(InputError) as caught:
+        load_folder(folder)
+    assert str(caught.value) == f"{expected}; remove or replace them"
+    for path in paths:
+        path.write_text("no image")
+    with pytest.raises(
+        InputError, match=r"(cannot be read as an image, ){4}\S+ cannot be read as an image and 31 more; r"
+    ):
+        load_folder(folder)
+
+
 def test_ctrl_c_stops_reading(make_folder: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, opened, open_image = make_folder({"train": {"a": 3000, "b": 5}, "test": {"a": 1}}), [], Image.open
 
@@ -317,3 +335,8 @@ def test_cifar100_is_downloaded_once_and_if_damaged_again(tmp_path: Path, monkey
     server.shutdown()
     server.server_close()
     assert fingerprint(load_cifar100(tmp_path)) == fingerprint(dataset)
+    unwritable = tmp_path / "unwritable"
+    unwritable.mkdir()
+    shutil.copy(local, unwritable)
+    (unwritable / CIFAR100.base_folder).touch()  # so that the archive cannot be unpacked there
+    assert fingerprint(load_cifar100(unwritable)) == fingerprint(dataset)

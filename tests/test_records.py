@@ -1,8 +1,10 @@
 import importlib.metadata
 import itertools
+import os
 import random
 import re
 import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +12,11 @@ import pytest
 
 from data import InputError
 from search.files import dumps, read_lines
-from search.records import FORMAT, check_unchanged, open_search
-from tests.helpers import END, NAN, add, disk_full_after, report, search_in, tell
+from search.hooks import TimeBudget
+from search.records import FORMAT, Trial, check_unchanged, config_key, creating_search, open_search
+from search.settings import Settings
+from search.space import summarize
+from tests.helpers import ACCURACY, CONFIG, END, IMAGES, NAN, SPACE, add, disk_full_after, report, search_in, tell
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -120,3 +125,90 @@ def test_only_an_intact_search_is_resumed_and_settings_only_grow(tmp_path: Path,
         (tmp_path / "search.json").write_text(text)
         with pytest.raises(InputError, match=r"json is damaged, or from another version; start a new search"):
             open_search(tmp_path, {})
+
+
+def test_no_config_is_trained_twice(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    search = search_in(tmp_path, repeats=2)
+    configs = [CONFIG | {"seed": seed, "h_1": h_1} for seed, h_1 in ((5, 4), (5, 8), (5, 4), (6, 4), (5, 8))]
+    trials = [Trial(f"train_cifar_{i:05}", config) for i, config in enumerate(configs)]
+    assert [trial.name[-1] for trial in search.draw(trials)] == ["0", "1", "3"]
+    assert capsys.readouterr().err == "Skipped 2 of 5 trials, as others have the same config.\n"
+    assert search.draw(trials[:2]) == []
+    assert not capsys.readouterr().err
+    for name, accuracy in (("train_cifar_00000", 0.9), ("train_cifar_00003", 0.8), ("train_cifar_00001", 0.7)):
+        tell(search, name, report(1, accuracy), END)
+    expected = [("0", 7), ("0", 8), ("3", 9), ("3", 10), ("1", 6), ("1", 7)]  # 0 and 3 differ only by their seed
+    for _ in range(2):
+        repeats = search.repeats(3)
+        assert [(trial.repeats[-1], trial.config["seed"]) for trial in repeats] == expected
+        search.draw(repeats[:3])  # and then the process is killed
+    search.draw(repeats)
+    keys = [config_key(trial.config) for trial in search.trials.values()]
+    assert len(set(keys)) == len(keys) == 9
+
+
+def test_time_is_that_of_the_monotonic_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0, 1e9]  # monotonic, and on the wall
+    monkeypatch.setattr("search.records.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("search.records.time.time", lambda: now[1])
+    search = search_in(tmp_path, time_budget=60.0)
+    names = [add(search) for _ in range(2)]
+    search.record("started", resources="")
+    budget = TimeBudget(search)
+    for name in names:
+        now[:] = now[0] + 20, now[1] + 1e6  # the clock on the wall is set
+        tell(search, name, report(1))
+        assert not budget.stop_all()
+    search = open_search(tmp_path, {})
+    now[:] = 1000.0, 0.0  # another process
+    search.record("started", resources="")
+    now[0] += 15
+    tell(search, names[0], report(2))
+    assert (search.seconds, open_search(tmp_path, {}).seconds, search.time_left()) == (55, 55, 5)
+    budget = TimeBudget(search)
+    now[0] += 6
+    assert budget.stop_all()
+
+
+def test_end_of_a_trial_is_on_disk_before_its_files_are_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(os.path.realpath(f"/dev/fd/{descriptor}")))
+    search = search_in(tmp_path)
+    name = add(search)
+    flushed.clear()
+    tell(search, name, report(1))
+    assert not flushed
+    tell(search, name, report(2), END)
+    assert flushed == [str(tmp_path / "log.jsonl")]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a copy of this process")
+def test_search_killed_while_it_is_created_does_not_take_the_name(tmp_path: Path) -> None:
+    settings = Settings(output_dir=str(tmp_path / "outputs"), name="it")
+
+    def create() -> None:
+        with creating_search(settings, summarize(SPACE), IMAGES, ACCURACY) as search:
+            search.draw([Trial("train_cifar_00000", CONFIG)])
+
+    def dying(step: Callable, steps: Iterator[int], moment: int) -> Callable:
+        return lambda *args, **options: os._exit(9) if next(steps) == moment else step(*args, **options)
+
+    for moment in itertools.count():
+        if (pid := os.fork()) == 0:
+            steps = itertools.count()
+            for owner, name in ((os, "fsync"), (Path, "open"), (Path, "mkdir"), (Path, "replace"), (Path, "rename")):
+                setattr(owner, name, dying(getattr(owner, name), steps, moment))
+            create()
+            os._exit(0)
+        killed = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+        if (tmp_path / "outputs" / "it").exists():
+            assert len(open_search(tmp_path / "outputs" / "it", {}).trials) == 1  # it exists as a whole
+        else:
+            create()
+        assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["it"]
+        shutil.rmtree(tmp_path / "outputs")
+        if not killed:
+            break
+    assert moment > 5

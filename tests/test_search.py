@@ -2,10 +2,14 @@
 
 import io
 import json
+import logging
+import os
 import re
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
+import pandas
 import pytest
 import torch
 from PIL import Image
@@ -18,12 +22,13 @@ from torch import nn
 import hparam_search
 from data import make_synthetic
 from hparam_search import main
+from search import trial as trial_module
 from search.best_model import load_model, read_best_model, read_model
 from search.cost import model_cost
 from search.records import open_search
 from search.sampler import suggest_config
-from search.trial import weights_path
-from tests.conftest import REPOSITORY, SMALL_IMAGES, Finished, figures, make_small, read_csv, run_search
+from search.trial import run_trial, weights_path
+from tests.conftest import EXAMPLE, REPOSITORY, SMALL_IMAGES, Finished, figures, make_small, read_csv, run_search
 from train import evaluate, evaluation_batches
 
 pytestmark = pytest.mark.usefixtures("small_search")
@@ -177,6 +182,73 @@ def test_finished_search_is_resumed_and_listed_without_training_or_refused(
         assert words in capsys.readouterr().err
 
 
+def test_what_is_only_shown_costs_no_model(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    folder = shutil.copytree(finished.folder, tmp_path / "moved" / "it")
+    shutil.rmtree(folder / "best_model")
+    (folder / "results.csv").unlink()
+    (folder / "results.csv").mkdir()
+
+    def fail(*args: object) -> None:
+        assert read_best_model(open_search(folder, {})) == finished.metrics  # it comes first
+        raise ValueError("in a picture\nof two lines")
+
+    monkeypatch.setattr(hparam_search.best_model, "show_predictions", fail)
+    monkeypatch.setattr(hparam_search.best_model, "best_device", lambda: torch.device("meta"))  # on which nothing runs
+    monkeypatch.setattr(hparam_search.report, "recap", fail)
+    assert main(["--resume", str(folder)]) == 1
+    printed = capsys.readouterr()
+    lines = printed.err.splitlines()
+    assert sum(line.startswith("The GPU failed (") and line.endswith("; testing on the CPU.") for line in lines) == 1
+    assert [line for line in lines if line.startswith("hparam_search.py")] == [
+        "hparam_search.py: ValueError: in a picture.",
+        f"hparam_search.py: cannot write {folder / 'results.csv'} (Is a directory).",
+        "hparam_search.py: ValueError: in a picture.",
+    ]
+    assert f"test accuracy: {finished.metrics['test_accuracy']:.4f}\n" in printed.out
+    assert str(finished.folder) not in printed.out + printed.err  # the search has moved
+
+
+def test_search_is_started_or_resumed_by_the_same_line(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    folder = shutil.copytree(finished.folder, tmp_path / "it")
+    monkeypatch.setattr(hparam_search.tuner, "running_ray", lambda _: pytest.fail("Ray was started"))
+    assert run_search(folder, *EXAMPLE, "--or-resume") == 0
+    assert "Best trial: " in capsys.readouterr().out
+    assert run_search(folder, *EXAMPLE, "--or-resume", "--seed", 1) == 2
+    assert "--seed is 1, but was 0 when the search began; use another --name" in capsys.readouterr().err
+    with pytest.raises(pytest.fail.Exception, match="Ray was started"):
+        run_search(tmp_path / "new", *EXAMPLE, "--or-resume")
+
+
+def test_pandas_reads_the_names_of_the_trials_folders(finished: Finished) -> None:
+    assert pandas.read_csv(finished.folder / "results.csv")["trial"].tolist() == list(finished.search.trials)
+
+
+def print_and_train(*args: object) -> None:
+    print("printed", os.environ["CUDA_VISIBLE_DEVICES"] or "without GPUs")
+    logging.warning("logged")
+    os.system("echo from another program")
+    run_trial(*args)
+
+
+def train_aloud(config: dict, **others: object) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trial_module, "run_trial", print_and_train)
+        trial_module.train_cifar(config, **others)
+
+
+def test_what_a_trial_prints_is_in_its_folder_and_it_sees_no_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hparam_search, "train_cifar", train_aloud)
+    assert run_search(tmp_path / "it", "--num-samples", 1, "--max-epochs", 1) == 0
+    texts = [path.read_text() for path in sorted(tmp_path.glob("it/*/output.txt"))]
+    assert texts == ["printed without GPUs\nWARNING:root:logged\nfrom another program\n"] * 2
+
+
 class OverInTheFirstTrial(tune.Stopper):
     """A time budget that is spent in the middle of a trial, however fast this machine is."""
 
@@ -212,8 +284,27 @@ def test_search_grown_step_by_step_ends_as_if_asked_for_everything_at_first(
     assert "test accuracy: " in out
     assert [row["status"] for row in read_csv(folder)] == ["UNFINISHED", "PENDING"]
 
+    assert main(["--resume", str(folder), "--cpus-per-trial", "2"]) == 2
+    assert "--cpus-per-trial 2 exceeds the 1 available; use at most that" in capsys.readouterr().err
+
     # With time enough and more samples, it is as if there had been no budget.
-    assert main(["--resume", str(folder), "--time-budget", "2h", "--num-samples", "2", "--repeats", "2"]) == 0
+    assert (
+        main(
+            [
+                "--resume",
+                str(folder),
+                "--time-budget",
+                "2h",
+                "--num-samples",
+                "2",
+                "--repeats",
+                "2",
+                "--cpus-per-trial",
+                "1",
+            ]
+        )
+        == 0
+    )
     out, rows = capsys.readouterr().out, read_csv(folder)
     assert "budget is spent" not in out
     assert figures(folder)[:4] == figures(finished.folder)

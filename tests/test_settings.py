@@ -1,3 +1,4 @@
+import math
 import os
 import random
 import re
@@ -9,9 +10,11 @@ from pathlib import Path
 import pytest
 
 import data
+import hparam_search
 from hparam_search import main
 from search import tuner
 from search.settings import Settings, flag, parse_args
+from search.space import CONSTANTS
 from tests.conftest import REPOSITORY
 from tests.helpers import IMAGES
 
@@ -68,12 +71,40 @@ def test_any_command_starts_a_search_or_is_refused_in_a_sentence_and_leaves_noth
     assert codes.count(0) > 50
 
 
+def test_constants_are_off_used_or_refused_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tuner, "running_ray", lambda _: 1 / 0)  # all was good
+    monkeypatch.setattr(data, "make_synthetic", lambda **_: IMAGES)
+    off = {"PATIENCE", "MAX_SECONDS_PER_TRIAL", "SAVE_PERIOD", "MODELS_KEPT", "KEEP", "PROGRESS_PERIOD"}
+    zero = {"KEEP", "MIN_DELTA", "MAX_FAILURES_PER_TRIAL", "SAVE_PERIOD", "STARTUP_TRIALS", "PROGRESS_PERIOD"}
+    one = set(CONSTANTS) - {"REDUCTION_FACTOR"}
+    for name in CONSTANTS:
+        for value, good in ((None, off), (0, zero), (1, one), (-1, set()), (math.inf, set()), ("3", set())):
+            with monkeypatch.context() as patch:
+                patch.setattr(hparam_search, name, value)
+                if name in good:
+                    with pytest.raises(ZeroDivisionError):
+                        main(["--quick"])
+                else:
+                    assert main(["--quick"]) == 2, (name, value)
+                    sentence = rf"hparam_search.py: {name} cannot be {value!r}; use .*\.\n"
+                    assert re.fullmatch(sentence, capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(hparam_search, "first_trials", [{"lr": 0.1}])
+    with pytest.raises(ZeroDivisionError):
+        main(["--quick"])
+    assert capsys.readouterr().err == "--quick ignores first_trials, which are for param_space.\n"
+
+
 def test_help_and_refusals_wait_for_no_slow_import(tmp_path: Path) -> None:
     for name in ("torch", "ray", "numpy"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit(3)")
     for flags, code, words in ((["--help"], 0, "--resume PATH"), (["--seed", "-1"], 2, "--seed -1 is too small")):
         command = [sys.executable, str(REPOSITORY / "hparam_search.py"), *flags]
-        result = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+        environment = os.environ | {"PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1"}  # without the script's folder
+        result = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert (result.returncode, words in result.stdout + result.stderr) == (code, True)
 
 
@@ -87,3 +118,4 @@ def test_flags_for_another_search_give_it_the_same_images_epochs_and_draws() -> 
         other, _ = parse_args([*command.split(), "--keep", "3", "--name", "it", "--repeats", "2"], "")
         assert other.source_flags() == settings.source_flags()
     assert settings.source_flags() == ["--dataset", "synthetic", "--output-dir", str(Path.cwd() / "there")]
+    assert parse_args(["--output-dir", "file:///a%20b/c"], "")[0].output_dir == "/a b/c"

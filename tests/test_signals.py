@@ -3,8 +3,10 @@
 import contextlib
 import os
 import shlex
+import shutil
 import signal
 import socket
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -37,18 +39,22 @@ def check_interrupted(folder: Path, printed: str) -> None:
     assert not (folder / "best_model").exists()
 
 
-def become_a_job(mark: str) -> None:
+def become_a_job(mark: str, ray_folder: str) -> None:
     """Put this process into a group of its own, as a shell does; what it starts has the mark in its environment."""
     hparam_search.tuner.usable_cpus = lambda: 1
     os.setsid()
     os.environ["MARK"] = mark
+    os.environ["RAY_TMPDIR"] = ray_folder
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
 def test_search_whose_processes_are_all_told_to_stop_says_how_to_resume(ray_started: str, tmp_path: Path) -> None:
     codes = {"all_at_once": 143, "ray_first": 138}
+    parent = tempfile.mkdtemp(prefix="t", dir="/tmp")  # short, for the paths of sockets
     processes = {
-        name: start(None, quick(tmp_path / name, *LONG), tmp_path / f"{name}.txt", become_a_job, f"{tmp_path}/{name}")
+        name: start(
+            None, quick(tmp_path / name, *LONG), tmp_path / f"{name}.txt", become_a_job, f"{tmp_path}/{name}", parent
+        )
         for name in codes  # each has a Ray of its own, as a user's search has
     }
     try:
@@ -70,8 +76,10 @@ def test_search_whose_processes_are_all_told_to_stop_says_how_to_resume(ray_star
             assert process.exitcode == codes[name], printed
             check_interrupted(tmp_path / name, printed)
         wait_for(lambda: not processes_with(f"MARK={tmp_path}/"))  # no orphans
+        assert len(list(Path(parent).iterdir())) <= 1  # the logs of the Ray that died, at most
     finally:
         kill_all(f"{tmp_path}/")
+        shutil.rmtree(parent)
 
 
 def test_search_that_runs_is_left_alone_until_it_is_interrupted(

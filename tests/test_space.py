@@ -7,6 +7,7 @@ import pytest
 from ray import tune
 
 from data import InputError
+from search.records import config_key
 from search.sampler import draw_configs, outcomes, suggest_config
 from search.space import check_space, end_of_range, summarize
 from tests.helpers import SPACE, add, search_in
@@ -87,6 +88,12 @@ def test_tpe_depends_on_its_arguments_alone_and_finds_what_is_good(monkeypatch: 
     outside = [({**config, "h_1": 4, "lr": 1.0}, 0.9)]  # one of the first trials
     last = suggest_config(SPACE, 3, 40, told, 10)
     assert suggest_config(SPACE, 3, 40, told + outside, 10) == last != suggest_config(SPACE, 4, 40, told, 10)
+    finite = SPACE | {"lr": 0.1, "p_drop": tune.choice([0.1, 0.2]), "batch_size": tune.randint(8, 10)}
+    assert len(draw_configs(finite, 10, 0, tpe=True)) == 4 * 2 * 2
+    taken: list[str] = []
+    for number in range(16):
+        taken.append(config_key(suggest_config(finite, 3, number, told[:number], 4, taken=taken)))
+    assert len(set(taken)) == 16
     with pytest.raises(InputError, match=r"Optuna cannot draw param_space\['lr'\]; use another range"):
         draw_configs(SPACE | {"lr": tune.sample_from(lambda _: 0.1)}, 1, 0, tpe=True)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

@@ -1,7 +1,11 @@
+import resource
+from pathlib import Path
+
 import pytest
 import ray
 
 from data import InputError
+from search import tuner
 from search.settings import Settings
 from search.tuner import share_resources
 
@@ -17,3 +21,28 @@ def test_resources_are_shared_equally_or_refused(monkeypatch: pytest.MonkeyPatch
         assert share_resources(Settings(**flags), num_trials) == ({"cpu": shared[0], "gpu": shared[1]}, *shared[2:])
     with pytest.raises(InputError, match="--gpus-per-trial 3 exceeds the 2 available; use at most that"):
         share_resources(Settings(gpus_per_trial=3), 2)
+
+
+def test_trials_get_the_code_whatever_lies_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = ["train.py", "data.py", "search/__init__.py", "search/files.py", "search/more/__init__.py", "search/x.json"]
+    others = [".gitignore", "*", "pictures [2026]/a.tif", "old pictures /b.tif", ".venv/x.py", "search/.hidden/y"]
+    for name in (*code, *others, "search/__pycache__/z.pyc", "notes/z.py"):
+        (tmp_path / "project" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "project" / name).write_text("data*\nmodel*\n*.py\n")
+    monkeypatch.setattr(tuner, "CODE", tmp_path / "project")
+    tuner.copy_code(tmp_path / "copy")
+    assert {str(path.relative_to(tmp_path / "copy")) for path in (tmp_path / "copy").rglob("*.*")} == set(code)
+
+
+def test_limits_too_low_for_ray_are_refused_and_that_of_open_files_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits, raised = {resource.RLIMIT_NOFILE: (40, 4096), resource.RLIMIT_NPROC: (100_000, 100_000)}, []
+    monkeypatch.setattr(resource, "getrlimit", limits.get)
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, limit: raised.append((kind, limit)))
+    monkeypatch.setattr(tuner.os, "geteuid", lambda: 4711)  # root has no limit of processes
+    tuner.check_limits()
+    assert raised == [(resource.RLIMIT_NOFILE, (4096, 4096))]
+    for kind, letter in ((resource.RLIMIT_NOFILE, "n"), (resource.RLIMIT_NPROC, "u")):
+        with monkeypatch.context() as patch:
+            patch.setitem(limits, kind, (40, 40))
+            with pytest.raises(InputError, match=f"ulimit -{letter} 40 is too low for Ray"):
+                tuner.check_limits()
