@@ -4,7 +4,9 @@ Each trial's events are in its own folder, those of the search in the search fol
 part of their name before the slash, and sorts the groups alphabetically.
 """
 
+import functools
 import math
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -135,12 +137,8 @@ def show_predictions(folder: Path, probabilities: Tensor, dataset: Dataset) -> N
     most often confused.
     """
     names = [printable(name) for name in dataset.classes]
-    labels, font = list(names), ImageFont.load_default(10)
-    boxes = bytes(font.getmask(NO_CHARACTER))
-    for i, name in enumerate(names):
-        if any(bytes(font.getmask(character)) == boxes for character in name):
-            labels[i] = f"class {i}"  # the font lacks a character
-            names[i] += f" ({labels[i]})"
+    labels = [drawable(name) or f"class {i}" for i, name in enumerate(names)]
+    names = [name if drawable(name) else f"{name} ({label})" for name, label in zip(names, labels, strict=True)]
     true, (confidence, predicted) = dataset.test_labels, probabilities.max(1)
     tested = true.bincount(minlength=len(names))
     correct = true[predicted == true].bincount(minlength=len(names))
@@ -168,6 +166,15 @@ def show_predictions(folder: Path, probabilities: Tensor, dataset: Dataset) -> N
 def printable(name: str) -> str:
     """Return a name with codes in place of line breaks, bytes that are not UTF-8, and the like."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
+@functools.cache
+def drawable(name: str) -> str | None:
+    """Return a name, or else the same without accents, if the font of the pictures has its characters; else None."""
+    font = ImageFont.load_default(10)
+    plain = "".join(c for c in unicodedata.normalize("NFKD", name) if not unicodedata.combining(c))
+    box = bytes(font.getmask(NO_CHARACTER))
+    return next((text for text in (name, plain) if all(bytes(font.getmask(c)) != box for c in text)), None)
 
 
 def escape(name: str) -> str:

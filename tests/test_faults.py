@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from ray import tune
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import hparam_search
 from data import make_synthetic
@@ -136,11 +137,11 @@ def trains_after_event(folder: Path, number: int) -> bool:
 
 
 def search_killed_at_random_moments(address: str, folder: Path) -> Path:
-    """Kill a search ten times, resume it each time, and return its folder."""
+    """Kill a search ten times, start or resume it each time, and return its folder."""
     output, generator = folder.parent / "output.txt", random.Random(0)
     for moment in range(11):
-        saved, before, begun = epochs_saved(folder), read_lines(folder / LOG_FILE)[0], (folder / "search.json").exists()
-        command = ["--resume", str(folder)] if begun else conftest.quick(folder, *EXAMPLE)
+        saved, before = epochs_saved(folder), read_lines(folder / LOG_FILE)[0]
+        command = conftest.quick(folder, *EXAMPLE, "--or-resume")
         process = conftest.start(address, command, output, save_every, 1000 * (moment % 2))
         if moment == 10:
             process.join(120)
@@ -158,8 +159,6 @@ def search_killed_at_random_moments(address: str, folder: Path) -> Path:
         assert (events[: len(before)], damaged) == (before, 0)
         for event in events[len(before) :]:
             assert event["event"] != "restarted" or event["epoch"] >= saved.get(event["trial"], 0)
-        if not (folder / "search.json").exists():
-            shutil.rmtree(folder, ignore_errors=True)
     assert any(event["event"] == "restarted" for event in events)  # a trial, from an earlier epoch
     assert "Traceback" not in output.read_text()
     return folder
@@ -170,6 +169,11 @@ def test_search_killed_at_random_moments_ends_as_if_undisturbed(finished: Finish
     folder = killed.result()
     assert figures(folder) == figures(finished.folder)
     assert [curve(folder, i) for i in range(4)] == [curve(finished.folder, i) for i in range(4)]
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    for tag in events.Tags()["scalars"]:  # curves of the search, which do not go back
+        steps = [event.step for event in events.Scalars(tag)]
+        assert steps == sorted(set(steps))
+        assert steps[-1] == sum(int(row["epochs"]) for row in finished.rows)
 
 
 def kill_at(moment: int) -> None:

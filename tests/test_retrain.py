@@ -7,8 +7,9 @@ from PIL import Image
 
 from search import predict, retrain
 from search.best_model import read_metrics, read_model, write_model
+from search.files import write_json
 from tests.helpers import CONFIG, IMAGES, VALIDATION
-from train import evaluate, new_model
+from train import best_device, evaluate, new_model
 
 SYNTHETIC = {"num_train": 120, "num_test": 40, "num_classes": 5}  # as IMAGES
 ABOUT = {"images": {"source": "synthetic", "data_dir": "data", "synthetic": SYNTHETIC}, "objective": ("loss", "min")}
@@ -21,7 +22,9 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "model"
 
 
-def test_config_is_retrained_as_it_was_or_with_changes(model: Path, capsys: pytest.CaptureFixture) -> None:
+def test_config_is_retrained_as_it_was_or_with_changes(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     one, two, full = (Path("outputs", name) for name in ("one", "two", "full"))
     for source, folder in ((model, one), (one, two)):
         assert retrain.main([str(source), "--name", folder.name]) == 0
@@ -39,6 +42,16 @@ def test_config_is_retrained_as_it_was_or_with_changes(model: Path, capsys: pyte
     assert metrics.keys() == {"epoch", "test_loss", "test_accuracy"}
     assert out.endswith(f"\ntest accuracy: {metrics['test_accuracy']:.4f}\nModel: outputs/full\n")
     assert read_model(full)[1]["hyperparameters"] == CONFIG | {"epochs": 2, "h_1": 5}
+    del about["hyperparameters"]["h_1"]
+    write_json(one / "config.json", about)
+    assert retrain.main([str(one), "--device", "cuda"]) == 2
+    assert "config.json lacks 'h_1'; give it a default in train.py" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert retrain.main([str(two), "--device", "cuda"]) == 2
+        assert "torch finds no CUDA GPU that it can use; use --device cpu" in capsys.readouterr().err
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert best_device("cpu").type == "cpu"
+    assert not torch.cuda.is_available()  # an optimizer asks that, too
     assert retrain.with_validation_images(IMAGES).train_labels.bincount().tolist() == [24] * 5
 
 

@@ -22,6 +22,8 @@ from torch import nn
 import hparam_search
 from data import make_synthetic
 from hparam_search import main
+from model import SmallResNet
+from search import predict
 from search import trial as trial_module
 from search.best_model import load_model, read_best_model, read_model
 from search.cost import model_cost
@@ -208,6 +210,29 @@ def test_what_is_only_shown_costs_no_model(
     ]
     assert f"test accuracy: {finished.metrics['test_accuracy']:.4f}\n" in printed.out
     assert str(finished.folder) not in printed.out + printed.err  # the search has moved
+
+
+class Deeper(SmallResNet):
+    def __init__(self, *args: object, **options: object) -> None:
+        super().__init__(*args, **options)
+        self.extra = nn.Conv2d(3, 3, kernel_size=1)
+
+
+def test_weights_that_model_py_no_longer_fits_are_not_called_damaged(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    folder = shutil.copytree(finished.folder, tmp_path / "it")
+    shutil.rmtree(folder / "best_model")
+    monkeypatch.setattr("train.SmallResNet", Deeper)
+    assert predict.main([str(finished.folder / "best_model"), "any.png"]) == 2
+    assert main(["--resume", str(folder)]) == 2
+    err = capsys.readouterr().err
+    assert err.count("do not fit model.py, where 'extra.weight' is another one, new or gone; restore model.py") == 2
+    assert "damaged" not in err
+    assert list(folder.glob("*/weights_*.pt"))  # they are still there
+    monkeypatch.setattr("train.SmallResNet", lambda h_1, h_2, **options: SmallResNet(h_1, 2 * h_2, **options))
+    assert predict.main([str(finished.folder / "best_model"), "any.png"]) == 2
+    assert "do not fit model.py, where 'stage_2.0.weight' is another" in capsys.readouterr().err
 
 
 def test_search_is_started_or_resumed_by_the_same_line(

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import ray
+from PIL import Image
 from ray import tune
 
 import hparam_search
@@ -146,3 +149,54 @@ def test_node_that_does_not_see_the_folder_fails_its_trials_with_a_sentence(clus
     sentence = f"this machine does not see {folder}; pass an --output-dir on a disk that all machines share"
     assert failed.error == f"OSError: {sentence}"
     assert f"{failed.name} failed: OSError: {sentence}.\n" in output.read_text()
+
+
+# What README says under "Add a hyperparameter", done between two commands.
+ADDED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import hparam_search
+from ray import tune
+from search import predict
+from tests.conftest import make_small, quick
+from pathlib import Path
+make_small(setattr)
+space, in_space, search, picture = hparam_search.param_space, sys.argv[2], Path(sys.argv[3]), sys.argv[4]
+space["dampening"] = 0.0
+assert predict.main([str(search / "best_model"), picture]) == 0
+assert hparam_search.main(["--resume", str(search), "--num-samples", "3"]) == 0
+space |= eval("{" + in_space + "\\n}") | {"nesterov": False}
+assert hparam_search.main(["--resume", str(search), "--num-samples", "4"]) == 2
+assert hparam_search.main(quick(search.parent / "new", "--num-samples", "1", "--max-epochs", "1")) == 0
+"""
+
+
+def test_readme_adds_a_hyperparameter_and_earlier_models_and_searches_go_on(
+    finished: Finished, ray_started: str, tmp_path: Path
+) -> None:
+    readme = (REPOSITORY / "README.md").read_text()
+    in_train, in_space = re.search(r"```python\n(.*in OPTIMIZER.*\n)(.*)\n```", readme).groups()
+    project, folder = tmp_path / "project", shutil.copytree(finished.folder, tmp_path / "it")
+    for name in ("search", "tests"):
+        shutil.copytree(REPOSITORY / name, project / name)
+    for path in REPOSITORY.glob("*.py"):
+        shutil.copy(path, project)
+    text = (project / "train.py").read_text()
+    (project / "train.py").write_text(text.replace("\nOPTIMIZER = {", "\nOPTIMIZER = {\n" + in_train))
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
+    command = [sys.executable, "-c", ADDED, str(project), in_space, str(folder), str(tmp_path / "red.png")]
+    result = subprocess.run(
+        command, env=os.environ | {"RAY_ADDRESS": ray_started}, cwd=tmp_path, text=True, capture_output=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert "'dampening' is {'tune': 'uniform', 'lower': 0.0, 'upper': 0.5}, but was 0.0 when" in result.stderr
+    assert "damaged" not in result.stdout + result.stderr
+    rows = read_csv(folder)
+    assert [row["dampening"] for row in rows] == ["0.0"] * 6
+    assert [row["status"] for row in rows] == ["TERMINATED"] * 6
+    assert figures(folder, "seconds images_per_second dampening weights")[:4] == figures(
+        finished.folder, "seconds images_per_second weights"
+    )
+    assert all(
+        0 < float(row["dampening"]) < 0.5 and row["status"] == "TERMINATED" for row in read_csv(tmp_path / "new")
+    )

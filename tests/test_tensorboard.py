@@ -39,11 +39,12 @@ def test_odd_class_names_are_shown_as_they_are_or_as_numbers(tmp_path: Path, mon
     draw = tensorboard.draw_confusion
     monkeypatch.setattr(tensorboard, "draw_confusion", lambda shares, names: drawn.append(names) or draw(shares, names))
     odd = {"a|b": "a|b", "*stars*": "*stars*", "_lines_": "_lines_", "<b>bold": "<b>bold", "`code`": "`code`"}
-    odd |= {"[x](y)": "[x](y)", "café": "café", "猫": "class 7", "🐈 cat": "class 8", "قط": "class 9"}
+    odd |= {"[x](y)": "[x](y)", "café": "cafe", "猫": "class 7", "🐈 cat": "class 8", "قط": "class 9"}
     odd |= {"caf\udce9": "caf\\udce9", "two\nlines": "two\\nlines", "tab\t": "tab\\t", "&amp;": "&amp;", "1. x": "1. x"}
     rows, _ = shown(tmp_path, tuple(odd))
     assert drawn == [list(odd.values())]
     expected = [f"{name} ({label})" if label.startswith("class ") else label for name, label in odd.items()]
+    expected[expected.index("cafe")] = "café"  # the font of pictures has no accents
     assert sorted(row[0] for row in rows) == sorted(expected)
     assert {row[1] for row in rows if row[0] != "a|b"} == {"1.000"}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data import make_synthetic
+from data import InputError, make_synthetic
 from search.files import load_tensors
 from search.trial import TRAINING_FILE, run_trial, weights_path
 from tests.helpers import ACCURACY, CONFIG, CPU, DAMAGES, IMAGES, VALIDATION, add, disk_full_after, search_in, tell
@@ -56,6 +56,13 @@ def test_damaged_state_restarts_from_scratch_and_one_without_room_leaves_the_ear
         assert run(CONFIG, tmp_path, until=2) == [{"restored": 2}]
         damage(path)
         assert run(CONFIG, tmp_path, 0) == [{"restored": 0, "note": f"{path} is unreadable; restarting from scratch"}]
+    torch.save(state | {"model": state["model"] | {"extra": torch.zeros(1)}}, path)
+    with pytest.raises(InputError, match=r"training.pt do not fit model.py, where 'extra' is another one, new or gone"):
+        run(CONFIG, tmp_path)
+    added = {key: CONFIG[key] for key in CONFIG if key != "label_smoothing"}  # a hyperparameter that is new
+    torch.save(state | {"config": added}, path)
+    assert run(CONFIG, tmp_path, until=2) == [{"restored": 2}]
+    path.unlink()
     assert [metrics.get("loss") for metrics in run(CONFIG, tmp_path, 2)] == [metrics.get("loss") for metrics in whole]
 
 
