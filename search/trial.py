@@ -5,6 +5,7 @@
 <trial>/output.txt           what its process printed, if anything
 """
 
+import contextlib
 import os
 from collections.abc import Callable, Collection
 from dataclasses import asdict
@@ -15,7 +16,7 @@ from ray import tune
 from torch import nn
 
 from data import Dataset, InputError, map_dataset
-from search.files import explain_failure, load_tensors, save_tensors
+from search.files import load_tensors, save_tensors
 from search.records import SEARCH_FILE, Objective, new_report
 from train import DEFAULTS, Training, best_device, new_training, train_epochs
 
@@ -156,8 +157,8 @@ def train_cifar(
 
 
 def print_into(path: Path) -> None:
-    """Append all that this process prints or logs from now on to a file."""
-    with explain_failure(path):
+    """Append all that this process prints or logs from now on to a file, if it can be written."""
+    with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab") as file:
             for number in (1, 2):  # stdout and stderr, of C++ libraries, too

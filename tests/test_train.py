@@ -8,7 +8,7 @@ from benchmarks.recipes import BASELINE_RECIPE
 from data import Batches
 from model import SmallResNet
 from tests.helpers import CONFIG, CPU, IMAGES, VALIDATION
-from train import SCHEDULES, constant_epochs, evaluation_batches, new_training, predict, train_epochs
+from train import SCHEDULES, evaluation_batches, new_training, predict, train_epochs
 
 PLAIN = CONFIG | BASELINE_RECIPE | {"p_drop": 0.0, "lr": 0.01}
 OTHER = PLAIN | {"nesterov": True, "weight_decay": 0.1, "label_smoothing": 0.3, "ema_decay": 0.6, "bias_lr": 0.04}
@@ -27,14 +27,6 @@ def test_model_has_the_size_that_its_docstring_names() -> None:
             assert model(torch.randn(1, 3, 32, 32)).shape == (1, 100)
         assert counter.get_total_flops() == pytest.approx(flops, rel=0.01)
         assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(parameters, rel=0.01)
-
-
-def test_constant_epochs_are_those_whose_every_step_has_the_full_rate() -> None:
-    for name, schedule in SCHEDULES.items():
-        for epochs in range(1, 41):
-            scales = [[schedule((epoch + i / 1000) / epochs) for i in (0, 500, 999)] for epoch in range(epochs)]
-            falls = next((epoch for epoch in range(epochs) if set(scales[epoch]) != {1.0}), epochs)
-            assert constant_epochs({"schedule": name, "epochs": epochs}) == falls
 
 
 @pytest.mark.parametrize("config", [PLAIN, OTHER])
