@@ -165,8 +165,9 @@ space, in_space, search, picture = hparam_search.param_space, sys.argv[2], Path(
 space["dampening"] = 0.0
 assert predict.main([str(search / "best_model"), picture]) == 0
 assert hparam_search.main(["--resume", str(search), "--num-samples", "3"]) == 0
-space |= eval("{" + in_space + "\\n}") | {"nesterov": False}
+space |= eval("{" + in_space + "\\n}")
 assert hparam_search.main(["--resume", str(search), "--num-samples", "4"]) == 2
+space["nesterov"] = False
 assert hparam_search.main(quick(search.parent / "new", "--num-samples", "1", "--max-epochs", "1")) == 0
 """
 
