@@ -49,18 +49,10 @@ class SmallResNet(nn.Module):
         h_2: features of the second stage (at 4×4) and of the classifier's input, an int ≥ 1.
         p_drop: dropout probability before the classifier, 0 ≤ p_drop < 1.
         num_classes: number of logits, an int ≥ 1.
-
-    Raises:
-        ValueError: an argument is out of range; the message names it.
     """
 
     def __init__(self, h_1: int, h_2: int, p_drop: float, num_classes: int = 100) -> None:
         super().__init__()
-        for name, value in (("h_1", h_1), ("h_2", h_2), ("num_classes", num_classes)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}, but must be a whole number of at least 1")
-        if isinstance(p_drop, bool) or not isinstance(p_drop, int | float) or not 0 <= p_drop < 1:
-            raise ValueError(f"p_drop is {p_drop!r}, but must be a number from 0 up to but not including 1")
         self.stem = nn.Sequential(*conv_bn(3, STEM_CHANNELS), nn.ReLU(inplace=True))
         self.stage_1 = stage(STEM_CHANNELS, h_1, pool=2)
         self.stage_2 = stage(h_1, h_2, pool=4)

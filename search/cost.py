@@ -60,11 +60,8 @@ def cheaper(search: Search, best: Trial) -> str:
     found = min(costs, key=lambda trial: costs[trial].get("gflop_per_image", math.inf))  # on a tie, the best
     if found is best or not costs[best]:
         return ""
-    shares = {
-        name: 1 - costs[found][key] / costs[best][key] for key, name in zip(COSTS, ("parameters", "FLOPs"), strict=True)
-    }
-    saved = " and ".join(f"{share:.0%} fewer {name}" for name, share in shares.items() if share > 0)
+    parameters, flop = (costs[found][key] / costs[best][key] for key in COSTS)
     return (
         f"Cheaper, within one standard error ({error(found):.4f}) of the best: {found.name} (accuracy "
-        f"{found.best.accuracy:.4f}), {saved}."
+        f"{found.best.accuracy:.4f}), with {flop:.0%} of its FLOPs and {parameters:.0%} of its parameters."
     )

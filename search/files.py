@@ -20,12 +20,8 @@ from typing import Any
 import torch
 
 # What helps if a file cannot be written, where the system's reason leaves no doubt.
-ADVICE = {
-    errno.ENOSPC: "; make room there",
-    errno.EDQUOT: "; make room there",
-    errno.EROFS: "; make that disk writable",
-    errno.EACCES: "; allow this user to write there",
-}
+ADVICE = dict.fromkeys([errno.ENOSPC, errno.EDQUOT], "; make room there")
+ADVICE |= {errno.EROFS: "; make that disk writable", errno.EACCES: "; allow this user to write there"}
 
 
 @contextlib.contextmanager
@@ -72,11 +68,11 @@ def link(source: Path, target: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, if it exists."""
+    """Remove a file or a folder, if it exists and can be removed."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def flush(path: Path) -> None:

@@ -361,9 +361,8 @@ def error_sentence(text: str, config: dict) -> str:
         cause := re.search(r"^\w+Error: .+", text.split("on the worker")[1], re.M)
     ):
         return f"cannot import its code ({cause[0]}); install the missing package, or put it beside train.py"
-    # An exception, whose message may have more lines, follows the last place in the code; a dead process has none.
-    places = [i for i, line in enumerate(last) if re.match(r'  File "', line)]
-    rest = (
-        [line for line in last[places[-1] + 1 :] if line.strip() and not line.startswith("    ")] if places else lines
-    )
-    return (rest or lines)[0].strip().rstrip(".")
+    # The exception, whose message may have more lines, follows the last place in the code; a dead process has none.
+    for i, line in enumerate(last):
+        if line.startswith('  File "'):
+            lines = [line for line in last[i + 1 :] if line.strip() and not line.startswith("    ")] or lines
+    return lines[0].strip().rstrip(".")

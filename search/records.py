@@ -197,18 +197,14 @@ class Search:
 
         Those whose config another one has are skipped; a message says how many.
         """
-        known = {config_key(trial.config) for trial in self.trials.values() if self.is_drawn(trial)}
-        new, skipped = [], 0
-        for trial in trials:
-            if trial.name in self.trials:
-                continue
-            if self.is_drawn(trial) and config_key(trial.config) in known:
-                skipped += 1
-                continue
-            known.add(config_key(trial.config))
-            self.record("drawn", trial=trial.name, config=trial.config, repeats=trial.repeats)
-            new.append(self.trials[trial.name])
-        if skipped:
+        known = {config_key(trial.config) for trial in self.trials.values()}
+        missing, new = [trial for trial in trials if trial.name not in self.trials], []
+        for trial in missing:
+            if not self.is_drawn(trial) or config_key(trial.config) not in known:
+                self.record("drawn", trial=trial.name, config=trial.config, repeats=trial.repeats)
+                known.add(config_key(trial.config))
+                new.append(self.trials[trial.name])
+        if skipped := len(missing) - len(new):
             print(f"Skipped {skipped} of {len(trials)} trials, as others have the same config.", file=sys.stderr)
         return new
 

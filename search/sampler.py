@@ -110,29 +110,28 @@ def suggest_config(
     outcomes: Sequence[tuple[dict, float]],
     startup: int,
     taken: Collection[str] = (),
-    attempt: int = 0,
 ) -> dict:
     """Return the config that TPE suggests (Bergstra et al. 2011, "Algorithms for Hyper-Parameter Optimization").
 
     It depends only on the arguments: the space, the search's seed, the trial's number, the outcomes, and what is taken
     (see config_key), so that a resumed search draws what it would have drawn. The outcomes are configs with scores
-    (higher is better); with fewer than `startup` of them, the config is drawn at random, as it is if TPE suggests one
-    that is taken.
+    (higher is better). The config is drawn at random with fewer than `startup` of them, or if TPE's is taken.
     """
     import optuna  # optional
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    own_seed = int(np.random.SeedSequence([seed, number, attempt][: 2 + (attempt > 0)]).generate_state(1)[0])
-    # The defaults of these two changed in Optuna 5.0; multivariate finds more (see benchmarks/RESULTS.md).
-    sampler = optuna.samplers.TPESampler(
-        n_startup_trials=startup, seed=own_seed, multivariate=True, constant_liar=False
-    )
     searched = distributions(space)
-    study = OptunaSearch(searched, metric="score", mode="max", sampler=sampler)
-    for config, score in outcomes:
-        with contextlib.suppress(ValueError):  # one of first_trials may lie outside the space
-            study.add_evaluated_point({key: config[key] for key in searched}, score)
-    config = space | study.suggest("next")
-    if config_key(config) not in taken or attempt == MOST_ATTEMPTS:
-        return config
-    return suggest_config(space, seed, number, (), 1, taken, attempt + 1)
+    for attempt in range(MOST_ATTEMPTS):
+        own_seed = int(np.random.SeedSequence([seed, number, attempt][: 2 + (attempt > 0)]).generate_state(1)[0])
+        # The defaults of these two changed in Optuna 5.0; multivariate finds more (see benchmarks/RESULTS.md).
+        sampler = optuna.samplers.TPESampler(
+            n_startup_trials=startup, seed=own_seed, multivariate=True, constant_liar=False
+        )
+        study = OptunaSearch(searched, metric="score", mode="max", sampler=sampler)
+        for config, score in [] if attempt else outcomes:
+            with contextlib.suppress(ValueError):  # one of first_trials may lie outside the space
+                study.add_evaluated_point({key: config[key] for key in searched}, score)
+        suggested = space | study.suggest("next")
+        if config_key(suggested) not in taken:
+            break
+    return suggested

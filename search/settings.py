@@ -74,9 +74,7 @@ class Settings:
     time_budget: float | None = option(None, "stop cleanly after this long, e.g. 90s, 30m, 2h", type=seconds)
     quick: bool = option(False, "a one-minute demo on two cores, on synthetic images", action="store_true")
     scheduler: str = option(
-        "promote",
-        "what stops poor trials early; with none, early stopping still ends trials without progress (PATIENCE)",
-        choices=("promote", "asha", "none"),
+        "promote", "what stops poor trials; PATIENCE still ends trials with none", choices=("promote", "asha", "none")
     )
     grace_period: int | None = option(
         None, "epoch of the first rung, where trials are first compared (default: 2)", type=int
@@ -187,7 +185,7 @@ def check(settings: Settings, given: dict) -> None:
             raise ValueError(f"{flag(key)} {given[key]} is too small; use at least {minimum}")
     if not LOWEST_FACTOR <= given.get("reduction_factor", 3) < math.inf:
         raise ValueError(
-            f"--reduction-factor {settings.reduction_factor} is out of range; use a number of at least {LOWEST_FACTOR}"
+            f"--reduction-factor {settings.reduction_factor} is out of range; use at least {LOWEST_FACTOR}"
         )
     gpus = given.get("gpus_per_trial", 0)
     if not (0 <= gpus <= 1 or (1 < gpus < math.inf and gpus == int(gpus))):

@@ -33,14 +33,14 @@ def test_cheaper_trial_is_named_if_one_is_within_a_standard_error_of_the_best(tm
     add(search, 0.82, h_1=8, h_2=15)
     add(search, 0.81)  # √((0.9 · 0.1 + 0.81 · 0.19) / 25) = 0.0988
     one, other = (model_cost(CONFIG | config, 5) for config in ({}, big))
-    saved = [f"{1 - one[key] / other[key]:.0%}" for key in ("parameters", "gflop_per_image")]
+    share = [f"{one[key] / other[key]:.0%}" for key in ("gflop_per_image", "parameters")]
     assert named(search) == (
         "Cheaper, within one standard error (0.0988) of the best: train_cifar_00005 (accuracy 0.8100), "
-        f"{saved[0]} fewer parameters and {saved[1]} fewer FLOPs."
+        f"with {share[0]} of its FLOPs and {share[1]} of its parameters."
     )
-    # With more parameters, only the FLOPs are named; a trial that has not ended is not.
+    # It may have more parameters; a trial that has not ended is not named.
     add(search, 0.899, h_1=2, h_2=24)
     add(search, 0.899, h_1=1, h_2=1, end=None)
-    assert re.search(r"train_cifar_00006 \(accuracy 0.8990\), [0-9]+% fewer FLOPs\.$", named(search))
+    assert re.search(r"train_cifar_00006 \(accuracy 0.8990\), with \d\d% of its FLOPs and 1\d\d% of", named(search))
     search.images["num_val"] = 250_000
     assert named(search) == ""
