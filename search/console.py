@@ -21,7 +21,9 @@ def run_program(name: str, work: Callable[[], int]) -> int:
     It is what work returns; 2 for bad input, 1 if the disk is full or Ray died, each after one sentence on stderr;
     128 + n if signal n interrupted it, so 130 for Ctrl-C.
     """
-    out, err = SafeStream(sys.stdout), SafeStream(sys.stderr)
+    out, err, hook = SafeStream(sys.stdout), SafeStream(sys.stderr), threading.excepthook
+    # What a thread of TensorBoard cannot write, it raises here again.
+    threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else hook(args)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), interruptible() as signals:
         try:
             return work()
@@ -38,6 +40,7 @@ def run_program(name: str, work: Callable[[], int]) -> int:
         except KeyboardInterrupt:
             return 128 + signals[0]
         finally:
+            threading.excepthook = hook
             out.discard_rest()
             err.discard_rest()
 

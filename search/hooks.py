@@ -14,7 +14,7 @@ from ray import tune
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
-from search.files import read_lines
+from search.files import read_lines, remove
 from search.halving import Promotion
 from search.progress import Progress
 from search.records import LOG_FILE, METRICS, Search, Trial, config_key
@@ -209,7 +209,7 @@ class Recorder(tune.Callback):
     ) -> None:
         self.search, self.queue, self.ends, self.models_kept = search, queue, ends, models_kept
         self.progress = Progress(progress_period, queue.promotion.rungs)
-        self.board = Board(search)
+        self.board, self.shown = Board(search), True  # whether all events could be written
         self.trackers = trackers
         trackers.begin(self.progress.say)
         self.interrupted = threading.Event()
@@ -262,7 +262,12 @@ class Recorder(tune.Callback):
         try:
             self.board.write(known, len(self.queue.running))
         except OSError as error:
-            self.progress.say(f"cannot write TensorBoard's events ({error}); make room there.")
+            self.board.close_all()  # to try again with new files
+            if self.shown:
+                self.progress.say(
+                    f"Cannot write TensorBoard's events ({error.strerror}): {known.name} and later epochs."
+                )
+            self.shown = False
         self.trackers.report(known)
         if end:
             self.end(known)
@@ -283,7 +288,7 @@ class Recorder(tune.Callback):
 
     def end(self, trial: Trial) -> None:
         """Delete what a trial that has ended no longer needs, and announce its end."""
-        (self.search.folder / trial.name / ERROR_FILE).unlink(missing_ok=True)
+        remove(self.search.folder / trial.name / ERROR_FILE)
         prune(self.search, [trial], self.models_kept)
         with contextlib.suppress(OSError):  # a full disk
             self.board.end(trial)
@@ -341,9 +346,9 @@ def prune(search: Search, trials: list[Trial], models_kept: int | None) -> None:
     ]
     for trial in (*trials, *ranking):
         folder = search.folder / trial.name
-        (folder / TRAINING_FILE).unlink(missing_ok=True)
+        remove(folder / TRAINING_FILE)
         if (output := folder / OUTPUT_FILE).exists() and not output.stat().st_size:
-            output.unlink()
+            remove(output)
         prune_weights(folder, {trial.best.epoch} if trial in ranking[:models_kept] else set())
 
 

@@ -4,6 +4,7 @@ Each trial's events are in its own folder, those of the search in the search fol
 part of their name before the slash, and sorts the groups alphabetically.
 """
 
+import contextlib
 import functools
 import math
 import unicodedata
@@ -94,9 +95,10 @@ class Board:
         return self.writers[""]
 
     def close(self, name: str) -> None:
-        """Close a trial's events: a restarted trial begins a new file."""
+        """Close a trial's events, if they can be written: a restarted trial begins a new file."""
         if writer := self.writers.pop(name, None):
-            writer.close()
+            with contextlib.suppress(OSError):
+                writer.close()
 
     def close_all(self) -> None:
         for name in list(self.writers):

@@ -16,7 +16,7 @@ from ray import tune
 from torch import nn
 
 from data import Dataset, InputError, map_dataset
-from search.files import load_tensors, save_tensors
+from search.files import load_tensors, remove, save_tensors
 from search.records import SEARCH_FILE, Objective, new_report
 from train import DEFAULTS, Training, best_device, new_training, train_epochs
 
@@ -51,7 +51,7 @@ def prune_weights(folder: Path, epochs: set[int]) -> None:
     kept = {weights_path(folder, epoch) for epoch in epochs}
     for path in (*folder.glob("weights_*"), *folder.glob(".*.tmp")):
         if path not in kept:
-            path.unlink(missing_ok=True)
+            remove(path)
 
 
 def save_training(training: Training, config: dict, path: Path) -> None:

@@ -28,11 +28,14 @@ FEWEST_THREADS = 250  # that Ray starts there, with the first workers
 LOGGERS = (
     "ray.tune.tune",
     "ray.tune.analysis.experiment_analysis",
+    "ray.tune.execution.experiment_state",
+    "ray.train._internal.storage",
     "ray._private.authentication.authentication_token_setup",
 )
 # A worker takes its next trial only once the thread of its previous one has ended; Tune's limit of 2 s is too short.
 WORKER_ENVIRONMENT = {"TUNE_FUNCTION_THREAD_TIMEOUT_S": os.environ.get("TUNE_FUNCTION_THREAD_TIMEOUT_S", "60")}
 REPEATED_MESSAGES = ("Trials did not complete", "Token authentication", "Failed to fetch metrics")
+REPEATED_MESSAGES += ("Caught exception when creating directory", "Saving experiment state")  # which nothing here needs
 
 
 @contextlib.contextmanager
