@@ -284,6 +284,8 @@ def finish(search: records.Search, dataset: Dataset | None) -> int:
         print(f"The time budget is spent. To resume: {resume} --time-budget MORE")
     elif search.unfinished():
         print(f"To try the failed trials again: {resume}")
+    elif failures:
+        print(f"To write what is missing: {resume}")
     if metrics:
         with console.carry_on(failures):
             print(report.recap_best(search, metrics))

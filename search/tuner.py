@@ -34,8 +34,10 @@ LOGGERS = (
 )
 # A worker takes its next trial only once the thread of its previous one has ended; Tune's limit of 2 s is too short.
 WORKER_ENVIRONMENT = {"TUNE_FUNCTION_THREAD_TIMEOUT_S": os.environ.get("TUNE_FUNCTION_THREAD_TIMEOUT_S", "60")}
-REPEATED_MESSAGES = ("Trials did not complete", "Token authentication", "Failed to fetch metrics")
-REPEATED_MESSAGES += ("Caught exception when creating directory", "Saving experiment state")  # which nothing here needs
+REPEATED_MESSAGES = (
+    *("Trials did not complete", "Token authentication", "Failed to fetch metrics"),
+    *("Caught exception when creating directory", "Saving experiment state"),  # which nothing here needs
+)
 
 
 @contextlib.contextmanager
