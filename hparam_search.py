@@ -118,7 +118,7 @@ def draw(settings: Settings, first_number: int = 0, stream: int = 0) -> tuple[li
 
     They are numbered from first_number, after those taken from earlier searches, and drawn with a random stream.
     """
-    entries, first = search_space(settings), [] if settings.quick else space.to_plain(first_trials)
+    entries, first = search_space(settings), [] if settings.quick else space.to_plain(first_trials or [])
     tpe = settings.sampler == "tpe"
     configs = sampler.draw_configs(entries, settings.num_samples, settings.seed, first, tpe, stream)
     trials = [records.Trial(f"{records.TRIAL_PREFIX}{i:05}", config) for i, config in enumerate(configs, first_number)]
