@@ -264,9 +264,7 @@ class Recorder(tune.Callback):
         except OSError as error:
             self.board.close_all()  # to try again with new files
             if self.shown:
-                self.progress.say(
-                    f"Cannot write TensorBoard's events ({error.strerror}): {known.name} and later epochs."
-                )
+                self.progress.say(f"Cannot write TensorBoard's events any more ({error.strerror}).")
             self.shown = False
         self.trackers.report(known)
         if end:

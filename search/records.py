@@ -386,7 +386,7 @@ def lock_folder(folder: Path, shared: bool = False) -> Iterator[None]:
 def lock_search(folder: Path) -> Iterator[None]:
     """Lock a folder to run its search (see lock_folder); if this process is interrupted, say how to resume."""
     with lock_folder(folder):
-        for path in folder.glob(".*.tmp"):  # of a process that was killed
+        for path in (*folder.glob(".*.tmp"), *folder.glob(".ray_*")):  # of a process that was killed
             remove(path)
         try:
             yield

@@ -166,8 +166,6 @@ def share_resources(settings: Settings, num_trials: int) -> tuple[dict[str, floa
 @contextlib.contextmanager
 def temporary_folder(search_folder: Path, dataset: Dataset) -> Iterator[tuple[Path, Path]]:
     """Make a folder for Tune's own files, with the images in a file that all trials map; yield both paths."""
-    for path in search_folder.glob(".ray_*"):  # left by a killed process
-        shutil.rmtree(path, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=".ray_", dir=search_folder, ignore_cleanup_errors=True) as folder:
         # Not in Ray's object store: if Ray dies, this process would crash before it prints how to resume.
         images = Path(folder, "images.pt")
