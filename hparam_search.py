@@ -305,7 +305,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(report.list_searches(Path(settings.output_dir)))
             return 0
         space.check_constants(globals())
-        folder = Path(settings.resume or Path(settings.output_dir, settings.name or ""))
+        folder = Path(settings.resume or Path(settings.output_dir, settings.name or "").absolute())
         with contextlib.closing(trackers.Trackers(callbacks)) as tracking:
             if settings.resume or (settings.or_resume and (folder / records.SEARCH_FILE).exists()):
                 changes = {key: value for key, value in given.items() if key not in ("resume", "or_resume")}

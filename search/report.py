@@ -61,7 +61,7 @@ def recap(search: Search) -> str:
         row |= {"iter": cell(last and last.epoch), "time (s)": cell(last and last.seconds, ".0f")}
         rows.append(row | {name: cell(last and getattr(last, name), ".4f") for name in ("loss", "accuracy")})
     fixed = [item for item in trials[0].config.items() if item[0] not in search.searched]
-    shared = ", ".join(f"{key} {value}" for key, value in fixed if all(t.config[key] == value for t in trials))
+    shared = ", ".join(f"{key} {value}" for key, value in fixed if all(t.config.get(key) == value for t in trials))
     sources = Counter((search.folder.parent / trial.source).parent for trial in trials if trial.source)
     ends = Counter(trial.end for trial in trials if trial.end)
     counts = Counter(trial.status for trial in trials)

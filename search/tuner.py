@@ -54,43 +54,40 @@ def running_ray(settings: Settings) -> Iterator[None]:
         logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(REPEATED_MESSAGES))
     check_limits()
     address, handler = cluster_address(), signal.getsignal(signal.SIGTERM)
-    parent = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
-    if len(os.fsencode(parent)) > LONGEST_TEMP_DIR:
-        parent = "/tmp"
-    folder = Path(tempfile.mkdtemp(prefix="ray", dir=parent))  # of its own, to be removed
-    try:
-        copy_code(folder / "code")
-        if address and (parts := re.fullmatch(r"\[?([^/]+?)\]?:(\d+)", address)):
-            # Ray would wait for minutes if nothing listens there.
-            socket.create_connection((parts[1], int(parts[2])), timeout=5).close()
-        ray.init(
-            **({"address": address} if address else local_options(settings, folder)),
-            runtime_env={"working_dir": str(folder / "code"), "env_vars": WORKER_ENVIRONMENT},
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-            include_dashboard=False,
-        )
-    except SystemExit:  # from the handler of SIGTERM that Ray sets as it starts
-        signal.signal(signal.SIGTERM, handler)
-        signal.raise_signal(signal.SIGTERM)
-    except (OSError, OverflowError, ValueError) as error:
-        if address:
-            raise InputError(
-                f"no Ray cluster answers at RAY_ADDRESS {address!r}; start one there, or unset it"
-            ) from error
-        raise InputError(f"Ray cannot start ({str(error).splitlines()[0]}); see the Ray documentation") from error
-    with contextlib.suppress(ValueError):  # not in the main thread, where ray.init replaces it
-        signal.signal(signal.SIGTERM, handler)
-    died = False
-    try:
-        yield
-    except OSError:
-        died = True  # perhaps; its logs stay
-        raise
-    finally:
-        ray.shutdown()
-        if not died:
-            shutil.rmtree(folder, ignore_errors=True)
+    options = {"address": address} if address else local_options(settings)
+    with contextlib.ExitStack() as cleanup:
+        cleanup.callback(shutil.rmtree, options.get("_temp_dir", ""), ignore_errors=True)
+        try:
+            if address and (parts := re.fullmatch(r"\[?([^/]+?)\]?:(\d+)", address)):
+                # Ray would wait for minutes if nothing listens there.
+                socket.create_connection((parts[1], int(parts[2])), timeout=5).close()
+            with tempfile.TemporaryDirectory() as code:
+                copy_code(Path(code))
+                ray.init(
+                    **options,
+                    runtime_env={"working_dir": code, "env_vars": WORKER_ENVIRONMENT},
+                    log_to_driver=False,
+                    logging_level=logging.WARNING,
+                    include_dashboard=False,
+                )
+        except SystemExit:  # from the handler of SIGTERM that Ray sets as it starts
+            signal.signal(signal.SIGTERM, handler)
+            signal.raise_signal(signal.SIGTERM)
+        except Exception as error:  # Ray raises all kinds
+            if address:
+                raise InputError(
+                    f"no Ray cluster answers at RAY_ADDRESS {address!r}; start one there, or unset it"
+                ) from error
+            raise InputError(f"Ray cannot start ({str(error).splitlines()[0]}); see the Ray documentation") from error
+        with contextlib.suppress(ValueError):  # not in the main thread, where ray.init replaces it
+            signal.signal(signal.SIGTERM, handler)
+        try:
+            yield
+        except ConnectionError:  # Ray died, and its logs may say why
+            cleanup.pop_all()
+            raise
+        finally:
+            ray.shutdown()
 
 
 def copy_code(target: Path) -> None:
@@ -99,7 +96,6 @@ def copy_code(target: Path) -> None:
     From the working directory they might import another train.py, or none. A copy has neither the data that lie beside
     the code nor a .gitignore, which Ray would obey.
     """
-    target.mkdir()
     for path in CODE.glob("*.py"):
         shutil.copy(path, target)
     for path in CODE.glob("*/__init__.py"):
@@ -126,15 +122,18 @@ def check_limits() -> None:
             )
 
 
-def local_options(settings: Settings, folder: Path) -> dict:
-    """Return the arguments of ray.init that start a local Ray with a folder for its files."""
+def local_options(settings: Settings) -> dict:
+    """Return the arguments of ray.init that start a local Ray, with a folder of its own for its files."""
     if "RAY_AUTH_MODE" not in os.environ:
         # Otherwise Ray writes a token into the home folder, which a container user may lack.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    parent = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    if len(os.fsencode(parent)) > LONGEST_TEMP_DIR:
+        parent = "/tmp"
     # Ray counts GPUs that torch cannot use (a Mac's), and finds none without NVIDIA's management library.
     usable = settings.gpus_per_trial != 0 and torch.cuda.is_available()
     counts = {"num_cpus": usable_cpus(), "num_gpus": torch.cuda.device_count() if usable else 0}
-    return {"address": "local", **counts, "_temp_dir": str(folder)}
+    return {"address": "local", **counts, "_temp_dir": tempfile.mkdtemp(prefix="ray", dir=parent)}
 
 
 def own_node_lives() -> bool:

@@ -246,7 +246,8 @@ def test_search_is_started_or_resumed_by_the_same_line(
 ) -> None:
     folder = shutil.copytree(finished.folder, tmp_path / "it")
     monkeypatch.setattr(hparam_search.tuner, "running_ray", lambda _: pytest.fail("Ray was started"))
-    assert run_search(folder, *EXAMPLE, "--or-resume") == 0
+    monkeypatch.chdir(tmp_path.parent)
+    assert run_search(Path(tmp_path.name, "it"), *EXAMPLE, "--or-resume") == 0
     assert "Best trial: " in capsys.readouterr().out
     assert run_search(folder, *EXAMPLE, "--or-resume", "--seed", 1) == 2
     assert "--seed is 1, but was 0 when the search began; use another --name" in capsys.readouterr().err
