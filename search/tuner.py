@@ -54,10 +54,10 @@ def running_ray(settings: Settings) -> Iterator[None]:
         logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(REPEATED_MESSAGES))
     check_limits()
     address, handler = cluster_address(), signal.getsignal(signal.SIGTERM)
-    options = {"address": address} if address else local_options(settings)
     with contextlib.ExitStack() as cleanup:
-        cleanup.callback(shutil.rmtree, options.get("_temp_dir", ""), ignore_errors=True)
         try:
+            options = {"address": address} if address else local_options(settings)
+            cleanup.callback(shutil.rmtree, options.get("_temp_dir", ""), ignore_errors=True)
             if address and (parts := re.fullmatch(r"\[?([^/]+?)\]?:(\d+)", address)):
                 # Ray would wait for minutes if nothing listens there.
                 socket.create_connection((parts[1], int(parts[2])), timeout=5).close()
@@ -78,7 +78,8 @@ def running_ray(settings: Settings) -> Iterator[None]:
                 raise InputError(
                     f"no Ray cluster answers at RAY_ADDRESS {address!r}; start one there, or unset it"
                 ) from error
-            raise InputError(f"Ray cannot start ({str(error).splitlines()[0]}); see the Ray documentation") from error
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise InputError(f"Ray cannot start ({reason}); see the Ray documentation") from error
         with contextlib.suppress(ValueError):  # not in the main thread, where ray.init replaces it
             signal.signal(signal.SIGTERM, handler)
         try:
