@@ -22,8 +22,8 @@ from search.settings import Settings, cluster_address
 
 CODE = Path(__file__).resolve().parents[1]
 LONGEST_TEMP_DIR = 30  # bytes; the paths of Ray's sockets below it are limited to 107
-FEWEST_FILES = 256  # that Ray opens on a small machine
-FEWEST_THREADS = 250  # that Ray starts there, with the first workers
+# With fewer, Ray hung or crashed on two cores.
+FEWEST_FILES, FEWEST_THREADS, THREADS_PER_CPU = 80, 200, 25
 # Ray's messages that the search replaces with its own.
 LOGGERS = (
     "ray.tune.tune",
@@ -112,15 +112,12 @@ def check_limits() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, most))
     threads, _ = resource.getrlimit(resource.RLIMIT_NPROC)
     if os.geteuid() and threads != resource.RLIM_INFINITY:  # root has no such limit
-        used = 0
+        needed = FEWEST_THREADS + THREADS_PER_CPU * usable_cpus()
         for path in Path("/proc").glob("[0-9]*/task"):
             with contextlib.suppress(OSError):  # it has ended
-                used += len(list(path.iterdir())) if path.stat().st_uid == os.geteuid() else 0
-        if threads - used < FEWEST_THREADS:
-            raise InputError(
-                f"ulimit -u {threads} is too low for Ray, as {used} processes and threads are in use; allow at least "
-                f"{used + FEWEST_THREADS}"
-            )
+                needed += len(list(path.iterdir())) if path.stat().st_uid == os.geteuid() else 0
+        if threads < needed:
+            raise InputError(f"ulimit -u {threads} is too low for Ray; allow at least {needed} processes and threads")
 
 
 def local_options(settings: Settings) -> dict:
