@@ -194,8 +194,9 @@ def run(search: records.Search, dataset: Dataset, tracking: trackers.Trackers) -
         if not search.interrupted():
             fit(search, search.draw(search.repeats(REPEATED_TRIALS)), dataset, tracking)
     except (KeyboardInterrupt, OSError):
-        print(report.recap(search), report.best_so_far(search), sep="\n", flush=True)
-        with contextlib.suppress(OSError):  # the disk may be full
+        with console.carry_on([]):
+            print(report.recap(search), report.best_so_far(search), sep="\n", flush=True)
+        with console.carry_on([]):
             report.write_results(search)
         raise
     return finish(search, dataset)

@@ -138,7 +138,7 @@ def measure(config: dict, dataset: Dataset, rounds: int, device: torch.device) -
             training_seconds = count * batch_size / report.images_per_second
             validation.append((report.seconds - before - training_seconds) / len(dataset.val_images))
             before = report.seconds
-            weights.append(seconds_of(lambda path=path: save_weights(training, path), device))
+            weights.append(seconds_of(lambda path=path: save_weights(training.evaluated, path), device))
             state.append(seconds_of(lambda: save_training(training, config, Path(folder, "state.pt")), device))
             prune_weights(Path(folder), {report.epoch})
             for name, steps in others.items():

@@ -205,7 +205,7 @@ def test_no_wait_for_the_gpu_within_an_epoch() -> None:
 def test_restored_in_mid_run_and_loads_on_a_cpu(tmp_path: Path) -> None:
     expected, training, path = run(CONFIG), new_training(CONFIG, 5, GPU), weights_path(tmp_path, 1)
     first = next(train_epochs(training, CONFIG, IMAGES, GPU))
-    save_weights(training, path)
+    save_weights(training.evaluated, path)
     save_training(training, CONFIG, tmp_path / TRAINING_FILE)
     restored = restore_training(CONFIG, 5, GPU, tmp_path / TRAINING_FILE)
     assert restored.notes == []
