@@ -31,8 +31,8 @@ def explain_failure(path: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError) as error:  # torch.save raises a RuntimeError in the context of an OSError
         cause: Any = error
-        while cause and not isinstance(cause, OSError):
-            cause = cause.__context__
+        while cause and not getattr(cause, "errno", None):
+            cause = cause.__cause__ or cause.__context__
         reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
         advice = ADVICE.get(getattr(cause, "errno", None), "")
         raise OSError(f"cannot write {path} ({reason}){advice}") from error
