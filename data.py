@@ -31,7 +31,7 @@ IMAGES_AT_ONCE = 1024  # images augmented and normalised together; 13 MB
 MIN_IMAGES_PER_CLASS = 5  # the smallest number of which 20 % is a whole image
 DOWNLOAD_TIMEOUT = 10  # seconds to wait for an answer
 PICTURES_AT_ONCE = 50  # pictures that a thread reads before it reports
-FAULTS_NAMED = 5  # pictures that are named if they cannot be read
+FAULTS_NAMED = 5  # maximum number of unreadable pictures to name
 MAX_PIXELS = 50_000_000  # per picture; 150 MB when decoded
 CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # hold the quotas of containers and jobs
 # What desktops, archives and network disks leave in folders, besides hidden files.
@@ -160,8 +160,8 @@ def load_folder(data_dir: str | Path) -> Dataset:
         labels.append(torch.tensor([i for i, name in enumerate(classes) for _ in found.get(name, [])]))
     if faults:
         named = ", ".join(str(fault).split("; ")[0] for fault in faults[:FAULTS_NAMED])
-        more = len(faults) - FAULTS_NAMED
-        raise InputError(f"{named}{f' and {more:,} more' if more > 0 else ''}; remove or replace them")
+        more = f", and {len(faults) - FAULTS_NAMED:,} more" if len(faults) > FAULTS_NAMED else ""
+        raise InputError(f"{named}{more}; remove or replace {'them' if len(faults) > 1 else 'it'}")
     return split_dataset(images[0], labels[0], images[1], labels[1], classes)
 
 
@@ -193,7 +193,10 @@ def _without_litter(names: list[str]) -> list[str]:
 
 
 def _read_pictures(paths: list[str], folder: Path, faults: list[InputError]) -> Tensor:
-    """Read pictures as uint8 (N, 32, 32, 3), and print how many were resized; append why others cannot be read."""
+    """Read pictures as uint8 (N, 32, 32, 3), and print how many were resized.
+
+    Why any cannot be read is appended to `faults`.
+    """
     Image.preinit()  # the common formats, tried first
     Image.init()  # the others; several threads must not load them at once
     pictures = []
@@ -224,7 +227,7 @@ def _try_picture(path: str) -> tuple[np.ndarray, bool] | InputError:
 def usable_cpus() -> int:
     """Return how many CPUs this process may use, by its affinity (taskset, SLURM) and the quotas of its cgroups."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    paths = {Path()}  # as a container sees its own cgroup
+    paths = {Path()}  # a container sees its own cgroup as the root
     with contextlib.suppress(OSError):
         for line in OWN_CGROUPS.read_text().splitlines():
             path = Path(line.split(":", 2)[2].lstrip("/"))

@@ -18,9 +18,9 @@ from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent))  # which PYTHONSAFEPATH=1 omits
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH=1 omits this folder
 
-from search.settings import PROGRAM, Settings, parse_args  # before Ray: sets what it reads when imported
+from search.settings import PROGRAM, Settings, parse_args  # before Ray: sets what Ray reads when imported
 
 if __name__ == "__main__":
     parse_args(None, __doc__)  # answers --help and bad flags before the slow imports
@@ -76,7 +76,7 @@ GRACE_PERIOD = 2  # epoch of the first rung
 REDUCTION_FACTOR = 2.0  # promote 1 in this many trials; also the ratio between successive rungs
 KEEP = 2  # promote at least this many at each rung
 
-# None switches off PATIENCE, MAX_SECONDS_PER_TRIAL and SAVE_PERIOD; MODELS_KEPT = None keeps all.
+# None switches PATIENCE, MAX_SECONDS_PER_TRIAL and SAVE_PERIOD off; MODELS_KEPT = None keeps all weights.
 PATIENCE = 4  # stop a trial after this many epochs without progress
 MIN_DELTA = 0.001  # minimum decrease of the loss (nats) that counts as progress
 MAX_SECONDS_PER_TRIAL = 3600
@@ -258,15 +258,15 @@ def fit(search: records.Search, trials: list[records.Trial], dataset: Dataset, t
 def finish(search: records.Search, dataset: Dataset | None) -> int:
     """Test the best model unless that is done, write and print the results, and return the exit code.
 
-    The model comes first, and what fails stops nothing else: what is only shown must not cost what is kept. If the
-    process is killed here, --resume repeats this.
+    The model comes first, and a failing step does not stop the others. If the process is killed here, --resume repeats
+    this, except for TensorBoard's pictures of a model that is already saved.
     """
     failures: list[Exception] = []
     metrics = None
     with console.carry_on(failures):
         metrics = best_model.read_best_model(search)
         if metrics:
-            dataset = None  # shown before
+            dataset = None  # already shown
         elif search.ranking():
             dataset = dataset or load_images(search)
             metrics = best_model.evaluate_best_model(search, dataset, image_source(search.settings))
@@ -286,7 +286,7 @@ def finish(search: records.Search, dataset: Dataset | None) -> int:
     elif search.unfinished():
         print(f"To try the failed trials again: {resume}")
     elif failures:
-        print(f"To write what is missing: {resume}")
+        print(f"To complete the results: {resume}")
     if metrics:
         with console.carry_on(failures):
             print(report.recap_best(search, metrics))

@@ -176,7 +176,7 @@ def averaged_tensors(model: nn.Module) -> list[Tensor]:
 def best_device(name: str | None = None) -> torch.device:
     """Return the device of this name, cuda or cpu; by default the GPU, if there is one that torch can use.
 
-    With cpu, all GPUs are hidden from this process: torch's optimizers would ask even a broken one for its state.
+    With cpu, hide all GPUs from this process, as torch's optimizers would query even a broken one.
     Raises InputError for cuda without such a GPU.
     """
     if name == "cpu":

@@ -31,7 +31,7 @@ WEIGHTS, CONFIG, METRICS = "weights.pt", "config.json", "metrics.json"
 
 
 def evaluate_best_model(search: Search, dataset: Dataset, source: dict) -> dict | None:
-    """Test the best trial's model, once, and write best_model/; nothing else looks at the test images.
+    """Test the best trial's model, once, and write best_model/.
 
     If its weights are damaged or missing, say so on stderr and use those of the next best trial. Returns the content of
     metrics.json, or None if no trial has a model. Raises InputError if model.py no longer fits the weights.
@@ -67,7 +67,7 @@ def show_best_model(search: Search, dataset: Dataset) -> None:
 def on_test_images(
     search: Search, model: nn.Module, dataset: Dataset, function: Callable[[nn.Module, Batches], T]
 ) -> T:
-    """Return what a function makes of a model and the test images, on the GPU if the search may use one.
+    """Apply a function to a model and the test images, on the GPU if the search may use one, and return the result.
 
     If the GPU fails, say so on stderr and use the CPU.
     """
@@ -126,8 +126,8 @@ def read_metrics(folder: Path) -> dict | None:
 def read_model(folder: Path) -> tuple[SmallResNet, dict]:
     """Return the model in a folder, on the CPU, and the content of its config.json.
 
-    Hyperparameters that it lacks get their defaults. Raises InputError if there is no model, if it is damaged or from
-    another version, or if model.py no longer fits it.
+    Hyperparameters that its config lacks get their defaults. Raises InputError if there is no model, if it is damaged
+    or from another version, or if model.py no longer fits it.
     """
     path = folder / CONFIG
     try:
@@ -141,7 +141,7 @@ def read_model(folder: Path) -> tuple[SmallResNet, dict]:
     config = about["hyperparameters"] = DEFAULTS | about["hyperparameters"]
     for key in MODEL:
         if key not in config:
-            raise InputError(f"{path} lacks {key!r}; give it a default in train.py, as others have there")
+            raise InputError(f"{path} lacks {key!r}; add its default in train.py, as in FRACTION(0.0)")
         check_value(key, config[key])
     model = load_model(folder / WEIGHTS, config, about["classes"])
     if model is None:

@@ -18,11 +18,11 @@ LAST_SECONDS = 12  # maximum time to stop after a signal
 def run_program(name: str, work: Callable[[], int]) -> int:
     """Run a program's work, and return its exit code.
 
-    It is what work returns; 2 for bad input, 1 if the disk is full or Ray died, each after one sentence on stderr;
-    128 + n if signal n interrupted it, so 130 for Ctrl-C.
+    It is what work returns; 2 for bad input, 1 if a file cannot be written, the GPU failed or Ray died, each after one
+    sentence on stderr; 128 + n if signal n interrupted it, so 130 for Ctrl-C.
     """
     out, err, hook = SafeStream(sys.stdout), SafeStream(sys.stderr), threading.excepthook
-    # What a thread of TensorBoard cannot write, it raises here again.
+    # Ignore an OSError in TensorBoard's threads: the main thread raises it again.
     threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else hook(args)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), interruptible() as signals:
         try:
@@ -35,7 +35,8 @@ def run_program(name: str, work: Callable[[], int]) -> int:
         except RuntimeError as error:
             if "CUDA" not in str(error) and "cuDNN" not in str(error):
                 raise
-            print_error(f"the GPU failed ({str(error).splitlines()[0].rstrip('.')}); use --device cpu", name)
+            reason = str(error).splitlines()[0].rstrip(".")
+            print_error(f"the GPU failed ({reason}); use --device cpu, or --gpus-per-trial 0 in a search", name)
             return 1
         except KeyboardInterrupt:
             return 128 + signals[0]
@@ -47,7 +48,7 @@ def run_program(name: str, work: Callable[[], int]) -> int:
 
 @contextlib.contextmanager
 def carry_on(failures: list[Exception]) -> Iterator[None]:
-    """Report an exception in the block in a sentence, and append it to failures, instead of raising it."""
+    """Report an exception in the block in one sentence and append it to `failures` instead of raising it."""
     try:
         yield
     except Exception as error:

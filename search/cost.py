@@ -63,5 +63,5 @@ def cheaper(search: Search, best: Trial) -> str:
     parameters, flop = (costs[found][key] / costs[best][key] for key in COSTS)
     return (
         f"Cheaper, within one standard error ({error(found):.4f}) of the best: {found.name} (accuracy "
-        f"{found.best.accuracy:.4f}), with {flop:.0%} of its FLOPs and {parameters:.0%} of its parameters."
+        f"{found.best.accuracy:.4f}), with {flop:.0%} of the best one's FLOPs and {parameters:.0%} of its parameters."
     )

@@ -19,14 +19,14 @@ from typing import Any
 
 import torch
 
-# What helps if a file cannot be written, where the system's reason leaves no doubt.
+# Advice for failures to write whose remedy is certain.
 ADVICE = dict.fromkeys([errno.ENOSPC, errno.EDQUOT], "; make room there")
-ADVICE |= {errno.EROFS: "; make that disk writable", errno.EACCES: "; allow this user to write there"}
+ADVICE |= {errno.EROFS: "; make the disk writable", errno.EACCES: "; allow writing there"}
 
 
 @contextlib.contextmanager
 def explain_failure(path: Path) -> Iterator[None]:
-    """Turn an error in the block, which writes a file, into an OSError with its name, the reason and advice."""
+    """Turn a failure to write a file, in the block, into an OSError that names the file, the reason and any remedy."""
     try:
         yield
     except (OSError, RuntimeError) as error:  # torch.save raises a RuntimeError in the context of an OSError
@@ -128,7 +128,7 @@ def append_lines(path: Path, contents: list[dict], durable: bool = False) -> Non
         try:
             text = "".join(dumps(content) + "\n" for content in contents).encode()
             while text:
-                text = text[file.write(text) :]  # after an incomplete write, the next one says why
+                text = text[file.write(text) :]  # after a partial write, the next one raises the reason
             if durable:
                 os.fsync(file.fileno())
         except OSError:
@@ -151,7 +151,7 @@ def read_lines(path: Path) -> tuple[list[dict], int]:
 def save_tensors(content: dict, path: Path) -> None:
     """Write a dict of tensors and plain values; raise OSError, naming the file, if this fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary, temporary.open("wb") as file:  # torch would hide why a path fails
+    with atomic_write(path) as temporary, temporary.open("wb") as file:  # given a path, torch would hide why it fails
         torch.save(content, file)
 
 
@@ -171,13 +171,13 @@ def load_tensors(path: Path) -> dict | None:
 def lock(path: Path, shared: bool = False) -> Iterator[bool]:
     """Lock a file until the block, or this process, ends; yield False if another process has locked it.
 
-    Any number of processes can share a lock, but none that wants it alone. The file is created for a lock that is not
-    shared; it must not be replaced. Always True on a file system without locks.
+    Several processes can hold a shared lock, but then none an exclusive one. An exclusive lock creates the file, which
+    must never be replaced. Yields True on file systems without locks.
     """
     if shared and not path.exists():
         yield True
         return
-    with explain_failure(path):  # over NFS, a lock that is not shared needs a file that is open for writing
+    with explain_failure(path):  # over NFS, an exclusive lock needs a file that is open for writing
         descriptor = os.open(path, os.O_RDONLY if shared else os.O_RDWR | os.O_CREAT, 0o666)
     try:
         try:

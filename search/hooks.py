@@ -209,7 +209,7 @@ class Recorder(tune.Callback):
     ) -> None:
         self.search, self.queue, self.ends, self.models_kept = search, queue, ends, models_kept
         self.progress = Progress(progress_period, queue.promotion.rungs)
-        self.board, self.shown = Board(search), True  # whether all events could be written
+        self.board, self.shown = Board(search), True  # False once an event could not be written
         self.trackers = trackers
         trackers.begin(self.progress.say)
         self.interrupted = threading.Event()
@@ -250,7 +250,7 @@ class Recorder(tune.Callback):
         if "restored" in result:
             if result["restored"] < len(known.reports):
                 self.record("restarted", trial=known.name, epoch=result["restored"])
-                for name in (known.name, ""):  # its events, and those of the search, go back
+                for name in (known.name, ""):  # the steps go back in its curves and in the search's
                     self.board.close(name)
             return
         if result["epoch"] <= len(known.reports):
@@ -264,7 +264,9 @@ class Recorder(tune.Callback):
         except OSError as error:
             self.board.close_all()  # to try again with new files
             if self.shown:
-                self.progress.say(f"Cannot write TensorBoard's events any more ({error.strerror}).")
+                self.progress.say(
+                    f"Cannot write TensorBoard's events ({error.strerror}); trying again after each report."
+                )
             self.shown = False
         self.trackers.report(known)
         if end:
@@ -334,8 +336,8 @@ class Recorder(tune.Callback):
 def prune(search: Search, trials: list[Trial], models_kept: int | None) -> None:
     """Delete what these ended trials no longer need: training states, and weights except those of the best trials.
 
-    The models_kept best (None: all) of the ended trials with weights (one taken from an earlier search may have none)
-    keep those of their best epoch.
+    Of the ended trials with weights (taken ones may have none), the models_kept best (None: all) keep those of their
+    best epoch.
     """
     ranking = [
         trial
@@ -364,7 +366,7 @@ def error_sentence(text: str, config: dict) -> str:
         cause := re.search(r"^\w+Error: .+", text.split("on the worker")[1], re.M)
     ):
         return f"cannot import its code ({cause[0]}); install the missing package, or put it beside train.py"
-    # The exception, whose message may have more lines, follows the last place in the code; a dead process has none.
+    # The exception, perhaps of several lines, follows the last code location; a dead process has no traceback.
     for i, line in enumerate(last):
         if line.startswith('  File "'):
             lines = [line for line in last[i + 1 :] if line.strip() and not line.startswith("    ")] or lines

@@ -79,7 +79,7 @@ class Trial:
     name: str
     config: dict = field(default_factory=dict)
     repeats: str | None = None  # the trial whose config it repeats with another seed
-    source: str | None = None  # the earlier search's trial that it was taken from: its path, relative to --output-dir
+    source: str | None = None  # path of the earlier search's trial, relative to --output-dir if it is there
     reports: list[Report] = field(default_factory=list)  # one per epoch, in order
     best: Report | None = None  # its weights are on disk while needed; None if the trial diverged or none is finite
     paused: bool = False  # at a rung, until it continues or ends
@@ -120,7 +120,7 @@ class Search:
     versions: dict[str, str]  # of the packages that figures depend on, when the search began
     trials: dict[str, Trial] = field(default_factory=dict)  # by name, in the order in which they were drawn
     seconds: float = 0.0  # how long trials have run, over all processes
-    started: float | None = field(default=None, repr=False)  # when it was 0, by this process's monotonic clock
+    started: float | None = field(default=None, repr=False)  # this process's monotonic clock, less `seconds`
     resources: str = ""  # CPUs and GPUs that the trials use
     first_number: int = 0  # how many own trials were taken from earlier searches
     stream: int = 0  # random stream of the draws
@@ -136,7 +136,7 @@ class Search:
     def apply(self, event: dict) -> None:
         """Update the state with an event.
 
-        Events, each of which also has a time, and in `ran` how many seconds trials have run:
+        Every event also has its time, and as `ran` the seconds that trials have run. Events:
             started: the trials begin to run, on these resources.
             drawn: a trial has this config, and repeats another one or none; it may come from an earlier search.
             reported: a trial's epoch has these metrics; the trial ends for this reason, is paused, or continues.
@@ -179,12 +179,12 @@ class Search:
 
     def record(self, kind: str, **details: object) -> None:
         """Append an event to the log and apply it; raise OSError if it cannot be written."""
-        now = time.monotonic()  # the clock on the wall may be set, or jump when a laptop wakes
+        now = time.monotonic()  # the wall clock may be set, or jump when a laptop wakes
         if kind == "started":
             self.started = now - self.seconds
         ran = self.seconds if self.started is None else now - self.started
         event = {"event": kind, "time": time.time(), "ran": ran} | details
-        with explain_failure(self.folder / LOG_FILE):  # before the files of a trial that has ended are deleted:
+        with explain_failure(self.folder / LOG_FILE):  # a trial's end must be on disk before its files are deleted
             append_lines(self.folder / LOG_FILE, [event], durable=bool(details.get("end")))
         self.apply(event)
 
@@ -205,7 +205,7 @@ class Search:
                 known.add(config_key(trial.config))
                 new.append(self.trials[trial.name])
         if skipped := len(missing) - len(new):
-            print(f"Skipped {skipped} of {len(trials)} trials, as others have the same config.", file=sys.stderr)
+            print(f"Skipped {skipped} of {len(trials)} trials with the config of another trial.", file=sys.stderr)
         return new
 
     def repeats(self, count: int) -> list[Trial]:
@@ -254,7 +254,7 @@ class Search:
 
 
 def new_folder(settings: Settings) -> Path:
-    """Return the folder of a new search; raise InputError if it exists, unless empty, or cannot be created."""
+    """Return the folder of a new search; raise InputError if it is not empty or cannot be created."""
     name = settings.name or datetime.now().strftime("search_%Y-%m-%d_%H-%M-%S")
     folder = Path(settings.output_dir).absolute() / name
     if settings.name and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -267,22 +267,22 @@ def new_folder(settings: Settings) -> Path:
 
 @contextlib.contextmanager
 def creating_search(settings: Settings, space: dict, dataset: Dataset, objective: Objective) -> Iterator[Search]:
-    """Yield a new search in a hidden folder, to which the block adds trials; then write search.json and rename it.
+    """Yield a new search in a hidden folder, to which the block adds trials; then write search.json and rename that.
 
-    So a search exists whole or not at all. Raises InputError if its folder cannot be created.
+    A search thus exists completely or not at all. Raises InputError if its folder cannot be created.
     """
     folder = new_folder(settings)
     hidden = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         try:
-            for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):  # by a killed process
+            for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):  # left by a killed process
                 remove(left)
             hidden.mkdir(parents=True)
         except OSError as error:
             raise InputError(f"cannot create {folder} ({error.strerror}); choose another --name") from error
         yield (search := Search(hidden, settings, space, fingerprint(dataset), objective, installed_versions(settings)))
         search.write()
-        while folder.exists() and not settings.name:  # of another search that started in the same second
+        while folder.exists() and not settings.name:  # taken by another search that started in the same second
             time.sleep(1)
             folder = new_folder(settings)
         with explain_failure(folder):
@@ -296,7 +296,7 @@ def creating_search(settings: Settings, space: dict, dataset: Dataset, objective
 def open_search(folder: Path, changes: dict) -> Search:
     """Return the search in a folder, restored from its log, with the settings in `changes` replaced.
 
-    Raises InputError if it is damaged or from another version, or if a setting cannot change so.
+    Raises InputError if it is damaged or from another version, or if a setting may not change like that.
     """
     path = folder / SEARCH_FILE
     try:
@@ -319,7 +319,8 @@ def open_search(folder: Path, changes: dict) -> Search:
         if key in GROWABLE and before is not None and value < before:
             raise InputError(f"{flag(key)} {value:g} is less than the search has; use at least {before:g}")
         if key not in CHANGEABLE and value != before:
-            raise InputError(f"{flag(key)} is {value}, but was {before} when the search began; use another --name")
+            was = f"{flag(key)} is {value}, but was {before} when the search began"
+            raise InputError(f"{was}; remove it, or use another --name")
     if "data_dir" in changes and settings.dataset == "synthetic":
         raise InputError("--data-dir cannot be combined with synthetic images; remove it")
     search.settings = replace(settings, **changes)
@@ -338,7 +339,7 @@ def check_unchanged(search: Search, space: dict, objective: Objective) -> None:
     before = DEFAULTS | search.space | vars(search.objective)
     for key, now in (space | vars(objective)).items():
         if key not in before:  # a hyperparameter that has been added to train.py
-            raise InputError(f"the search began without {key!r}; give it a default in train.py, as others have there")
+            raise InputError(f"the search began without {key!r}; add its default in train.py, as in FRACTION(0.0)")
         if now != before[key]:
             raise InputError(
                 f"{key!r} is {now}, but was {before.get(key)} when the search began; restore it, or start a new search "
@@ -368,7 +369,7 @@ def check_same_images(search: Search, dataset: Dataset) -> None:
 
 @contextlib.contextmanager
 def lock_folder(folder: Path, shared: bool = False) -> Iterator[None]:
-    """Keep other processes from running the search in a folder, and if not shared, from reading it to start their own.
+    """Keep other processes from running the search in a folder, and unless shared, from warm-starting from it.
 
     Raises InputError if another process is running it, or there is no such search.
     """

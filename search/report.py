@@ -33,7 +33,10 @@ def write_results(search: Search) -> None:
     for trial in search.trials.values():
         config, best, last = parameters | trial.config, trial.best, trial.reports[-1] if trial.reports else None
         weights = best and weights_path(Path(trial.name), best.epoch)
-        row: dict[str, object] = {"trial": trial.name, "status": trial.status}  # as text: 00000 is a number to pandas
+        row: dict[str, object] = {
+            "trial": trial.name,
+            "status": trial.status,
+        }  # the name: pandas would read 00000 as a number
         row |= {"max_epochs" if name == "epochs" else name: value for name, value in config.items()}
         row |= {"epochs": last and last.epoch}
         row |= {f"best_{name}": best and getattr(best, name) for name in ("epoch", *search.objective.shown)}
@@ -175,7 +178,7 @@ def at_edges(search: Search, edges: dict[str, str]) -> list[str]:
     space = "QUICK_SPACE" if search.settings.quick else "param_space"
     text = f"The best value lies at the edge of its range: {ends}. To search beyond it without retraining, widen "
     command = script_command("--warm-start", search.folder, *search.settings.source_flags())
-    return [*textwrap.wrap(f"{text}{space} and run", COLUMNS), f"    {command}"]
+    return [*textwrap.wrap(f"{text}it in {space} and run", COLUMNS), f"    {command}"]
 
 
 def rank_correlation(one: list[float], other: list[float]) -> float:

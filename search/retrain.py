@@ -1,7 +1,7 @@
 """Train a model's config again, without Ray: unchanged, with other values, or on all images.
 
 python -m search.retrain outputs/NAME/best_model
-python -m search.retrain outputs/NAME/best_model --full    # on training and validation images together
+python -m search.retrain outputs/NAME/best_model --full --test    # on training and validation images together
 python -m search.retrain outputs/NAME/best_model --lr 0.02 --epochs 30
 """
 
@@ -42,7 +42,7 @@ def parse_args(argv: Sequence[str] | None) -> dict:
     add = parser.add_argument
     add("model", type=Path, help="model folder whose config is trained, e.g. outputs/NAME/best_model")
     add("--full", action="store_true", help="train on the validation images too, and keep the last epoch's weights")
-    add("--test", action="store_true", help="test the model on the test images; not to choose between models")
+    add("--test", action="store_true", help="also test the model; do not choose between models by the result")
     add("--data-dir", metavar="PATH", type=absolute_path, help="image folder (default: the original one)")
     add("--output-dir", metavar="PATH", type=absolute_path, help="parent of the new folder (default: outputs)")
     add("--name", type=folder_name, help="name of the new model folder (default: retrained_<date>_<time>)")
@@ -71,7 +71,7 @@ def retrain(given: dict) -> int:
     _, about = read_model(given["model"])
     values = about["hyperparameters"] | given
     if missing := [flag(key) for key in CONFIG_KEYS if key not in values]:
-        raise InputError(f"{given['model']} was trained without {missing[0]}; pass its value")
+        raise InputError(f"{given['model']} has no value for {missing[0]}; pass one")
     config = {key: values[key] for key in CONFIG_KEYS}
     check_space(config)
     device, objective = best_device(given["device"]), Objective(*about["objective"])

@@ -16,7 +16,7 @@ from search.records import Objective, Trial, config_key
 from search.space import check_value, count_configs, to_plain
 
 MAX_TRIALS = 100_000
-MOST_ATTEMPTS = 500  # to draw a config that is not taken
+MOST_ATTEMPTS = 500  # maximum attempts to draw a config that is not taken
 
 
 def draw_configs(
@@ -26,8 +26,8 @@ def draw_configs(
 
     The first trials give plain values to searched hyperparameters; omitted ones are drawn, and change no other draw.
     With tpe, the configs of the others hold only the fixed values: suggest_config draws the rest; there are at most as
-    many as the space has. Each stream (0 to 2**32 - 1) gives different draws. Raises InputError if a config is invalid,
-    or if TPE cannot draw from the space.
+    many as the space has configs. Each stream (0 to 2**32 - 1) gives different draws. Raises InputError if a config is
+    invalid, or if TPE cannot draw from the space.
     """
     if tpe:
         if importlib.util.find_spec("optuna") is None:

@@ -16,7 +16,7 @@ GROWABLE = ("num_samples", "repeats", "time_budget")  # settings that --resume c
 CHANGEABLE = (*GROWABLE, "data_dir", "cpus_per_trial", "gpus_per_trial")  # settings that --resume can change
 # setting → the schedulers that use it
 SCHEDULERS_WITH = {"grace_period": ("promote", "asha"), "reduction_factor": ("promote", "asha"), "keep": ("promote",)}
-LOWEST_FACTOR = 1.1  # with a reduction factor of 1, every epoch would be a rung at which none is stopped
+LOWEST_FACTOR = 1.1  # with a lower reduction factor, almost every epoch would be a rung that stops almost no trial
 UNITS = {"s": 1, "m": 60, "h": 3600}
 
 
@@ -32,11 +32,11 @@ def seconds(text: str) -> float:
 
 
 def absolute_path(text: str) -> str:
-    """Return an absolute path, in which a leading ~ stands for the home folder; also of a file:// URL."""
+    """Return the absolute path of a path, which may begin with ~, or of a file:/// URL."""
     if re.match(r"file:///", text, re.IGNORECASE):
         text = unquote(text[7:])
-    elif url := re.match(r"\w[\w+.-]*://", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a folder; mount {url[0]} storage as one and pass its path")
+    elif re.match(r"\w[\w+.-]*://", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a local folder; mount that storage and pass its path")
     return os.path.abspath(os.path.expanduser(text))  # noqa: PTH100, PTH111 (Path raises for ~nobody)
 
 
@@ -74,7 +74,9 @@ class Settings:
     time_budget: float | None = option(None, "stop cleanly after this long, e.g. 90s, 30m, 2h", type=seconds)
     quick: bool = option(False, "a one-minute demo on two cores, on synthetic images", action="store_true")
     scheduler: str = option(
-        "promote", "what stops poor trials; PATIENCE still ends trials with none", choices=("promote", "asha", "none")
+        "promote",
+        "what stops poor trials; none leaves only early stopping (PATIENCE)",
+        choices=("promote", "asha", "none"),
     )
     grace_period: int | None = option(
         None, "epoch of the first rung, where trials are first compared (default: 2)", type=int
@@ -87,7 +89,7 @@ class Settings:
     gpus_per_trial: float | None = option(None, "GPUs per trial, e.g. 0.5 (default: 1 if any)", type=float)
     output_dir: str = option("outputs", "parent of all search folders", type=absolute_path)
     name: str | None = option(None, "name of the search folder (default: search_<date>_<time>)", type=folder_name)
-    or_resume: bool = option(False, "resume the search called --name if it exists", action="store_true")
+    or_resume: bool = option(False, "resume the search that --name names, or start it", action="store_true")
     resume: str | None = option(None, "continue the search in this folder (see README)", type=absolute_path)
     list: bool = option(False, "list the searches in --output-dir: status, accuracy, cost", action="store_true")
 
@@ -127,7 +129,7 @@ class Parser(argparse.ArgumentParser):
 
 def add_device(parser: Parser) -> None:
     """Add the flag --device, which is None by default."""
-    text = "where to compute (default: on the GPU, if torch can use one)"
+    text = "device to use (default: cuda if available)"
     parser.add_argument("--device", choices=("cuda", "cpu"), default=None, help=text)
 
 

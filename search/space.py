@@ -68,13 +68,13 @@ def check_value(key: str, value: object) -> None:
 
 
 def check_constants(values: dict) -> None:
-    """Refuse values of the constants in hparam_search.py with which a search could not run; values has them by name."""
+    """Refuse values of the constants in hparam_search.py, given by name, with which a search could not run."""
     for name, allowed in CONSTANTS.items():
         off = name in ALLOW_NONE
         if not (allowed.is_valid(values[name]) or (off and values[name] is None)):
             rest = ", or None to switch it off" if off else ""
             if name in ("GRACE_PERIOD", "REDUCTION_FACTOR"):
-                rest = "; --scheduler none compares no trials"
+                rest = ", or --scheduler none to compare no trials"
             raise InputError(f"{name} cannot be {values[name]!r}; use {allowed.words}{rest}")
 
 

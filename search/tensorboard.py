@@ -33,7 +33,7 @@ TAGS = {
 }
 MISTAKES_SHOWN = 40
 CLASSES_SHOWN = 100  # in a confusion matrix
-NO_CHARACTER = "\U0010ffff"  # fonts show it as they show all characters that they lack
+NO_CHARACTER = "\U0010ffff"  # a character that no font has, drawn as the font's replacement
 INK = (31, 119, 180)  # of a confusion matrix: red, green, blue
 
 
@@ -82,7 +82,7 @@ class Board:
         return self.writers[trial.name]
 
     def search_writer(self, step: int) -> Any:
-        """Return the writer of the search's events from this step on, which begin with what is searched."""
+        """Return the writer of the search's events from `step` on; a new one begins with what is searched."""
         if "" not in self.writers:
             self.writers[""] = SummaryWriter(str(self.search.folder), purge_step=step)
             known = not self.search.settings.warm_start  # trials of earlier searches may have other values
@@ -95,7 +95,7 @@ class Board:
         return self.writers[""]
 
     def close(self, name: str) -> None:
-        """Close a trial's events, if they can be written: a restarted trial begins a new file."""
+        """Close a trial's events, ignoring write errors: a restarted trial begins a new file."""
         if writer := self.writers.pop(name, None):
             with contextlib.suppress(OSError):
                 writer.close()
@@ -135,8 +135,8 @@ def to_hparam(value: Any, searched: dict) -> Any:
 def show_predictions(folder: Path, probabilities: Tensor, dataset: Dataset) -> None:
     """Write the best model's confusion matrix, accuracy by class, and worst mistakes into the search's events.
 
-    probabilities, float (N, C) on the CPU, are those of the test images. Of many classes, the matrix has those that are
-    most often confused.
+    probabilities, float (N, C) on the CPU, are those of the test images. With more than
+    CLASSES_SHOWN classes, the matrix shows those most often confused.
     """
     names = [printable(name) for name in dataset.classes]
     labels = [drawable(name) or f"class {i}" for i, name in enumerate(names)]
@@ -166,13 +166,13 @@ def show_predictions(folder: Path, probabilities: Tensor, dataset: Dataset) -> N
 
 
 def printable(name: str) -> str:
-    """Return a name with codes in place of line breaks, bytes that are not UTF-8, and the like."""
+    """Return a name with escape codes for line breaks, bytes that are not UTF-8, and the like."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
 @functools.cache
 def drawable(name: str) -> str | None:
-    """Return a name, or else the same without accents, if the font of the pictures has its characters; else None."""
+    """Return the name, or else the name without accents, if the pictures' font can show it; else None."""
     font = ImageFont.load_default(10)
     plain = "".join(c for c in unicodedata.normalize("NFKD", name) if not unicodedata.combining(c))
     box = bytes(font.getmask(NO_CHARACTER))
@@ -180,7 +180,7 @@ def drawable(name: str) -> str | None:
 
 
 def escape(name: str) -> str:
-    """Return a name for a table in Markdown, where it might be mistaken for markup."""
+    """Escape a name for a Markdown table."""
     return "".join(c if c.isalnum() or c == " " else f"&#{ord(c)};" for c in name)
 
 

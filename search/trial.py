@@ -34,14 +34,14 @@ def save_weights(model: nn.Module, path: Path) -> None:
 
 
 def load_weights(model: nn.Module, weights: dict, path: Path) -> None:
-    """Put weights that were read from a file into a model; raise InputError if they are those of another model."""
+    """Put weights that were read from a file into a model; raise InputError if they belong to another model."""
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     found = {name: getattr(tensor, "shape", None) for name, tensor in weights.items()}
     different = next((name for name in expected | found if expected.get(name) != found.get(name)), None)
     if different:
         raise InputError(
-            f"the weights in {path} do not fit model.py, where {different!r} is another one, new or gone; restore "
-            "model.py, or start a new search"
+            f"the weights in {path} do not fit model.py, where {different!r} was changed, added or removed; "
+            "restore model.py, or start a new search"
         )
     model.load_state_dict(weights)
 
@@ -150,16 +150,16 @@ def train_cifar(
     resources = tune.get_context().get_trial_resources()
     folder = search_folder / tune.get_context().get_trial_name()
     torch.set_num_threads(max(1, int(resources.head_cpus)))
-    # Without GPUs of its own, a worker still sees all: they are hidden, as even an optimizer on the CPU asks them.
+    # A worker without a GPU still sees all of them. Hide them, as even an optimizer on the CPU queries them.
     device = best_device(None if resources.required_resources.get("GPU", 0) else "cpu")
     print_into(folder / OUTPUT_FILE)
     run_trial(config, map_dataset(images), folder, objective, save_period, rungs, tune.report, device)
 
 
 def print_into(path: Path) -> None:
-    """Append all that this process prints or logs from now on to a file, if it can be written."""
+    """Append all further output and logs of this process to a file, if it can be opened."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab") as file:
-            for number in (1, 2):  # stdout and stderr, of C++ libraries, too
+            for number in (1, 2):  # stdout and stderr, also of C++ libraries
                 os.dup2(file.fileno(), number)

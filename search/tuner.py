@@ -22,7 +22,7 @@ from search.settings import Settings, cluster_address
 
 CODE = Path(__file__).resolve().parents[1]
 LONGEST_TEMP_DIR = 30  # bytes; the paths of Ray's sockets below it are limited to 107
-# With fewer, Ray hung or crashed on two cores.
+# Below these limits (open files; threads, and more per CPU), Ray hung or crashed on two cores.
 FEWEST_FILES, FEWEST_THREADS, THREADS_PER_CPU = 80, 200, 25
 # Ray's messages that the search replaces with its own.
 LOGGERS = (
@@ -36,7 +36,7 @@ LOGGERS = (
 WORKER_ENVIRONMENT = {"TUNE_FUNCTION_THREAD_TIMEOUT_S": os.environ.get("TUNE_FUNCTION_THREAD_TIMEOUT_S", "60")}
 REPEATED_MESSAGES = (
     *("Trials did not complete", "Token authentication", "Failed to fetch metrics"),
-    *("Caught exception when creating directory", "Saving experiment state"),  # which nothing here needs
+    *("Caught exception when creating directory", "Saving experiment state"),  # of files that nothing here needs
 )
 
 
@@ -73,7 +73,7 @@ def running_ray(settings: Settings) -> Iterator[None]:
         except SystemExit:  # from the handler of SIGTERM that Ray sets as it starts
             signal.signal(signal.SIGTERM, handler)
             signal.raise_signal(signal.SIGTERM)
-        except Exception as error:  # Ray raises all kinds
+        except Exception as error:  # Ray raises exceptions of many types
             if address:
                 raise InputError(
                     f"no Ray cluster answers at RAY_ADDRESS {address!r}; start one there, or unset it"
@@ -84,7 +84,7 @@ def running_ray(settings: Settings) -> Iterator[None]:
             signal.signal(signal.SIGTERM, handler)
         try:
             yield
-        except ConnectionError:  # Ray died, and its logs may say why
+        except ConnectionError:  # Ray died: keep its folder, as its logs may say why
             cleanup.pop_all()
             raise
         finally:
@@ -92,10 +92,10 @@ def running_ray(settings: Settings) -> Iterator[None]:
 
 
 def copy_code(target: Path) -> None:
-    """Copy the modules and packages of this project, which trials get, to a folder.
+    """Copy this project's modules and packages, for the trials, to a folder.
 
-    From the working directory they might import another train.py, or none. A copy has neither the data that lie beside
-    the code nor a .gitignore, which Ray would obey.
+    In the working directory, trials might find another train.py, or none. Unlike the project's folder, the copy has no
+    data and no .gitignore, which Ray would obey.
     """
     for path in CODE.glob("*.py"):
         shutil.copy(path, target)
@@ -108,20 +108,20 @@ def check_limits() -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     files = most if most != resource.RLIM_INFINITY else 65_536
     if files < FEWEST_FILES:
-        raise InputError(f"ulimit -n {files} is too low for Ray; allow at least {FEWEST_FILES} open files")
+        raise InputError(f"ulimit -n {files} is too low for Ray; raise it to at least {FEWEST_FILES}")
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, most))
     threads, _ = resource.getrlimit(resource.RLIMIT_NPROC)
     if os.geteuid() and threads != resource.RLIM_INFINITY:  # root has no such limit
         needed = FEWEST_THREADS + THREADS_PER_CPU * usable_cpus()
         for path in Path("/proc").glob("[0-9]*/task"):
-            with contextlib.suppress(OSError):  # it has ended
+            with contextlib.suppress(OSError):  # the process has ended
                 needed += len(list(path.iterdir())) if path.stat().st_uid == os.geteuid() else 0
         if threads < needed:
-            raise InputError(f"ulimit -u {threads} is too low for Ray; allow at least {needed} processes and threads")
+            raise InputError(f"ulimit -u {threads} is too low for Ray; raise it to at least {needed}")
 
 
 def local_options(settings: Settings) -> dict:
-    """Return the arguments of ray.init that start a local Ray, with a folder of its own for its files."""
+    """Return the arguments of ray.init that start a local Ray with its own temporary folder."""
     if "RAY_AUTH_MODE" not in os.environ:
         # Otherwise Ray writes a token into the home folder, which a container user may lack.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))

@@ -16,7 +16,7 @@ from train import CONFIG_KEYS
 
 @contextlib.contextmanager
 def earlier_search(folder: Path) -> Iterator[Search]:
-    """Yield the search in a folder, which meanwhile others can read, but not run.
+    """Yield the search in a folder, which others can meanwhile read but not run.
 
     Raises InputError if it is running, damaged or from another version.
     """
@@ -73,7 +73,7 @@ def take_trial(search: Search, board: Board, earlier: Search, trial: Trial) -> s
     (search.folder / name).mkdir()
     for path in folder.glob("*.pt"):
         link(path, search.folder / name / path.name)
-    beside = earlier.folder.parent == search.folder.parent  # and may be moved together
+    beside = earlier.folder.parent == search.folder.parent  # both may be moved together
     source = str(folder.relative_to(search.folder.parent) if beside else folder)
     search.record("drawn", trial=name, config=trial.config, repeats=repeats, source=source)
     for report in trial.reports:

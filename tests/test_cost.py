@@ -36,11 +36,13 @@ def test_cheaper_trial_is_named_if_one_is_within_a_standard_error_of_the_best(tm
     share = [f"{one[key] / other[key]:.0%}" for key in ("gflop_per_image", "parameters")]
     assert named(search) == (
         "Cheaper, within one standard error (0.0988) of the best: train_cifar_00005 (accuracy 0.8100), "
-        f"with {share[0]} of its FLOPs and {share[1]} of its parameters."
+        f"with {share[0]} of the best one's FLOPs and {share[1]} of its parameters."
     )
     # It may have more parameters; a trial that has not ended is not named.
     add(search, 0.899, h_1=2, h_2=24)
     add(search, 0.899, h_1=1, h_2=1, end=None)
-    assert re.search(r"train_cifar_00006 \(accuracy 0.8990\), with \d\d% of its FLOPs and 1\d\d% of", named(search))
+    assert re.search(
+        r"train_cifar_00006 \(accuracy 0.8990\), with \d\d% of the best one's FLOPs and 1\d\d% of", named(search)
+    )
     search.images["num_val"] = 250_000
     assert named(search) == ""

@@ -195,7 +195,7 @@ def test_five_unreadable_pictures_are_named_and_the_others_counted(make_folder: 
     for path in paths:
         path.write_text("no image")
     with pytest.raises(
-        InputError, match=r"(\S+ cannot be read as an image, ){4}\S+ cannot be read as an image and 31 more; r"
+        InputError, match=r"(\S+ cannot be read as an image, ){4}\S+ cannot be read as an image, and 31 more; r"
     ):
         load_folder(folder)
 

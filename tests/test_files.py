@@ -123,7 +123,10 @@ def test_disks_need_neither_flush_folders_nor_lock(code: int, tmp_path: Path, mo
 
 
 def test_failure_to_write_names_the_file_and_the_reason_and_advises_where_that_is_known_to_help(tmp_path: Path) -> None:
-    room, reasons = "; make room there", {errno.EROFS: "; make that disk writable", errno.EACCES: "; allow this user "}
+    room, reasons = (
+        "; make room there",
+        {errno.EROFS: "; make the disk writable", errno.EACCES: "; allow writing there"},
+    )
     for code in (errno.ENOSPC, errno.EDQUOT, *reasons, errno.EIO, errno.ESTALE, errno.EFBIG, errno.EISDIR):
         with (
             pytest.raises(OSError, match=r".") as caught,

@@ -104,7 +104,7 @@ def test_only_an_intact_search_is_resumed_and_settings_only_grow(tmp_path: Path,
     add(search, 0.5)
     changes = {"num_samples": 4, "repeats": 2, "cpus_per_trial": 1, "gpus_per_trial": 0.0, "seed": 0}
     assert open_search(tmp_path, changes).settings == replace(search.settings, **changes)
-    with pytest.raises(InputError, match="--seed is 1, but was 0 when the search began; use another --name"):
+    with pytest.raises(InputError, match="--seed is 1, but was 0 when the search began; remove it, or use another"):
         open_search(tmp_path, {"seed": 1})
     moved = shutil.copytree(tmp_path, tmp_path / "else" / "where")
     settings = open_search(moved, {}).settings
@@ -132,7 +132,7 @@ def test_no_config_is_trained_twice(tmp_path: Path, capsys: pytest.CaptureFixtur
     configs = [CONFIG | {"seed": seed, "h_1": h_1} for seed, h_1 in ((5, 4), (5, 8), (5, 4), (6, 4), (5, 8))]
     trials = [Trial(f"train_cifar_{i:05}", config) for i, config in enumerate(configs)]
     assert [trial.name[-1] for trial in search.draw(trials)] == ["0", "1", "3"]
-    assert capsys.readouterr().err == "Skipped 2 of 5 trials, as others have the same config.\n"
+    assert capsys.readouterr().err == "Skipped 2 of 5 trials with the config of another trial.\n"
     assert search.draw(trials[:2]) == []
     assert not capsys.readouterr().err
     for name, accuracy in (("train_cifar_00000", 0.9), ("train_cifar_00003", 0.8), ("train_cifar_00001", 0.7)):
@@ -204,7 +204,7 @@ def test_search_killed_while_it_is_created_does_not_take_the_name(tmp_path: Path
             os._exit(0)
         killed = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
         if (tmp_path / "outputs" / "it").exists():
-            assert len(open_search(tmp_path / "outputs" / "it", {}).trials) == 1  # it exists as a whole
+            assert len(open_search(tmp_path / "outputs" / "it", {}).trials) == 1  # it is complete
         else:
             create()
         assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["it"]

@@ -42,7 +42,7 @@ def test_importance_is_a_rank_correlation_at_the_last_epoch_that_all_reached(tmp
     assert sum("Importance" in text for text in texts) <= 6  # by chance; 3 are expected
     assert importance(tmp_path / "edge", [({"h_1": x}, [x / 40]) for x in [4, 8, 16] * 4]).endswith(
         "The best value lies at the edge of its range: h_1 (upper end). To search beyond it without retraining, widen "
-        f"param_space and run     python hparam_search.py --warm-start {tmp_path}/edge --output-dir {tmp_path}"
+        f"it in param_space and run     python hparam_search.py --warm-start {tmp_path}/edge --output-dir {tmp_path}"
     )
 
 

@@ -36,7 +36,7 @@ def test_config_is_retrained_as_it_was_or_with_changes(
     assert metrics["epoch"] == losses.index(min(losses)) + 1 < 4
     accuracy = f"\nvalidation accuracy: {metrics['val_accuracy']:.4f}, at epoch {metrics['epoch']}\n"
     assert out.endswith(f"{accuracy}Model: outputs/two\n")
-    assert "test accuracy" not in out  # or one would choose by it
+    assert "test accuracy" not in out  # so that nobody chooses models by it
     assert retrain.main([str(one), "--full", "--test", "--epochs", "2", "--h-1", "5", "--name", "full"]) == 0
     metrics, out = read_metrics(full), capsys.readouterr().out
     assert metrics.keys() == {"epoch", "test_loss", "test_accuracy"}
@@ -45,7 +45,7 @@ def test_config_is_retrained_as_it_was_or_with_changes(
     del about["hyperparameters"]["h_1"]
     write_json(one / "config.json", about)
     assert retrain.main([str(one), "--device", "cuda"]) == 2
-    assert "config.json lacks 'h_1'; give it a default in train.py" in capsys.readouterr().err
+    assert "config.json lacks 'h_1'; add its default in train.py" in capsys.readouterr().err
     if not torch.cuda.is_available():
         assert retrain.main([str(two), "--device", "cuda"]) == 2
         assert "torch finds no CUDA GPU that it can use; use --device cpu" in capsys.readouterr().err

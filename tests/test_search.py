@@ -184,7 +184,7 @@ def test_finished_search_is_resumed_and_listed_without_training_or_refused(
         assert words in capsys.readouterr().err
 
 
-def test_what_is_only_shown_costs_no_model(
+def test_failing_display_does_not_cost_the_model(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     folder = shutil.copytree(finished.folder, tmp_path / "moved" / "it")
@@ -233,15 +233,15 @@ def test_weights_that_model_py_no_longer_fits_are_not_called_damaged(
     assert predict.main([str(finished.folder / "best_model"), "any.png"]) == 2
     assert main(["--resume", str(folder)]) == 2
     err = capsys.readouterr().err
-    assert err.count("do not fit model.py, where 'extra.weight' is another one, new or gone; restore model.py") == 2
+    assert err.count("do not fit model.py, where 'extra.weight' was changed, added or removed; restore model.py") == 2
     assert "damaged" not in err
     assert list(folder.glob("*/weights_*.pt"))  # they are still there
     monkeypatch.setattr("train.SmallResNet", lambda h_1, h_2, **options: SmallResNet(h_1, 2 * h_2, **options))
     assert predict.main([str(finished.folder / "best_model"), "any.png"]) == 2
-    assert "do not fit model.py, where 'stage_2.0.weight' is another" in capsys.readouterr().err
+    assert "do not fit model.py, where 'stage_2.0.weight' was changed" in capsys.readouterr().err
 
 
-def test_search_is_started_or_resumed_by_the_same_line(
+def test_search_is_started_or_resumed_by_the_same_command(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     folder = shutil.copytree(finished.folder, tmp_path / "it")
@@ -250,7 +250,7 @@ def test_search_is_started_or_resumed_by_the_same_line(
     assert run_search(Path(tmp_path.name, "it"), *EXAMPLE, "--or-resume") == 0
     assert "Best trial: " in capsys.readouterr().out
     assert run_search(folder, *EXAMPLE, "--or-resume", "--seed", 1) == 2
-    assert "--seed is 1, but was 0 when the search began; use another --name" in capsys.readouterr().err
+    assert "--seed is 1, but was 0 when the search began; remove it, or use another --name" in capsys.readouterr().err
     with pytest.raises(pytest.fail.Exception, match="Ray was started"):
         run_search(tmp_path / "new", *EXAMPLE, "--or-resume")
 

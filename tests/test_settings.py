@@ -35,8 +35,8 @@ BAD_COMMANDS = {
     "--resume nowhere --sampler tpe": "--num-samples, --repeats, --time-budget; remove --sampler",
     "--name ../up": "invalid name '../up'", "--quick --name taken": "outputs/taken already exists",
     "--quick --name taken --or-resume": "outputs/taken already exists", "--or-resume": "--or-resume needs --name",
-    "--output-dir s3://bucket/x": "'s3://bucket/x' is not a folder; mount s3:// storage as one",
-    "--dataset folder --data-dir GS://b": "mount GS:// storage", "--resume hdfs://host:8020/x": "mount hdfs:// storage",
+    "--output-dir s3://bucket/x": "'s3://bucket/x' is not a local folder; mount that storage",
+    "--dataset folder --data-dir GS://b": "mount that storage", "--resume hdfs://host:8020/x": "mount that storage",
     "--quick --output-dir file": "is not a writable folder", "--repeats 1": "use at least 2",
 }  # fmt: skip
 ODD = ["", " ", ".", "..", "/", "a/b", "a\\b", "a\nb", "\0", "\x1b[2J", "ä" * 150, "x" * 300, "-1", "0", "1", "2",
@@ -71,11 +71,11 @@ def test_any_command_starts_a_search_or_is_refused_in_a_sentence_and_leaves_noth
     assert codes.count(0) > 50
 
 
-def test_constants_are_off_used_or_refused_before_anything_starts(
+def test_constants_are_switched_off_used_or_refused_before_anything_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tuner, "running_ray", lambda _: 1 / 0)  # all was good
+    monkeypatch.setattr(tuner, "running_ray", lambda _: 1 / 0)  # everything was accepted
     monkeypatch.setattr(data, "make_synthetic", lambda **_: IMAGES)
     off = {"PATIENCE", "MAX_SECONDS_PER_TRIAL", "SAVE_PERIOD", "MODELS_KEPT", "KEEP", "PROGRESS_PERIOD"}
     zero = {"KEEP", "MIN_DELTA", "MAX_FAILURES_PER_TRIAL", "SAVE_PERIOD", "STARTUP_TRIALS", "PROGRESS_PERIOD"}

@@ -172,7 +172,7 @@ assert hparam_search.main(quick(search.parent / "new", "--num-samples", "1", "--
 """
 
 
-def test_readme_adds_a_hyperparameter_and_earlier_models_and_searches_go_on(
+def test_readme_adds_a_hyperparameter_and_earlier_models_and_searches_keep_working(
     finished: Finished, ray_started: str, tmp_path: Path
 ) -> None:
     readme = (REPOSITORY / "README.md").read_text()

@@ -57,7 +57,9 @@ def test_damaged_state_restarts_from_scratch_and_one_without_room_leaves_the_ear
         damage(path)
         assert run(CONFIG, tmp_path, 0) == [{"restored": 0, "note": f"{path} is unreadable; restarting from scratch"}]
     torch.save(state | {"model": state["model"] | {"extra": torch.zeros(1)}}, path)
-    with pytest.raises(InputError, match=r"training.pt do not fit model.py, where 'extra' is another one, new or gone"):
+    with pytest.raises(
+        InputError, match=r"training.pt do not fit model.py, where 'extra' was changed, added or removed"
+    ):
         run(CONFIG, tmp_path)
     added = {key: CONFIG[key] for key in CONFIG if key != "label_smoothing"}  # a hyperparameter that is new
     torch.save(state | {"config": added}, path)

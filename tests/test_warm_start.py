@@ -101,7 +101,7 @@ def test_trials_that_fit_are_taken_once_and_the_others_are_counted(
     name, config = "train_cifar_00004", new.trials["train_cifar_00000"].config
     assert new.draw([Trial(name, config)]) == []
     assert len(new.draw([Trial(name, config | {"seed": 1}, "train_cifar_00000")])) == 1
-    assert capsys.readouterr().err == "Skipped 1 of 1 trials, as others have the same config.\n"
+    assert capsys.readouterr().err == "Skipped 1 of 1 trials with the config of another trial.\n"
     # A warm-started search can be taken from, too.
     last = search_in(tmp_path / "last", scheduler="none", warm_start=[str(new.folder)])
     last.space |= FITS
