@@ -1,5 +1,6 @@
 import importlib.metadata
 import itertools
+import math
 import os
 import random
 import re
@@ -78,12 +79,12 @@ def test_best_epochs_and_trials_are_those_of_the_objective(metric: str, mode: st
     for i in range(12):
         name = add(search, repeats="train_cifar_00000" if i == 5 else None)
         for epoch in range(1, generator.randint(2, 5)):
-            each = report(epoch, generator.choice([*levels, NAN]), generator.choice([*levels, NAN, NAN]))
+            each = report(epoch, generator.choice([*levels, NAN, math.inf]), generator.choice([*levels, NAN, NAN]))
             tell(search, name, each, END if i % 2 else None)
     sign, trials = 1 if mode == "max" else -1, search.trials.values()
     for trial in trials:
         assert trial.diverged == (not trial.reports[-1].loss > 0)
-        finite = [each for each in trial.reports if each.loss > 0 and getattr(each, metric) > 0]
+        finite = [each for each in trial.reports if each.loss > 0 and math.isfinite(getattr(each, metric))]
         values = [sign * getattr(each, metric) for each in finite]
         assert trial.best == (None if trial.diverged or not finite else finite[values.index(max(values))])
     ranked = search.ranking()

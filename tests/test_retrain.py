@@ -1,3 +1,4 @@
+import os
 import re
 from pathlib import Path
 
@@ -51,6 +52,7 @@ def test_config_is_retrained_as_it_was_or_with_changes(
         assert "torch finds no CUDA GPU that it can use; use --device cpu" in capsys.readouterr().err
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     assert best_device("cpu").type == "cpu"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
     assert not torch.cuda.is_available()  # an optimizer asks that, too
     assert retrain.with_validation_images(IMAGES).train_labels.bincount().tolist() == [24] * 5
 
