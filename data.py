@@ -122,7 +122,7 @@ def load_cifar100(data_dir: str | Path) -> Dataset:
             if not check_integrity(archive, CIFAR100.tgz_md5):
                 raise
             with tempfile.TemporaryDirectory() as folder:
-                Path(folder, archive.name).symlink_to(archive)
+                Path(folder, CIFAR100.filename).symlink_to(archive)
                 train, test = CIFAR100(folder, download=True), CIFAR100(folder, train=False)
     except (OSError, RuntimeError) as error:  # no network, or a failed checksum
         raise InputError(
@@ -159,7 +159,7 @@ def load_folder(data_dir: str | Path) -> Dataset:
         images.append(_read_pictures([path for name in classes for path in found.get(name, [])], folder, faults))
         labels.append(torch.tensor([i for i, name in enumerate(classes) for _ in found.get(name, [])]))
     if faults:
-        named = ", ".join(str(fault).split("; ")[0] for fault in faults[:FAULTS_NAMED])
+        named = ", ".join(str(fault).rsplit("; ", 1)[0] for fault in faults[:FAULTS_NAMED])
         more = f", and {len(faults) - FAULTS_NAMED:,} more" if len(faults) > FAULTS_NAMED else ""
         raise InputError(f"{named}{more}; remove or replace {'them' if len(faults) > 1 else 'it'}")
     return split_dataset(images[0], labels[0], images[1], labels[1], classes)

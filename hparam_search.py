@@ -120,7 +120,7 @@ def draw(settings: Settings, first_number: int = 0, stream: int = 0) -> tuple[li
     """
     entries, first = search_space(settings), [] if settings.quick else space.to_plain(first_trials or [])
     tpe = settings.sampler == "tpe"
-    configs = sampler.draw_configs(entries, settings.num_samples, settings.seed, first, tpe, stream)
+    configs = sampler.draw_configs(entries, settings.num_samples, settings.seed, first, tpe, stream, first_number)
     trials = [records.Trial(f"{records.TRIAL_PREFIX}{i:05}", config) for i, config in enumerate(configs, first_number)]
     return trials, space.summarize(entries) | {"first_trials": first}
 
@@ -259,21 +259,19 @@ def finish(search: records.Search, dataset: Dataset | None) -> int:
     """Test the best model unless that is done, write and print the results, and return the exit code.
 
     The model comes first, and a failing step does not stop the others. If the process is killed here, --resume repeats
-    this, except for TensorBoard's pictures of a model that is already saved.
+    this.
     """
     failures: list[Exception] = []
     metrics = None
     with console.carry_on(failures):
         metrics = best_model.read_best_model(search)
-        if metrics:
-            dataset = None  # already shown
-        elif search.ranking():
+        if not metrics and search.ranking():
             dataset = dataset or load_images(search)
             metrics = best_model.evaluate_best_model(search, dataset, image_source(search.settings))
     missing = not (metrics or failures)
     with console.carry_on(failures):
-        if metrics and dataset:
-            best_model.show_best_model(search, dataset)
+        if metrics and search.shown != (metrics["trial_id"], metrics["epoch"]):
+            best_model.show_best_model(search, dataset or load_images(search), metrics)
     with console.carry_on(failures):
         hooks.prune(search, [trial for trial in search.trials.values() if trial.end], MODELS_KEPT)
     with console.carry_on(failures):

@@ -18,7 +18,7 @@ from torch import nn
 
 from data import Batches, Dataset, InputError, usable_cpus
 from model import SmallResNet
-from search.files import atomic_write, load_tensors, loads, write_json
+from search.files import atomic_write, explain_failure, load_tensors, loads, write_json
 from search.records import Search, short_path
 from search.space import check_value
 from search.tensorboard import show_predictions
@@ -58,10 +58,13 @@ def evaluate_best_model(search: Search, dataset: Dataset, source: dict) -> dict 
     return metrics
 
 
-def show_best_model(search: Search, dataset: Dataset) -> None:
-    """Write what the model in best_model/ predicts for the test images into TensorBoard's events."""
+def show_best_model(search: Search, dataset: Dataset, metrics: dict) -> None:
+    """Write what the model in best_model/ predicts for the test images into TensorBoard's events, and record that."""
     model, _ = read_model(search.folder / BEST_MODEL)
-    show_predictions(search.folder, on_test_images(search, model, dataset, predict), dataset)
+    probabilities = on_test_images(search, model, dataset, predict)
+    with explain_failure(search.folder / "events.out.tfevents"):
+        show_predictions(search.folder, probabilities, dataset)
+    search.record("shown", trial_id=metrics["trial_id"], epoch=metrics["epoch"])
 
 
 def on_test_images(

@@ -369,5 +369,5 @@ def error_sentence(text: str, config: dict) -> str:
     # The exception, perhaps of several lines, follows the last code location; a dead process has no traceback.
     for i, line in enumerate(last):
         if line.startswith('  File "'):
-            lines = [line for line in last[i + 1 :] if line.strip() and not line.startswith("    ")] or lines
+            lines = [line for line in last[i + 1 :] if line.strip() and not line.startswith("  ")] or lines
     return lines[0].strip().rstrip(".")

@@ -120,12 +120,14 @@ class Search:
     versions: dict[str, str]  # of the packages that figures depend on, when the search began
     trials: dict[str, Trial] = field(default_factory=dict)  # by name, in the order in which they were drawn
     seconds: float = 0.0  # how long trials have run, over all processes
+    began: float = field(default=math.inf, repr=False)  # wall clock, less `seconds`, for events without `ran`
     started: float | None = field(default=None, repr=False)  # this process's monotonic clock, less `seconds`
     resources: str = ""  # CPUs and GPUs that the trials use
     first_number: int = 0  # how many own trials were taken from earlier searches
     stream: int = 0  # random stream of the draws
     trained: int = 0  # number of epochs trained here
     damaged: int = 0  # number of unreadable lines in the log
+    shown: tuple[str, int] | None = None  # trial_id and epoch of the best model that TensorBoard shows
     grown: bool = False  # whether this process is to draw more trials
 
     @property
@@ -145,9 +147,10 @@ class Search:
             restarted: a trial continues after this epoch; its reports of later epochs are void.
             failed: a trial failed with this error.
             stopped: no trial runs any more.
+            shown: TensorBoard shows the best model, from this trial_id and epoch.
         """
         kind, name = event["event"], event.get("trial")
-        self.seconds = event.get("ran", self.seconds)
+        self.seconds = event.get("ran", max(self.seconds, event["time"] - self.began))
         if kind == "drawn":
             trial = self.trials.setdefault(name, Trial(name))
             config, known = event["config"], self.searched.keys() | event["config"].keys()
@@ -156,7 +159,9 @@ class Search:
             trial.repeats, trial.source = event["repeats"], event.get("source")
             return
         if kind == "started":
-            self.resources = event["resources"]
+            self.resources, self.began = event["resources"], event["time"] - self.seconds
+        if kind == "shown":
+            self.shown = event["trial_id"], event["epoch"]
         if name not in self.trials or not self.is_drawn(self.trials[name]):
             return  # an event of the whole search, or of a trial whose config is damaged
         trial = self.trials[name]
@@ -168,7 +173,7 @@ class Search:
             self.trained += self.seconds > 0
         elif kind == "continued":
             trial.paused, trial.error = False, None
-        elif kind == "ended":
+        elif kind == "ended" and trial.paused:  # or the line that says so is unreadable, and the trial is retrained
             trial.end, trial.paused = event["end"], False
         elif kind == "restarted":
             del trial.reports[event["epoch"] :]
@@ -257,12 +262,18 @@ def new_folder(settings: Settings) -> Path:
     """Return the folder of a new search; raise InputError if it is not empty or cannot be created."""
     name = settings.name or datetime.now().strftime("search_%Y-%m-%d_%H-%M-%S")
     folder = Path(settings.output_dir).absolute() / name
-    if settings.name and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    # A link or a mount point could not be replaced by the folder that is written under another name first.
+    if settings.name and os.path.lexists(folder) and (folder.is_symlink() or folder.is_mount() or not is_empty(folder)):
         raise InputError(f"{short_path(folder)} already exists; choose another --name, or resume it if it is a search")
     parent = next(parent for parent in folder.parents if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"{parent} is not a writable folder; choose another --output-dir")
     return folder
+
+
+def is_empty(folder: Path) -> bool:
+    """Return whether a path is an empty folder."""
+    return folder.is_dir() and not any(folder.iterdir())
 
 
 @contextlib.contextmanager
@@ -274,14 +285,18 @@ def creating_search(settings: Settings, space: dict, dataset: Dataset, objective
     folder = new_folder(settings)
     hidden = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
+        for left in folder.parent.glob(f".{glob.escape(folder.name)}.[0-9]*.tmp"):
+            with lock(left / LOG_FILE) as free:
+                if free:  # left by a killed process
+                    remove(left)
         try:
-            for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):  # left by a killed process
-                remove(left)
             hidden.mkdir(parents=True)
         except OSError as error:
             raise InputError(f"cannot create {folder} ({error.strerror}); choose another --name") from error
-        yield (search := Search(hidden, settings, space, fingerprint(dataset), objective, installed_versions(settings)))
-        search.write()
+        with lock(hidden / LOG_FILE):
+            search = Search(hidden, settings, space, fingerprint(dataset), objective, installed_versions(settings))
+            yield search
+            search.write()
         while folder.exists() and not settings.name:  # taken by another search that started in the same second
             time.sleep(1)
             folder = new_folder(settings)

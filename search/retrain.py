@@ -20,9 +20,9 @@ import torch
 from data import Dataset, InputError, read_images, usable_cpus
 from search.best_model import read_model, write_model
 from search.console import run_program
-from search.records import Objective, new_folder, short_path
+from search.records import Objective, is_empty, new_folder, short_path
 from search.settings import Parser, Settings, absolute_path, add_device, flag, folder_name
-from search.space import check_space
+from search.space import check_space, check_value
 from train import CONFIG_KEYS, best_device, evaluate, evaluation_batches, new_training, train_epochs
 
 PROGRAM = "python -m search.retrain"
@@ -73,11 +73,15 @@ def retrain(given: dict) -> int:
     if missing := [flag(key) for key in CONFIG_KEYS if key not in values]:
         raise InputError(f"{given['model']} has no value for {missing[0]}; pass one")
     config = {key: values[key] for key in CONFIG_KEYS}
+    for key, value in config.items():
+        check_value(key, value)
     check_space(config)
     device, objective = best_device(given["device"]), Objective(*about["objective"])
     name = given.get("name") or datetime.now().strftime("retrained_%Y-%m-%d_%H-%M-%S")
     output_dir = given.get("output_dir", "outputs")
     folder = new_folder(Settings(output_dir=output_dir, name=name))
+    if "data_dir" in given and about["images"]["source"] == "synthetic":
+        raise InputError("--data-dir cannot be combined with synthetic images; remove it")
     source = about["images"] | ({"data_dir": given["data_dir"]} if "data_dir" in given else {})
     dataset = read_images(**source)
     if given.get("full"):
@@ -103,6 +107,8 @@ def retrain(given: dict) -> int:
     if given.get("test"):
         metrics["test_loss"], metrics["test_accuracy"] = evaluate(model, evaluation_batches(dataset, "test", device))
         print(f"test accuracy: {metrics['test_accuracy']:.4f}")
+    while folder.exists() and not is_empty(folder):  # taken by another process meanwhile
+        folder = folder.with_name(f"{folder.name}_2")
     write_model(folder, model, config, dataset, {"images": source, "objective": about["objective"]}, metrics)
     print(f"Model: {short_path(folder)}")
     return 0

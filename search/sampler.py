@@ -13,22 +13,30 @@ from ray.tune.search.variant_generator import generate_variants
 
 from data import InputError
 from search.records import Objective, Trial, config_key
-from search.space import check_value, count_configs, to_plain
+from search.space import all_values, check_value, to_plain
 
 MAX_TRIALS = 100_000
 MOST_ATTEMPTS = 500  # maximum attempts to draw a config that is not taken
 
 
 def draw_configs(
-    space: dict, num_samples: int, seed: int, first_trials: Sequence[dict] = (), tpe: bool = False, stream: int = 0
+    space: dict,
+    num_samples: int,
+    seed: int,
+    first_trials: Sequence[dict] = (),
+    tpe: bool = False,
+    stream: int = 0,
+    num_taken: int = 0,
 ) -> list[dict]:
     """Return the configs of all trials: the first trials, then num_samples random draws per grid point.
 
     The first trials give plain values to searched hyperparameters; omitted ones are drawn, and change no other draw.
-    With tpe, the configs of the others hold only the fixed values: suggest_config draws the rest; there are at most as
-    many as the space has configs. Each stream (0 to 2**32 - 1) gives different draws. Raises InputError if a config is
-    invalid, or if TPE cannot draw from the space.
+    With tpe, the configs of the others hold only the fixed values: suggest_config draws the rest. But if the space has
+    no more configs than these and num_taken others, they are all configs of the space. Each stream (0 to 2**32 - 1)
+    gives different draws. Raises InputError if a config is invalid, or if TPE cannot draw from the space.
     """
+    if not isinstance(first_trials, Sequence):
+        raise InputError(f"first_trials is {first_trials!r}; make it a list of dicts")
     if tpe:
         if importlib.util.find_spec("optuna") is None:
             raise InputError("--sampler tpe needs the optuna package; run pip install optuna")
@@ -49,8 +57,9 @@ def draw_configs(
         drawn = [draw_grid(without_grids(space) | values, random_first)[0] for values in first_trials]
         for _ in range(num_samples):
             drawn += [fixed] * points if tpe else draw_grid(space, random)
-        if tpe:
-            drawn = drawn[: int(min(len(drawn), count_configs(space)))]
+        grids = all_values(space) if tpe else {}
+        if grids and math.prod(map(len, grids.values())) <= num_samples * points + num_taken:
+            drawn[len(first_trials) :] = draw_grid(space | {key: tune.grid_search(grids[key]) for key in grids}, random)
     except Exception as error:  # raised by a user's function
         raise InputError(f"param_space cannot be drawn from ({type(error).__name__}: {error}); correct it") from error
     configs = [to_plain(config) for config in drawn]

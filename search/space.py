@@ -71,10 +71,10 @@ def check_constants(values: dict) -> None:
     """Refuse values of the constants in hparam_search.py, given by name, with which a search could not run."""
     for name, allowed in CONSTANTS.items():
         off = name in ALLOW_NONE
+        if name not in values:
+            raise InputError(f"hparam_search.py lacks {name}; restore it")
         if not (allowed.is_valid(values[name]) or (off and values[name] is None)):
             rest = ", or None to switch it off" if off else ""
-            if name in ("GRACE_PERIOD", "REDUCTION_FACTOR"):
-                rest = ", or --scheduler none to compare no trials"
             raise InputError(f"{name} cannot be {values[name]!r}; use {allowed.words}{rest}")
 
 
@@ -115,17 +115,20 @@ def summarize(space: dict) -> dict[str, object]:
     return summary
 
 
-def count_configs(space: dict) -> float:
-    """Return how many different configs a space has; infinity with a range of floats or a user's function."""
-    count = 1.0
-    for searched in (entry for entry in summarize(space).values() if isinstance(entry, dict)):
-        if "values" in searched:
-            count *= len({repr(value) for value in searched["values"]})
-        elif step := searched.get("step", type(searched.get("lower")) is int and 1):
-            count *= (searched["upper"] - searched["lower"]) // step + 1
-        else:
-            return math.inf
-    return count
+def all_values(space: dict) -> dict[str, list]:
+    """Return the values of each searched entry; {} if any is a range of floats or a user's function."""
+    values = {}
+    for key, searched in summarize(space).items():
+        if isinstance(searched, dict):
+            step = searched.get("step", type(searched.get("lower")) is int and 1)
+            if step:
+                first, last = (round(searched[end] / step) for end in ("lower", "upper"))
+                values[key] = [i * step for i in range(first, last + 1)]
+            elif not searched.get("values"):
+                return {}
+            else:
+                values[key] = list(dict.fromkeys(searched["values"]))
+    return values
 
 
 def end_of_range(value: float, searched: dict, margin: float = 0.05) -> str | None:

@@ -128,6 +128,7 @@ def local_options(settings: Settings) -> dict:
     parent = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     if len(os.fsencode(parent)) > LONGEST_TEMP_DIR:
         parent = "/tmp"
+    Path(parent).mkdir(parents=True, exist_ok=True)
     # Ray counts GPUs that torch cannot use (a Mac's), and finds none without NVIDIA's management library.
     usable = settings.gpus_per_trial != 0 and torch.cuda.is_available()
     counts = {"num_cpus": usable_cpus(), "num_gpus": torch.cuda.device_count() if usable else 0}

@@ -11,6 +11,7 @@ from search.files import crc32, link
 from search.records import TRIAL_PREFIX, Search, Trial, lock_folder, open_search, short_path
 from search.settings import Settings
 from search.tensorboard import Board
+from search.trial import TRAINING_FILE
 from train import CONFIG_KEYS
 
 
@@ -71,7 +72,7 @@ def take_trial(search: Search, board: Board, earlier: Search, trial: Trial) -> s
         name = f"{repeats}_seed_{trial.config['seed']}"
     folder = earlier.folder / trial.name
     (search.folder / name).mkdir()
-    for path in folder.glob("*.pt"):
+    for path in (*folder.glob("weights_*.pt"), *folder.glob(TRAINING_FILE)):
         link(path, search.folder / name / path.name)
     beside = earlier.folder.parent == search.folder.parent  # both may be moved together
     source = str(folder.relative_to(search.folder.parent) if beside else folder)

@@ -159,6 +159,16 @@ def figures(folder: Path, without: str = "seconds images_per_second") -> list[di
     return [{key: value for key, value in row.items() if key not in without.split()} for row in read_csv(folder)]
 
 
+def copy_before_the_end(folder: Path, target: Path) -> Path:
+    """Copy a search as it was before its best model was tested, written and shown."""
+    shutil.copytree(folder, target)
+    shutil.rmtree(target / "best_model")
+    (target / "results.csv").unlink()
+    lines = (target / LOG_FILE).read_text().splitlines(keepends=True)
+    (target / LOG_FILE).write_text("".join(line for line in lines if '"shown"' not in line))
+    return target
+
+
 def has_reported(folder: Path) -> bool:
     return any(event["event"] == "reported" for event in read_lines(folder / LOG_FILE)[0])
 

@@ -196,9 +196,7 @@ def kill_at(moment: int) -> None:
 
 
 def test_search_killed_as_it_ends_does_so_on_resume(finished: Finished, ray_started: str, tmp_path: Path) -> None:
-    folder, output = shutil.copytree(finished.folder, tmp_path / "it"), tmp_path / "output.txt"
-    shutil.rmtree(folder / "best_model")
-    (folder / "results.csv").unlink()
+    folder, output = conftest.copy_before_the_end(finished.folder, tmp_path / "it"), tmp_path / "output.txt"
     for path in folder.glob("*/weights_*.pt"):  # what pruning deletes
         (path.parent / TRAINING_FILE).touch()
         shutil.copyfile(path, weights_path(path.parent, 99))
@@ -219,6 +217,8 @@ def test_search_killed_as_it_ends_does_so_on_resume(finished: Finished, ray_star
     assert len(list(folder.glob("*/weights_*.pt"))) == 2
     assert not list(folder.glob("*/training*"))
     assert "Best trial: " in output.read_text()
+    best = finished.search.ranking()[0]
+    assert open_search(folder, {}).shown == (best.trial_id, best.best.epoch)  # in TensorBoard, too
 
 
 def flip(content: bytes, generator: random.Random) -> bytes:

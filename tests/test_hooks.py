@@ -133,6 +133,7 @@ def test_traceback_comes_down_to_a_sentence() -> None:
         ("RuntimeError: CUDA error: out of memory\nCUDA", memory), ("RuntimeError: can't allocate memory: you", memory),
         ("RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", memory),
         ("RuntimeError: FIND was unable to find an engine to execute this computation", memory),
+        ("  [Previous line repeated 9 more times]\nRecursionError: too deep", "RecursionError: too deep"),
         ("ValueError: the reason why\n", "ValueError: the reason why"), ("a.Problem: it\n  is\nso", "a.Problem: it"),
         ("torch.AcceleratorError: CUDA error: no kernel\nFor debugging\n\n    x", "torch.AcceleratorError: CUDA error"),
         ("failed to import on the worker\nImportError: No x\nmore", "cannot import its code (ImportError: No x)"),

@@ -69,6 +69,9 @@ def test_restarted_drops_later_epochs_and_the_end_until_they_are_reported_again(
     assert (trial.reports, trial.status, search.interrupted()) == ([first[0], report(2, 0.5)], "PAUSED", True)
     search.record("continued", trial=trial.name)
     assert (trial.reports, trial.status) == ([first[0], report(2, 0.5)], "UNFINISHED")
+    search.record("ended", trial=trial.name, end=END)  # the line that says that it is paused is unreadable
+    assert trial.status == "UNFINISHED"
+    tell(search, trial.name, report(2, 0.5), paused=True)
     search.record("ended", trial=trial.name, end=END)
     assert (trial.status, search.unfinished()) == ("TERMINATED", [])
 

@@ -27,10 +27,20 @@ from search import predict
 from search import trial as trial_module
 from search.best_model import load_model, read_best_model, read_model
 from search.cost import model_cost
-from search.records import open_search
+from search.records import open_search, script_command
 from search.sampler import suggest_config
 from search.trial import run_trial, weights_path
-from tests.conftest import EXAMPLE, REPOSITORY, SMALL_IMAGES, Finished, figures, make_small, read_csv, run_search
+from tests.conftest import (
+    EXAMPLE,
+    REPOSITORY,
+    SMALL_IMAGES,
+    Finished,
+    copy_before_the_end,
+    figures,
+    make_small,
+    read_csv,
+    run_search,
+)
 from train import evaluate, evaluation_batches
 
 pytestmark = pytest.mark.usefixtures("small_search")
@@ -187,26 +197,24 @@ def test_finished_search_is_resumed_and_listed_without_training_or_refused(
 def test_failing_display_does_not_cost_the_model(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    folder = shutil.copytree(finished.folder, tmp_path / "moved" / "it")
-    shutil.rmtree(folder / "best_model")
-    (folder / "results.csv").unlink()
+    folder = copy_before_the_end(finished.folder, tmp_path / "moved" / "it")
     (folder / "results.csv").mkdir()
 
     def fail(*args: object) -> None:
         assert read_best_model(open_search(folder, {})).items() < finished.metrics.items()  # the model comes first
         raise ValueError("in a picture\nof two lines")
 
-    monkeypatch.setattr(hparam_search.best_model, "show_predictions", fail)
-
     def batches_unless_broken(dataset: Dataset, split: str, device: torch.device) -> Batches:
         if device.type != "cpu":
             raise RuntimeError("CUDA error: no kernel image\nFor debugging ...")
         return evaluation_batches(dataset, split, device)
 
-    monkeypatch.setattr(hparam_search.best_model, "best_device", lambda: torch.device("meta"))
-    monkeypatch.setattr(hparam_search.best_model, "evaluation_batches", batches_unless_broken)
-    monkeypatch.setattr(hparam_search.report, "recap", fail)
-    assert main(["--resume", str(folder), "--gpus-per-trial", "1"]) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(hparam_search.best_model, "show_predictions", fail)
+        patch.setattr(hparam_search.best_model, "best_device", lambda: torch.device("meta"))
+        patch.setattr(hparam_search.best_model, "evaluation_batches", batches_unless_broken)
+        patch.setattr(hparam_search.report, "recap", fail)
+        assert main(["--resume", str(folder), "--gpus-per-trial", "1"]) == 1
     printed = capsys.readouterr()
     assert printed.err.splitlines() == [
         *["The GPU failed (CUDA error: no kernel image); testing on the CPU."] * 2,  # and once more for the pictures
@@ -216,6 +224,10 @@ def test_failing_display_does_not_cost_the_model(
     ]
     assert f"test accuracy: {finished.metrics['test_accuracy']:.4f}\n" in printed.out
     assert str(finished.folder) not in printed.out + printed.err  # the search has moved
+    assert f"To complete the results: {script_command('--resume', folder)}\n" in printed.out
+    (folder / "results.csv").rmdir()
+    assert main(["--resume", str(folder)]) == 0
+    assert (open_search(folder, {}).shown, figures(folder)) == (finished.search.shown, figures(finished.folder))
 
 
 class Deeper(SmallResNet):

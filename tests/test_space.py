@@ -89,7 +89,13 @@ def test_tpe_depends_on_its_arguments_alone_and_finds_what_is_good(monkeypatch: 
     last = suggest_config(SPACE, 3, 40, told, 10)
     assert suggest_config(SPACE, 3, 40, told + outside, 10) == last != suggest_config(SPACE, 4, 40, told, 10)
     finite = SPACE | {"lr": 0.1, "p_drop": tune.choice([0.1, 0.2]), "batch_size": tune.randint(8, 10)}
-    assert len(draw_configs(finite, 10, 0, tpe=True)) == 4 * 2 * 2
+    finite |= {"weight_decay": tune.quniform(0.1, 0.3, 0.1)}
+    configs = draw_configs(finite, 12, 0, [{"h_1": 8}], tpe=True)  # no more than 4 · 12
+    assert len({config_key(config) for config in configs}) == len(configs) == 1 + 4 * 2 * 2 * 3
+    assert "lr" in draw_configs(finite, 11, 0, tpe=True)[0]
+    assert "batch_size" not in draw_configs(finite, 11, 0, tpe=True)[0]  # TPE draws it
+    assert len(draw_configs(finite, 11, 0, tpe=True, num_taken=4)) == 48
+    finite["weight_decay"] = 0.1
     taken: list[str] = []
     for number in range(16):
         taken.append(config_key(suggest_config(finite, 3, number, told[:number], 4, taken=taken)))
