@@ -286,7 +286,7 @@ def creating_search(settings: Settings, space: dict, dataset: Dataset, objective
     hidden = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         for left in folder.parent.glob(f".{glob.escape(folder.name)}.[0-9]*.tmp"):
-            with lock(left / LOG_FILE) as free:
+            with contextlib.suppress(OSError), lock(left / LOG_FILE) as free:
                 if free:  # left by a killed process
                     remove(left)
         try:

@@ -95,6 +95,7 @@ def test_tpe_depends_on_its_arguments_alone_and_finds_what_is_good(monkeypatch: 
     assert "lr" in draw_configs(finite, 11, 0, tpe=True)[0]
     assert "batch_size" not in draw_configs(finite, 11, 0, tpe=True)[0]  # TPE draws it
     assert len(draw_configs(finite, 11, 0, tpe=True, num_taken=4)) == 48
+    assert "seed" not in draw_configs(finite | {"seed": tune.randint(0, 2**62)}, 1, 0, tpe=True)[0]
     finite["weight_decay"] = 0.1
     taken: list[str] = []
     for number in range(16):
