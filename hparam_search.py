@@ -120,7 +120,9 @@ def draw(settings: Settings, first_number: int = 0, stream: int = 0) -> tuple[li
     """
     entries, first = search_space(settings), [] if settings.quick else space.to_plain(first_trials or [])
     tpe = settings.sampler == "tpe"
-    configs = sampler.draw_configs(entries, settings.num_samples, settings.seed, first, tpe, stream, first_number)
+    configs = sampler.draw_configs(entries, settings.num_samples, settings.seed, first, tpe, stream)
+    if tpe and (count := space.count_configs(entries)) < first_number + len(configs):
+        raise InputError(f"param_space has only {count:g} configs for TPE; use --sampler random, or fewer samples")
     trials = [records.Trial(f"{records.TRIAL_PREFIX}{i:05}", config) for i, config in enumerate(configs, first_number)]
     return trials, space.summarize(entries) | {"first_trials": first}
 
@@ -268,10 +270,12 @@ def finish(search: records.Search, dataset: Dataset | None) -> int:
         if not metrics and search.ranking():
             dataset = dataset or load_images(search)
             metrics = best_model.evaluate_best_model(search, dataset, image_source(search.settings))
+            if metrics:
+                search.record("tested")
     missing = not (metrics or failures)
     with console.carry_on(failures):
-        if metrics and search.shown != (metrics["trial_id"], metrics["epoch"]):
-            best_model.show_best_model(search, dataset or load_images(search), metrics)
+        if metrics and search.unseen:
+            best_model.show_best_model(search, dataset or load_images(search))
     with console.carry_on(failures):
         hooks.prune(search, [trial for trial in search.trials.values() if trial.end], MODELS_KEPT)
     with console.carry_on(failures):

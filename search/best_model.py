@@ -58,13 +58,13 @@ def evaluate_best_model(search: Search, dataset: Dataset, source: dict) -> dict 
     return metrics
 
 
-def show_best_model(search: Search, dataset: Dataset, metrics: dict) -> None:
+def show_best_model(search: Search, dataset: Dataset) -> None:
     """Write what the model in best_model/ predicts for the test images into TensorBoard's events, and record that."""
     model, _ = read_model(search.folder / BEST_MODEL)
     probabilities = on_test_images(search, model, dataset, predict)
     with explain_failure(search.folder / "events.out.tfevents"):
         show_predictions(search.folder, probabilities, dataset)
-    search.record("shown", trial_id=metrics["trial_id"], epoch=metrics["epoch"])
+    search.record("shown")
 
 
 def on_test_images(

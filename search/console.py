@@ -18,8 +18,8 @@ LAST_SECONDS = 12  # maximum time to stop after a signal
 def run_program(name: str, work: Callable[[], int]) -> int:
     """Run a program's work, and return its exit code.
 
-    It is what work returns; 2 for bad input, 1 if a file cannot be written, torch failed or Ray died, each after one
-    sentence on stderr; 128 + n if signal n interrupted it, so 130 for Ctrl-C.
+    It is what work returns; 2 for bad input, 1 if a file cannot be written, memory or the GPU failed or Ray died, each
+    after one sentence on stderr; 128 + n if signal n interrupted it, so 130 for Ctrl-C.
     """
     out, err, hook = SafeStream(sys.stdout), SafeStream(sys.stderr), threading.excepthook
     # Ignore an OSError in TensorBoard's threads: the main thread raises it again.
@@ -33,10 +33,13 @@ def run_program(name: str, work: Callable[[], int]) -> int:
             print_error(error, name)
             return 2 if isinstance(error, InputError) else 1
         except RuntimeError as error:
-            if not any(words in str(error) for words in ("CUDA", "cuDNN", "can't allocate memory")):
-                raise
             reason = str(error).splitlines()[0].rstrip(".")
-            print_error(f"torch failed ({reason}); use a smaller model, or --device cpu", name)
+            if "CUDA" in reason or "cuDNN" in reason:
+                print_error(f"the GPU failed ({reason}); use --device cpu, or --gpus-per-trial 0 in a search", name)
+            elif "can't allocate memory" in reason:
+                print_error(f"out of memory ({reason}); use smaller widths, or fewer images", name)
+            else:
+                raise
             return 1
         except KeyboardInterrupt:
             return 128 + signals[0]

@@ -127,7 +127,7 @@ class Search:
     stream: int = 0  # random stream of the draws
     trained: int = 0  # number of epochs trained here
     damaged: int = 0  # number of unreadable lines in the log
-    shown: tuple[str, int] | None = None  # trial_id and epoch of the best model that TensorBoard shows
+    unseen: bool = False  # whether TensorBoard is still to show the best model
     grown: bool = False  # whether this process is to draw more trials
 
     @property
@@ -147,10 +147,10 @@ class Search:
             restarted: a trial continues after this epoch; its reports of later epochs are void.
             failed: a trial failed with this error.
             stopped: no trial runs any more.
-            shown: TensorBoard shows the best model, from this trial_id and epoch.
+            tested: the best model is tested and written.
+            shown: TensorBoard shows it.
         """
         kind, name = event["event"], event.get("trial")
-        self.seconds = event.get("ran", max(self.seconds, event["time"] - self.began))
         if kind == "drawn":
             trial = self.trials.setdefault(name, Trial(name))
             config, known = event["config"], self.searched.keys() | event["config"].keys()
@@ -160,8 +160,9 @@ class Search:
             return
         if kind == "started":
             self.resources, self.began = event["resources"], event["time"] - self.seconds
-        if kind == "shown":
-            self.shown = event["trial_id"], event["epoch"]
+        self.seconds = event.get("ran", max(self.seconds, event["time"] - self.began))
+        if kind in ("tested", "shown"):
+            self.unseen = kind == "tested"
         if name not in self.trials or not self.is_drawn(self.trials[name]):
             return  # an event of the whole search, or of a trial whose config is damaged
         trial = self.trials[name]
@@ -188,6 +189,7 @@ class Search:
         if kind == "started":
             self.started = now - self.seconds
         ran = self.seconds if self.started is None else now - self.started
+        self.started = None if kind == "stopped" else self.started
         event = {"event": kind, "time": time.time(), "ran": ran} | details
         with explain_failure(self.folder / LOG_FILE):  # a trial's end must be on disk before its files are deleted
             append_lines(self.folder / LOG_FILE, [event], durable=bool(details.get("end")))
@@ -272,8 +274,10 @@ def new_folder(settings: Settings) -> Path:
 
 
 def is_empty(folder: Path) -> bool:
-    """Return whether a path is an empty folder."""
-    return folder.is_dir() and not any(folder.iterdir())
+    """Return whether a path is an empty folder, as far as this user can tell."""
+    with contextlib.suppress(OSError):
+        return folder.is_dir() and not any(folder.iterdir())
+    return False
 
 
 @contextlib.contextmanager
@@ -284,26 +288,27 @@ def creating_search(settings: Settings, space: dict, dataset: Dataset, objective
     """
     folder = new_folder(settings)
     hidden = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
-        for left in folder.parent.glob(f".{glob.escape(folder.name)}.[0-9]*.tmp"):
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):
+        if left.name[len(folder.name) + 2 : -len(".tmp")].isdigit():
             with contextlib.suppress(OSError), lock(left / LOG_FILE) as free:
                 if free:  # left by a killed process
                     remove(left)
-        try:
-            hidden.mkdir(parents=True)
-        except OSError as error:
-            raise InputError(f"cannot create {folder} ({error.strerror}); choose another --name") from error
+    try:
+        hidden.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"cannot create {folder} ({error.strerror}); choose another --name") from error
+    try:
         with lock(hidden / LOG_FILE):
             search = Search(hidden, settings, space, fingerprint(dataset), objective, installed_versions(settings))
             yield search
             search.write()
-        while folder.exists() and not settings.name:  # taken by another search that started in the same second
-            time.sleep(1)
-            folder = new_folder(settings)
-        with explain_failure(folder):
-            hidden.rename(folder)
-            flush(folder.parent)
-        search.folder = folder
+            while folder.exists() and not settings.name:  # taken by another search that started in the same second
+                time.sleep(1)
+                folder = new_folder(settings)
+            with explain_failure(folder):
+                hidden.rename(folder)
+                flush(folder.parent)
+            search.folder = folder
     finally:
         remove(hidden)
 
@@ -357,7 +362,7 @@ def check_unchanged(search: Search, space: dict, objective: Objective) -> None:
             raise InputError(f"the search began without {key!r}; add its default in train.py, as in FRACTION(0.0)")
         if now != before[key]:
             raise InputError(
-                f"{key!r} is {now}, but was {before.get(key)} when the search began; restore it, or start a new search "
+                f"{key!r} is {now}, but was {before[key]} when the search began; restore it, or start a new search "
                 "with --warm-start"
             )
     if missing := search.searched.keys() - space.keys():

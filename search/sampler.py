@@ -13,27 +13,21 @@ from ray.tune.search.variant_generator import generate_variants
 
 from data import InputError
 from search.records import Objective, Trial, config_key
-from search.space import all_values, check_value, to_plain
+from search.space import check_value, summarize, to_plain
 
 MAX_TRIALS = 100_000
 MOST_ATTEMPTS = 500  # maximum attempts to draw a config that is not taken
 
 
 def draw_configs(
-    space: dict,
-    num_samples: int,
-    seed: int,
-    first_trials: Sequence[dict] = (),
-    tpe: bool = False,
-    stream: int = 0,
-    num_taken: int = 0,
+    space: dict, num_samples: int, seed: int, first_trials: Sequence[dict] = (), tpe: bool = False, stream: int = 0
 ) -> list[dict]:
     """Return the configs of all trials: the first trials, then num_samples random draws per grid point.
 
     The first trials give plain values to searched hyperparameters; omitted ones are drawn, and change no other draw.
-    With tpe, the configs of the others hold only the fixed values: suggest_config draws the rest. But if the space has
-    no more configs than these and num_taken others, they are all configs of the space. Each stream (0 to 2**32 - 1)
-    gives different draws. Raises InputError if a config is invalid, or if TPE cannot draw from the space.
+    With tpe, the configs of the others hold only the fixed values: suggest_config draws the rest. Each stream
+    (0 to 2**32 - 1) gives different draws. Raises InputError if a config is invalid, or if TPE cannot draw from the
+    space.
     """
     if not isinstance(first_trials, Sequence):
         raise InputError(f"first_trials is {first_trials!r}; make it a list of dicts")
@@ -51,15 +45,12 @@ def draw_configs(
     points = math.prod(len(entry["grid_search"]) for entry in space.values() if isinstance(entry, dict))
     if num_samples * points > MAX_TRIALS:
         raise InputError(f"--num-samples {num_samples} makes more than {MAX_TRIALS:,} trials; use fewer")
-    fixed = {key: entry for key, entry in space.items() if not isinstance(entry, dict | Domain)}
+    fixed = {key: entry for key, entry in summarize(space).items() if not isinstance(entry, dict)}
     random, random_first = np.random.default_rng([seed, 0, stream]), np.random.default_rng([seed, 1, stream])
     try:
         drawn = [draw_grid(without_grids(space) | values, random_first)[0] for values in first_trials]
         for _ in range(num_samples):
             drawn += [fixed] * points if tpe else draw_grid(space, random)
-        grids = all_values(space) if tpe else {}
-        if grids and math.prod(map(len, grids.values())) <= num_samples * points + num_taken:
-            drawn[len(first_trials) :] = draw_grid(space | {key: tune.grid_search(grids[key]) for key in grids}, random)
     except Exception as error:  # raised by a user's function
         raise InputError(f"param_space cannot be drawn from ({type(error).__name__}: {error}); correct it") from error
     configs = [to_plain(config) for config in drawn]

@@ -17,7 +17,6 @@ CONSTANTS = {"GRACE_PERIOD": WHOLE, "REDUCTION_FACTOR": FACTOR, "KEEP": COUNT, "
 CONSTANTS |= {"MIN_DELTA": NOT_NEGATIVE, "MAX_SECONDS_PER_TRIAL": POSITIVE, "MAX_FAILURES_PER_TRIAL": COUNT}
 CONSTANTS |= {"SAVE_PERIOD": NOT_NEGATIVE, "MODELS_KEPT": WHOLE, "STARTUP_TRIALS": COUNT, "REPEATED_TRIALS": WHOLE}
 CONSTANTS |= {"PROGRESS_PERIOD": NOT_NEGATIVE}
-MANY = 10_000  # values of a hyperparameter; no search tries them all
 ALLOW_NONE = ("KEEP", "PATIENCE", "MAX_SECONDS_PER_TRIAL", "SAVE_PERIOD", "MODELS_KEPT", "PROGRESS_PERIOD")
 
 
@@ -116,20 +115,17 @@ def summarize(space: dict) -> dict[str, object]:
     return summary
 
 
-def all_values(space: dict) -> dict[str, list]:
-    """Return the values of each searched entry; {} if any has too many to try, or is a user's function."""
-    found = {}
-    for key, searched in summarize(space).items():
-        if not isinstance(searched, dict):
-            continue
-        values = searched.get("values", [])
-        if step := searched.get("step", type(searched.get("lower")) is int and 1):
-            first, last = (round(searched[end] / step) for end in ("lower", "upper"))
-            values = [i * step for i in range(first, min(last + 1, first + MANY))]
-        if not 0 < len(values) < MANY:
-            return {}
-        found[key] = list(dict.fromkeys(values))
-    return found
+def count_configs(space: dict) -> float:
+    """Return how many different configs a space has; infinity with a range of floats or a user's function."""
+    count = 1.0
+    for searched in (entry for entry in summarize(space).values() if isinstance(entry, dict)):
+        if "values" in searched:
+            count *= len({repr(value) for value in searched["values"]})
+        elif step := searched.get("step", "randint" in searched.get("tune", "")):
+            count *= int((searched["upper"] - searched["lower"]) / step + 1e-9) + 1
+        else:
+            return math.inf
+    return count
 
 
 def end_of_range(value: float, searched: dict, margin: float = 0.05) -> str | None:

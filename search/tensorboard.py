@@ -118,7 +118,7 @@ def domain(searched: dict, known: bool) -> hp.Domain | None:
     if values or not searched:
         return None
     lower, upper = searched["lower"], searched["upper"]
-    return (hp.IntInterval if type(lower) is type(upper) is int else hp.RealInterval)(lower, upper)
+    return (hp.IntInterval if "randint" in searched["tune"] else hp.RealInterval)(lower, upper)
 
 
 def to_hparam(value: Any, searched: dict) -> Any:

@@ -73,6 +73,7 @@ def running_ray(settings: Settings) -> Iterator[None]:
         except SystemExit:  # from the handler of SIGTERM that Ray sets as it starts
             signal.signal(signal.SIGTERM, handler)
             signal.raise_signal(signal.SIGTERM)
+            raise
         except Exception as error:  # Ray raises exceptions of many types
             if address:
                 raise InputError(

@@ -165,7 +165,7 @@ def copy_before_the_end(folder: Path, target: Path) -> Path:
     shutil.rmtree(target / "best_model")
     (target / "results.csv").unlink()
     lines = (target / LOG_FILE).read_text().splitlines(keepends=True)
-    (target / LOG_FILE).write_text("".join(line for line in lines if '"shown"' not in line))
+    (target / LOG_FILE).write_text("".join(line for line in lines if '"tested"' not in line and '"shown"' not in line))
     return target
 
 

@@ -172,6 +172,16 @@ def test_time_is_that_of_the_monotonic_clock(tmp_path: Path, monkeypatch: pytest
     budget = TimeBudget(search)
     now[0] += 6
     assert budget.stop_all()
+    search.record("stopped")
+    now[0] += 100  # while the best model is tested
+    search.record("tested")
+    assert open_search(tmp_path, {}).seconds == 61
+    # Earlier versions recorded no seconds: they follow from the wall clock, without the time between two processes.
+    search = search_in(tmp_path / "old")
+    for seconds, kind in enumerate(["drawn", "started", "reported", "stopped", "drawn", "started", "reported"]):
+        details = vars(report(1)) | {"trial": "a", "config": CONFIG, "repeats": None, "resources": "", "end": None}
+        search.apply(details | {"event": kind, "time": 1e9 + seconds**3, "paused": False})
+    assert search.seconds == (27 - 1) + (216 - 125)
 
 
 def test_end_of_a_trial_is_on_disk_before_its_files_are_deleted(
