@@ -270,8 +270,6 @@ def finish(search: records.Search, dataset: Dataset | None) -> int:
         if not metrics and search.ranking():
             dataset = dataset or load_images(search)
             metrics = best_model.evaluate_best_model(search, dataset, image_source(search.settings))
-            if metrics:
-                search.record("tested")
     missing = not (metrics or failures)
     with console.carry_on(failures):
         if metrics and search.unseen:

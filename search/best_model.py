@@ -54,6 +54,8 @@ def evaluate_best_model(search: Search, dataset: Dataset, source: dict) -> dict 
     loss, accuracy = on_test_images(search, model, dataset, evaluate)
     metrics |= {"test_loss": loss, "test_accuracy": accuracy}
     about = {"images": source, "objective": astuple(search.objective)}
+    with contextlib.suppress(OSError):  # so that a kill from here on does not cost TensorBoard's pictures
+        search.record("tested")
     write_model(folder, model, trial.config, dataset, about, metrics)
     return metrics
 

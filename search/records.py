@@ -147,7 +147,7 @@ class Search:
             restarted: a trial continues after this epoch; its reports of later epochs are void.
             failed: a trial failed with this error.
             stopped: no trial runs any more.
-            tested: the best model is tested and written.
+            tested: the best model is tested, and written next.
             shown: TensorBoard shows it.
         """
         kind, name = event["event"], event.get("trial")
