@@ -131,8 +131,8 @@ def read_metrics(folder: Path) -> dict | None:
 def read_model(folder: Path) -> tuple[SmallResNet, dict]:
     """Return the model in a folder, on the CPU, and the content of its config.json.
 
-    Hyperparameters that its config lacks get their defaults. Raises InputError if there is no model, if it is damaged
-    or from another version, or if model.py no longer fits it.
+    Hyperparameters that its config lacks get their defaults. Raises InputError if the model is missing, damaged or from
+    another version, or if model.py no longer fits it.
     """
     path = folder / CONFIG
     try:
