@@ -189,9 +189,11 @@ class Search:
         if kind == "started":
             self.started = now - self.seconds
         ran = self.seconds if self.started is None else now - self.started
-        self.started = None if kind == "stopped" else self.started
+        if kind == "stopped":
+            self.started = None
         event = {"event": kind, "time": time.time(), "ran": ran} | details
-        with explain_failure(self.folder / LOG_FILE):  # a trial's end must be on disk before its files are deleted
+        with explain_failure(self.folder / LOG_FILE):
+            # A trial's end must be on disk before its files are deleted.
             append_lines(self.folder / LOG_FILE, [event], durable=bool(details.get("end")))
         self.apply(event)
 
