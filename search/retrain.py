@@ -74,7 +74,7 @@ def retrain(given: dict) -> int:
         raise InputError(f"{given['model']} has no value for {missing[0]}; pass one")
     config = {key: values[key] for key in CONFIG_KEYS}
     for key, value in config.items():
-        check_value(key, value)
+        check_value(key, value)  # unlike check_space, it refuses grids
     check_space(config)
     device, objective = best_device(given["device"]), Objective(*about["objective"])
     name = given.get("name") or datetime.now().strftime("retrained_%Y-%m-%d_%H-%M-%S")
