@@ -26,10 +26,13 @@ if __name__ == "__main__":
     parse_args(None, __doc__)  # answers --help and bad flags before the slow imports
 
 from ray import tune
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.schedulers import ASHAScheduler
 
 from data import Dataset, InputError, read_images
-from search import best_model, console, halving, hooks, records, report, sampler, space, trackers, tuner, warm_start
+from search import console, records, report, sampler, schedulers, space, trackers, tuner, warm_start
+from search.display import Display
+from search.finish import finish, interrupt
+from search.referee import Referee, TimeBudget, TrialQueue, Watcher
 from search.trial import train_cifar
 
 param_space = {
@@ -88,14 +91,15 @@ REPEATED_TRIALS = 3  # --repeats trains this many of the best configs again
 PROGRESS_PERIOD = 30  # seconds between progress blocks in a log file
 
 
-def new_scheduler(settings: Settings, trials: list[records.Trial], max_epochs: int) -> TrialScheduler:
-    """Build the scheduler that stops poor trials early. Any Ray scheduler that never pauses trials works, too."""
+def new_scheduler(search: records.Search, max_epochs: int) -> schedulers.Scheduler:
+    """Build the scheduler that stops poor trials early. Any of Ray's that never pauses trials works as RayScheduler."""
+    settings, trials = search.settings, search.own_trials()
     if settings.scheduler == "none":
-        return FIFOScheduler()  # trials still end by early stopping: see PATIENCE
+        return schedulers.Scheduler()  # trials still end by early stopping: see PATIENCE
     if settings.scheduler == "promote":
         knobs = settings.grace_period, settings.reduction_factor, settings.keep
-        return halving.Promotion(trials, halving.new_rungs(len(trials), *knobs, max_epochs), max_epochs)
-    return ASHAScheduler(
+        return schedulers.Promotion(trials, schedulers.new_rungs(len(trials), *knobs, max_epochs), max_epochs)
+    asha = ASHAScheduler(
         metric="loss",
         mode="min",
         time_attr="epoch",
@@ -103,6 +107,7 @@ def new_scheduler(settings: Settings, trials: list[records.Trial], max_epochs: i
         reduction_factor=settings.reduction_factor,
         max_t=max_epochs,
     )
+    return schedulers.RayScheduler(asha, search.history)
 
 
 def search_space(settings: Settings) -> dict:
@@ -113,23 +118,21 @@ def search_space(settings: Settings) -> dict:
     return entries
 
 
-def draw(settings: Settings, first_number: int = 0, stream: int = 0) -> tuple[list[records.Trial], dict]:
-    """Return all new trials, in the order in which they start, and a summary of the search space.
+def draw(settings: Settings, entries: dict, first_number: int = 0, stream: int = 0) -> tuple[list[dict], dict]:
+    """Return the configs of all new trials, in the order in which they start, and a summary of the search space.
 
-    They are numbered from first_number, after those taken from earlier searches, and drawn with a random stream.
+    first_number trials are there already; each stream gives other draws.
     """
-    entries, first = search_space(settings), [] if settings.quick else space.to_plain(first_trials or [])
+    first = [] if settings.quick else space.to_plain(first_trials or [])
     tpe = settings.sampler == "tpe"
     configs = sampler.draw_configs(entries, settings.num_samples, settings.seed, first, tpe, stream)
     if tpe and (count := space.count_configs(entries)) < first_number + len(configs):
         raise InputError(f"param_space has only {count:g} configs for TPE; use --sampler random, or fewer samples")
-    trials = [records.Trial(f"{records.TRIAL_PREFIX}{i:05}", config) for i, config in enumerate(configs, first_number)]
-    return trials, space.summarize(entries) | {"first_trials": first}
+    return configs, space.summarize(entries) | {"first_trials": first}
 
 
-def with_defaults(settings: Settings) -> Settings:
+def with_defaults(settings: Settings, epochs: int) -> Settings:
     """Return the settings of a new search, with the scheduler's defaults filled in."""
-    epochs = search_space(settings)["epochs"]
     if settings.quick and first_trials:
         print("--quick ignores first_trials, which are for param_space.", file=sys.stderr)
     grace_period = settings.grace_period or min(GRACE_PERIOD, epochs)
@@ -146,42 +149,6 @@ def image_source(settings: Settings) -> dict:
     return {"source": settings.dataset, "data_dir": settings.data_dir, "synthetic": synthetic}
 
 
-def new_search(settings: Settings, tracking: trackers.Trackers) -> int:
-    """Run a new search, and return the exit code."""
-    objective, settings = records.Objective(METRIC, MODE), with_defaults(settings)
-    trials, drawn_from = draw(settings)
-    records.new_folder(settings)  # refuses a folder before the images are read
-    warm_start.check(settings)
-    dataset = read_images(**image_source(settings))
-    with tuner.running_ray(settings):
-        tuner.share_resources(settings, len(trials))  # refuses flags that exceed this machine
-        with records.creating_search(settings, drawn_from, dataset, objective) as search:
-            if settings.warm_start:
-                warm_start.take(search)
-                trials = draw(settings, search.first_number, search.stream)[0]
-            search.draw(trials)
-        with records.lock_search(search.folder):
-            return run(search, dataset, tracking)
-
-
-def resume_search(folder: Path, changes: dict, tracking: trackers.Trackers) -> int:
-    """Continue the search in a folder, with changed settings, and return the exit code."""
-    with records.lock_search(folder):
-        search = records.open_search(folder, changes)
-        missing = [trial for trial in search.repeats(REPEATED_TRIALS) if trial.name not in search.trials]
-        complete = search.trials and not (search.unfinished() or missing or search.damaged or search.grown)
-        if complete or search.time_left() <= 0:
-            return finish(search, None)
-        trials, drawn_from = draw(search.settings, search.first_number, search.stream)
-        records.check_unchanged(search, drawn_from, records.Objective(METRIC, MODE))
-        dataset = load_images(search)
-        with tuner.running_ray(search.settings):
-            tuner.share_resources(search.settings, 1)  # before they are written
-            search.draw(trials)
-            search.write()
-            return run(search, dataset, tracking)
-
-
 def load_images(search: records.Search) -> Dataset:
     """Read the images of a search, and refuse them if they have changed."""
     dataset = read_images(**image_source(search.settings))
@@ -189,35 +156,75 @@ def load_images(search: records.Search) -> Dataset:
     return dataset
 
 
-def run(search: records.Search, dataset: Dataset, tracking: trackers.Trackers) -> int:
+def new_search(settings: Settings, tracking: trackers.Trackers) -> int:
+    """Run a new search, and return the exit code."""
+    objective, entries = records.Objective(METRIC, MODE), search_space(settings)
+    settings = with_defaults(settings, entries["epochs"])
+    records.new_folder(settings)  # refuses a folder before the images are read
+    with contextlib.ExitStack() as locks:
+        earlier = [locks.enter_context(warm_start.earlier_search(Path(path))) for path in settings.warm_start or ()]
+        stream = warm_start.new_stream(earlier)
+        configs, drawn_from = draw(settings, entries, stream=stream)
+        dataset = read_images(**image_source(settings))
+        with tuner.running_ray(settings):
+            tuner.share_resources(settings, len(configs))  # refuses flags that exceed this machine
+            with records.creating_search(settings, drawn_from, dataset, objective) as search:
+                search.stream = stream
+                warm_start.take(search, earlier)
+                search.draw(search.numbered(configs))
+            locks.close()
+            with records.lock_search(search.folder):
+                return run(search, entries, dataset, tracking)
+
+
+def resume_search(folder: Path, changes: dict, tracking: trackers.Trackers) -> int:
+    """Continue the search in a folder, with changed settings, and return the exit code."""
+    with records.lock_search(folder):
+        search = records.open_search(folder, changes)
+        if search.is_complete(REPEATED_TRIALS) or search.time_left() <= 0:
+            return finish(search, partial(load_images, search), image_source(search.settings), MODELS_KEPT)
+        entries = search_space(search.settings)
+        configs, drawn_from = draw(search.settings, entries, search.first_number, search.stream)
+        records.check_unchanged(search, drawn_from, records.Objective(METRIC, MODE))
+        dataset = load_images(search)
+        with tuner.running_ray(search.settings):
+            tuner.share_resources(search.settings, 1)  # before they are written
+            search.draw(search.numbered(configs))
+            search.write()
+            return run(search, entries, dataset, tracking)
+
+
+def run(search: records.Search, entries: dict, dataset: Dataset, tracking: trackers.Trackers) -> int:
     """Run all trials that have not ended, then the repeats, if any, and return the exit code."""
     try:
-        fit(search, search.unfinished(), dataset, tracking)
+        fit(search, search.unfinished(), entries, dataset, tracking)
         if not search.interrupted():
-            fit(search, search.draw(search.repeats(REPEATED_TRIALS)), dataset, tracking)
+            fit(search, search.draw(search.repeats(REPEATED_TRIALS)), entries, dataset, tracking)
     except (KeyboardInterrupt, OSError):
-        with console.carry_on([]):
-            print(report.recap(search), report.best_so_far(search), sep="\n", flush=True)
-        with console.carry_on([]):
-            report.write_results(search)
+        interrupt(search)
         raise
-    return finish(search, dataset)
+    return finish(search, lambda: dataset, image_source(search.settings), MODELS_KEPT)
 
 
-def fit(search: records.Search, trials: list[records.Trial], dataset: Dataset, tracking: trackers.Trackers) -> None:
-    """Run these trials of a search."""
+def fit(
+    search: records.Search,
+    trials: list[records.Trial],
+    entries: dict,
+    dataset: Dataset,
+    tracking: trackers.Trackers,
+) -> None:
+    """Run these trials of a search; entries are those of the search space."""
     if not trials:
         return
-    settings = search.settings
-    resources, at_once, search_resources = tuner.share_resources(settings, len(trials))
+    resources, at_once, all_resources = tuner.share_resources(search.settings, len(trials))
     max_epochs = trials[0].config["epochs"]  # the same for all trials
-    early_stop = partial(hooks.early_stop, max_epochs, PATIENCE, MIN_DELTA, MAX_SECONDS_PER_TRIAL)
-    scheduler = new_scheduler(settings, search.own_trials(), max_epochs)
-    promotion = scheduler if isinstance(scheduler, halving.Promotion) else halving.Promotion([], {}, max_epochs)
-    suggest = partial(sampler.suggest_config, search_space(settings), settings.seed, startup=STARTUP_TRIALS)
-    waiting = hooks.TrialQueue(search, trials, promotion, max(1, at_once), suggest)
-    resumable = hooks.ResumableScheduler(scheduler, search, early_stop)
-    recorder = hooks.Recorder(search, waiting, resumable.ends, MODELS_KEPT, PROGRESS_PERIOD, tracking)
+    early_stop = partial(schedulers.early_stop, max_epochs, PATIENCE, MIN_DELTA, MAX_SECONDS_PER_TRIAL)
+    scheduler = new_scheduler(search, max_epochs)
+    suggest = partial(sampler.suggest_config, entries, search.settings.seed, startup=STARTUP_TRIALS)
+    queue = TrialQueue(search, trials, scheduler, max(1, at_once), suggest)
+    display = Display(search, scheduler.rungs, PROGRESS_PERIOD, tracking)
+    referee = Referee(search, scheduler, early_stop, display, MODELS_KEPT)
+    watcher = Watcher(referee)
     with tuner.temporary_folder(search.folder, dataset) as (folder, images):
         trainable = partial(
             train_cifar,
@@ -225,76 +232,34 @@ def fit(search: records.Search, trials: list[records.Trial], dataset: Dataset, t
             search_folder=search.folder,
             objective=search.objective,
             save_period=SAVE_PERIOD,
-            rungs=promotion.rungs,
+            rungs=scheduler.rungs,
         )
         tuned = tune.Tuner(
             tune.with_resources(trainable, resources),
             tune_config=tune.TuneConfig(
                 num_samples=-1,  # until the queue is empty
-                search_alg=waiting,
-                scheduler=resumable,
+                search_alg=queue,
+                scheduler=referee,
                 reuse_actors=True,  # the next trial runs in a process that has imported torch
-                trial_name_creator=lambda trial: waiting.name(trial),  # of a method, Tune would copy the queue
+                # The name travels in the config, in which trackers should not see it.
+                trial_name_creator=lambda trial: trial.config.pop("trial"),
                 trial_dirname_creator=str,
             ),
             run_config=tune.RunConfig(
                 name=folder.name,
                 storage_path=str(folder.parent),
-                stop=hooks.TimeBudget(search),
+                stop=TimeBudget(search),
                 failure_config=tune.FailureConfig(max_failures=MAX_FAILURES_PER_TRIAL),
-                callbacks=[recorder],
-                verbose=0,  # the recorder shows the progress
+                callbacks=[watcher],
+                verbose=0,  # the search shows the progress
             ),
         )
-        search.record("started", resources=search_resources)
-        for trial in trials:
-            if trial.error:  # it is tried again
-                search.record("continued", trial=trial.name)
+        search.start(trials, all_resources)
         try:
-            console.run_in_thread(tuned.fit, recorder.interrupted)
+            console.run_in_thread(tuned.fit, watcher.interrupted)
         finally:
             with contextlib.suppress(OSError):  # a full disk has ended the search, and must not hide why
                 search.record("stopped")
-
-
-def finish(search: records.Search, dataset: Dataset | None) -> int:
-    """Test the best model unless that is done, write and print the results, and return the exit code.
-
-    The model comes first, and a failing step does not stop the others. If the process is killed here, --resume repeats
-    this.
-    """
-    failures: list[Exception] = []
-    metrics = None
-    with console.carry_on(failures):
-        metrics = best_model.read_best_model(search)
-        if not metrics and search.ranking():
-            dataset = dataset or load_images(search)
-            metrics = best_model.evaluate_best_model(search, dataset, image_source(search.settings))
-    missing = not (metrics or failures)
-    with console.carry_on(failures):
-        if metrics and search.unseen:
-            best_model.show_best_model(search, dataset or load_images(search))
-    with console.carry_on(failures):
-        hooks.prune(search, [trial for trial in search.trials.values() if trial.end], MODELS_KEPT)
-    with console.carry_on(failures):
-        report.write_results(search)
-    with console.carry_on(failures):
-        print(report.recap(search))
-    resume = records.script_command("--resume", search.folder)
-    if search.interrupted():
-        print(f"The time budget is spent. To resume: {resume} --time-budget MORE")
-    elif search.unfinished():
-        print(f"To try the failed trials again: {resume}")
-    elif failures:
-        print(f"To complete the results: {resume}")
-    if metrics:
-        with console.carry_on(failures):
-            print(report.recap_best(search, metrics))
-    elif missing:
-        print("No trial has a model, so there is no best model.", file=sys.stderr)
-    if any(isinstance(failure, InputError) for failure in failures):
-        return 2
-    return 0 if metrics and not failures and metrics["trial_id"] == search.ranking()[0].trial_id else 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,8 +1,8 @@
 """How a search's files survive a kill, a full disk and a power cut.
 
 A file or folder is written under a temporary name, flushed to disk and then renamed, so it is never incomplete. A
-log only grows, and an incomplete last line is dropped. JSON carries a checksum and torch's archives have their own, so
-damage is noticed.
+log only grows, and an incomplete last line is dropped. Damage is noticed: JSON no longer parses, and torch's archives
+have checksums.
 """
 
 import contextlib
@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -87,46 +86,36 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def dumps(content: dict, indent: int | None = None) -> str:
-    """Return a dict as JSON with its checksum."""
-    return json.dumps(content | {"crc32": crc32(content)}, indent=indent)
-
-
 def loads(text: str | bytes) -> dict:
-    """Return the dict that dumps was given; raise ValueError if the text did not come from dumps, or is damaged."""
+    """Return the dict that a text holds as JSON; raise ValueError if it holds none."""
     try:
         content = json.loads(text)
     except RecursionError as error:
         raise ValueError("not JSON") from error
-    if not isinstance(content, dict) or content.pop("crc32", None) != crc32(content):
-        raise ValueError("wrong checksum")
+    if not isinstance(content, dict):
+        raise ValueError("not a dict")
     return content
 
 
-def crc32(content: dict) -> str:
-    """Return the CRC-32 of a dict's JSON, in hexadecimal."""
-    return f"{zlib.crc32(json.dumps(content).encode()):08x}"
-
-
 def write_json(path: Path, content: dict) -> None:
-    """Write a dict into a file as indented JSON that loads can read."""
+    """Write a dict into a file as indented JSON; raise OSError, naming the file, if this fails."""
     with atomic_write(path) as temporary:
-        temporary.write_text(dumps(content, indent=2))
+        temporary.write_text(json.dumps(content, indent=2))
 
 
-def append_lines(path: Path, contents: list[dict], durable: bool = False) -> None:
-    """Append dicts to a log, one per line, after dropping an incomplete last line that a killed process left.
+def append_line(path: Path, content: dict, durable: bool = False) -> None:
+    """Append a dict to a log, as a line, after dropping an incomplete last line that a killed process left.
 
-    With `durable`, they are on disk when this returns. If this fails, it raises OSError and leaves the complete lines
-    as they are.
+    With `durable`, it is on disk when this returns. If this fails, it raises OSError, naming the file, and leaves the
+    complete lines as they are.
     """
-    with path.open("a+b", buffering=0) as file:
+    with explain_failure(path), path.open("a+b", buffering=0) as file:
         size = file.tell()
         if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
             size = path.read_bytes().rfind(b"\n") + 1
             file.truncate(size)
         try:
-            text = "".join(dumps(content) + "\n" for content in contents).encode()
+            text = f"{json.dumps(content)}\n".encode()
             while text:
                 text = text[file.write(text) :]  # after a partial write, the next one raises the reason
             if durable:

@@ -17,8 +17,8 @@ class Progress:
     A period of None prints nothing into a file.
     """
 
-    def __init__(self, period: float | None, rungs: dict[int, int]) -> None:
-        self.in_place, self.rungs = sys.stdout.isatty(), rungs
+    def __init__(self, search: Search, rungs: dict[int, int], period: float | None) -> None:
+        self.search, self.rungs, self.in_place = search, rungs, sys.stdout.isatty()
         self.period = math.inf if period is None else period
         self.last = time.monotonic()
         self.drawn = 0  # number of redrawn lines above the cursor
@@ -28,13 +28,13 @@ class Progress:
         self.erase()
         print(sentence, file=sys.stderr, flush=True)
 
-    def update(self, search: Search, running: list[str]) -> None:
-        """Show the progress of a search; running is the names of the trials that are running."""
+    def update(self) -> None:
+        """Show the progress of the search."""
         now = time.monotonic()
         if not self.in_place and now - self.last < self.period:
             return
         self.last = now
-        lines = block(search, running, self.rungs)
+        lines = block(self.search, self.rungs)
         self.erase()
         if self.in_place:
             width = shutil.get_terminal_size().columns - 1
@@ -49,33 +49,31 @@ class Progress:
             self.drawn = 0
 
 
-def block(search: Search, running: list[str], rungs: dict[int, int]) -> list[str]:
+def block(search: Search, rungs: dict[int, int]) -> list[str]:
     """Describe the progress of a search in lines of at most 80 columns.
 
     Args:
         search: the search.
-        running: names of the running trials.
         rungs: how many trials are promoted at which epochs (see new_rungs); empty without promotion.
     """
-    others = [trial for trial in search.trials.values() if trial.name not in running]
-    done = sum(bool(trial.end or trial.error) for trial in others)
-    paused = sum(trial.paused for trial in others)
+    trials, running = search.trials.values(), search.running()
+    done = sum(bool(trial.end or trial.error) for trial in trials)
+    paused = sum(trial.paused for trial in trials)
     counts = [f"{done} done", f"{len(running)} running", *([f"{paused} paused"] if rungs else [])]
-    epochs, left = sum(len(trial.reports) for trial in search.trials.values()), epochs_left(search, rungs)
+    epochs, left = sum(len(trial.reports) for trial in trials), epochs_left(search, rungs)
     seconds = search.seconds / search.trained if search.trained else 0.0
     remaining = f", about {duration(max(10, round(left * seconds, -1)))} left" if seconds else ""
     lines = [
-        f"Trials: {', '.join(counts)}, {len(others) - done - paused} waiting. "
+        f"Trials: {', '.join(counts)}, {len(trials) - done - len(running) - paused} waiting. "
         f"Epochs: {epochs} of about {epochs + round(left)}.",
         f"Time: {duration(search.seconds)}{remaining}.",
         best_so_far(search),
     ]
-    for name in running[:TRIALS_SHOWN]:
-        trial = search.trials[name]
+    for trial in running[:TRIALS_SHOWN]:
         state = "starting"
         if trial.reports:
             state = f"accuracy {trial.reports[-1].accuracy:.4f}  loss {trial.reports[-1].loss:.4f}"
-        lines.append(f"  {name}  epoch {len(trial.reports):3} of {trial.config['epochs']}  {state}")
+        lines.append(f"  {trial.name}  epoch {len(trial.reports):3} of {trial.config['epochs']}  {state}")
     return [line[:COLUMNS] for line in lines]
 
 

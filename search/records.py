@@ -16,20 +16,20 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from data import Dataset, InputError, fingerprint
-from search.files import append_lines, explain_failure, flush, loads, lock, read_lines, remove, write_json
+from search.files import append_line, explain_failure, flush, loads, lock, read_lines, remove, write_json
 from search.settings import CHANGEABLE, GROWABLE, Settings, flag
 from train import DEFAULTS, Report
 
 SEARCH_FILE, LOG_FILE, TRIAL_PREFIX = "search.json", "log.jsonl", "train_cifar_"
 METRICS = [key.name for key in fields(Report)]
-FORMAT = 8  # version of both files; others are refused
+FORMAT = 9  # version of both files; others are refused
 
 
 def config_key(config: dict) -> str:
@@ -40,6 +40,11 @@ def config_key(config: dict) -> str:
 def new_report(values: dict) -> Report:
     """Return a report from its saved fields; a metric that train.py did not have then is NaN."""
     return Report(**{key: values.get(key, math.nan) for key in METRICS})
+
+
+def as_result(report: Report) -> dict[str, Any]:
+    """Return a report as Ray's schedulers and callbacks expect it."""
+    return asdict(report) | {"training_iteration": report.epoch, "time_total_s": report.seconds}
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ class Objective:
 
 @dataclass(eq=False)  # hashed by identity, for schedulers
 class Trial:
-    """The state of a trial."""
+    """The state of a trial. It is running, paused, ended or failed; if none of these, it waits for a worker."""
 
     name: str
     config: dict = field(default_factory=dict)
@@ -82,9 +87,21 @@ class Trial:
     source: str | None = None  # path of the earlier search's trial, relative to --output-dir if it is there
     reports: list[Report] = field(default_factory=list)  # one per epoch, in order
     best: Report | None = None  # its weights are on disk while needed; None if the trial diverged or none is finite
-    paused: bool = False  # at a rung, until it continues or ends
+    running: bool = False  # a worker has it
+    paused: bool = False  # it is at a rung, until it continues or ends
     end: str | None = None  # why it ended
     error: str | None = None  # why it failed, in a sentence
+
+    def become(
+        self, running: bool = False, paused: bool = False, end: str | None = None, error: str | None = None
+    ) -> None:
+        """Change the state."""
+        self.running, self.paused, self.end, self.error = running, paused, end, error
+
+    @property
+    def waits(self) -> bool:
+        """Whether a worker may take it."""
+        return not (self.running or self.end or self.error)
 
     @property
     def trial_id(self) -> str:
@@ -98,7 +115,7 @@ class Trial:
 
     @property
     def status(self) -> str:
-        """ERROR, DIVERGED, TERMINATED, PAUSED, UNFINISHED or PENDING."""
+        """ERROR, DIVERGED, TERMINATED, PAUSED, UNFINISHED or PENDING, as the recap shows it."""
         if self.error:
             return "ERROR"
         if self.end:
@@ -119,8 +136,8 @@ class Search:
     objective: Objective
     versions: dict[str, str]  # of the packages that figures depend on, when the search began
     trials: dict[str, Trial] = field(default_factory=dict)  # by name, in the order in which they were drawn
+    history: list[tuple[Trial, Report, str | None]] = field(default_factory=list, repr=False)  # all reports, with ends
     seconds: float = 0.0  # how long trials have run, over all processes
-    began: float = field(default=math.inf, repr=False)  # wall clock, less `seconds`, for events without `ran`
     started: float | None = field(default=None, repr=False)  # this process's monotonic clock, less `seconds`
     resources: str = ""  # CPUs and GPUs that the trials use
     first_number: int = 0  # how many own trials were taken from earlier searches
@@ -136,51 +153,57 @@ class Search:
         return {key: entry for key, entry in self.space.items() if isinstance(entry, dict)}
 
     def apply(self, event: dict) -> None:
-        """Update the state with an event.
+        """Update the state with an event; raise KeyError, and change nothing, if it lacks a field.
 
         Every event also has its time, and as `ran` the seconds that trials have run. Events:
-            started: the trials begin to run, on these resources.
             drawn: a trial has this config, and repeats another one or none; it may come from an earlier search.
+            started: trials begin to run, on these resources.
+            begun: a worker takes a trial, at its start or after a pause.
             reported: a trial's epoch has these metrics; the trial ends for this reason, is paused, or continues.
-            continued: a paused or failed trial is to continue.
-            ended: a paused trial ends for this reason.
             restarted: a trial continues after this epoch; its reports of later epochs are void.
             failed: a trial failed with this error.
+            ended: a paused trial ends for this reason.
             stopped: no trial runs any more.
             tested: the best model is tested, and written next.
             shown: TensorBoard shows it.
         """
-        kind, name = event["event"], event.get("trial")
+        kind, name, ran = event["event"], event.get("trial"), event["ran"]
         if kind == "drawn":
-            trial = self.trials.setdefault(name, Trial(name))
             config, known = event["config"], self.searched.keys() | event["config"].keys()
             # Hyperparameters may have been added to train.py since.
-            trial.config = config | {key: value for key, value in DEFAULTS.items() if key not in known}
-            trial.repeats, trial.source = event["repeats"], event.get("source")
-            return
-        if kind == "started":
-            self.resources, self.began = event["resources"], event["time"] - self.seconds
-        self.seconds = event.get("ran", max(self.seconds, event["time"] - self.began))
-        if kind in ("tested", "shown"):
+            config = config | {key: value for key, value in DEFAULTS.items() if key not in known}
+            repeats, trial = event["repeats"], self.trials.setdefault(name, Trial(name))
+            trial.config, trial.repeats, trial.source = config, repeats, event.get("source")
+        elif name in self.trials and self.is_drawn(self.trials[name]):  # its config is not damaged
+            self.apply_to(self.trials[name], kind, event)
+        elif kind == "started":
+            self.resources = event["resources"]
+        elif kind in ("tested", "shown"):
             self.unseen = kind == "tested"
-        if name not in self.trials or not self.is_drawn(self.trials[name]):
-            return  # an event of the whole search, or of a trial whose config is damaged
-        trial = self.trials[name]
-        if kind == "reported":
-            if event["epoch"] > len(trial.reports) + 1:
+        if kind in ("started", "stopped"):
+            for trial in self.trials.values():
+                trial.running = False  # perhaps a process was killed
+        self.seconds = ran
+
+    def apply_to(self, trial: Trial, kind: str, event: dict) -> None:
+        """Do what apply does, for the events of a trial whose config is complete."""
+        if kind == "begun":
+            trial.become(running=True)
+        elif kind == "reported":
+            epoch, end, paused, report = event["epoch"], event["end"], event["paused"], new_report(event)
+            if epoch > len(trial.reports) + 1:
                 return  # the report before is unreadable; its epoch is retrained
-            trial.reports[event["epoch"] - 1 :] = [new_report(event)]
-            trial.end, trial.paused, trial.error = event["end"], event["paused"], None
-            self.trained += self.seconds > 0
-        elif kind == "continued":
-            trial.paused, trial.error = False, None
-        elif kind == "ended" and trial.paused:  # or the line that says so is unreadable, and the trial is retrained
-            trial.end, trial.paused = event["end"], False
+            trial.reports[epoch - 1 :] = [report]
+            trial.become(running=not (end or paused), paused=paused, end=end)
+            self.history.append((trial, report, end))
+            self.trained += event["ran"] > 0
         elif kind == "restarted":
             del trial.reports[event["epoch"] :]
-            trial.end, trial.paused, trial.error = None, False, None
+            trial.become(running=trial.running)
         elif kind == "failed":
-            trial.error, trial.paused = event["error"], False
+            trial.become(error=event["error"])
+        elif kind == "ended" and trial.paused:  # or the line that says so is unreadable, and the trial is retrained
+            trial.become(end=event["end"])
         trial.best = None if trial.diverged else self.objective.best(trial.reports)
 
     def record(self, kind: str, **details: object) -> None:
@@ -192,10 +215,16 @@ class Search:
         if kind == "stopped":
             self.started = None
         event = {"event": kind, "time": time.time(), "ran": ran} | details
-        with explain_failure(self.folder / LOG_FILE):
-            # A trial's end must be on disk before its files are deleted.
-            append_lines(self.folder / LOG_FILE, [event], durable=bool(details.get("end")))
+        # A trial's end must be on disk before its files are deleted.
+        append_line(self.folder / LOG_FILE, event, durable=bool(details.get("end")))
         self.apply(event)
+
+    def start(self, trials: Iterable[Trial], resources: str) -> None:
+        """Record that these trials begin to run, on these resources; those that failed are tried again."""
+        self.record("started", resources=resources)
+        for trial in trials:
+            if trial.error:
+                self.record("restarted", trial=trial.name, epoch=len(trial.reports))
 
     def is_drawn(self, trial: Trial) -> bool:
         """Return whether a trial's config is complete; with TPE, it is drawn when the trial starts."""
@@ -216,6 +245,10 @@ class Search:
         if skipped := len(missing) - len(new):
             print(f"Skipped {skipped} of {len(trials)} trials with the config of another trial.", file=sys.stderr)
         return new
+
+    def numbered(self, configs: Sequence[dict]) -> list[Trial]:
+        """Return trials with these configs, numbered after those taken from earlier searches."""
+        return [Trial(f"{TRIAL_PREFIX}{i:05}", config) for i, config in enumerate(configs, self.first_number)]
 
     def repeats(self, count: int) -> list[Trial]:
         """Return trials that train the `count` best configs with the other random seeds asked for.
@@ -238,6 +271,10 @@ class Search:
         """Return the search's own trials that have ended."""
         return [trial for trial in self.own_trials() if trial.end]
 
+    def running(self) -> list[Trial]:
+        """Return all trials that workers have, which may still be starting."""
+        return [trial for trial in self.trials.values() if trial.running]
+
     def unfinished(self) -> list[Trial]:
         """Return all trials that have not ended, including failed ones."""
         return [trial for trial in self.trials.values() if not trial.end]
@@ -250,6 +287,11 @@ class Search:
         """Return the search's own trials, best first; of equals, the one with the lower loss."""
         trials = [trial for trial in self.own_trials() if trial.best]
         return sorted(trials, key=lambda trial: (-self.objective.score(trial.best), trial.best.loss))
+
+    def is_complete(self, repeated_trials: int) -> bool:
+        """Return whether no trial is left to run, nor a repeat of one of the repeated_trials best to draw."""
+        missing = [trial for trial in self.repeats(repeated_trials) if trial.name not in self.trials]
+        return bool(self.trials) and not (self.unfinished() or missing or self.damaged or self.grown)
 
     def time_left(self) -> float:
         """Return the seconds left of the time budget."""
@@ -330,12 +372,15 @@ def open_search(folder: Path, changes: dict) -> Search:
         search = Search(folder, settings, content["space"], content["images"], objective, content["versions"])
         search.first_number, search.stream = content["draws"]
         events, search.damaged = read_lines(folder / LOG_FILE)
-        for event in events:
-            search.apply(event)
     except OSError as error:
         raise InputError(f"no search found in {short_path(folder)!r}; pass a folder such as outputs/NAME") from error
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path} is damaged, or from another version; start a new search") from error
+    for event in events:
+        try:
+            search.apply(event)
+        except (KeyError, TypeError, AttributeError):
+            search.damaged += 1
     for key, value in changes.items():
         before = getattr(settings, key)
         if key in GROWABLE and before is not None and value < before:

@@ -44,7 +44,7 @@ class Board:
         self.search = search
         self.writers: dict[str, Any] = {}  # a trial's name, or "" for the search → SummaryWriter
 
-    def write(self, trial: Trial, num_running: int) -> None:
+    def write(self, trial: Trial) -> None:
         """Write a trial's latest report, and the search's progress; raise OSError if they cannot be written."""
         report, writer = trial.reports[-1], self.trial_writer(trial, len(trial.reports))
         for metric in METRICS[1:]:
@@ -61,7 +61,7 @@ class Board:
         if ranking:
             metric = self.search.objective.metric
             whole.add_scalar(f"search/best_{metric}", getattr(ranking[0].best, metric), epochs)
-        whole.add_scalar("search/trials_running", num_running, epochs)
+        whole.add_scalar("search/trials_running", len(self.search.running()), epochs)
         whole.add_scalar("search/trials_finished", sum(bool(each.end) for each in trials), epochs)
         whole.flush()
 

@@ -1,13 +1,12 @@
 """Experiment trackers: what Ray's callbacks for MLflow, Weights & Biases and others receive."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from ray import tune
 
 from data import InputError
-from search.records import Trial
+from search.records import Trial, as_result
 
 
 class Trackers:
@@ -53,9 +52,8 @@ class Trackers:
         """Report a trial's latest epochs; the first time, also those that an earlier process has trained."""
         shown = self.trials[trial.name]
         for report in trial.reports[self.told[trial.name] :]:
-            about: dict[str, Any] = {"training_iteration": report.epoch, "time_total_s": report.seconds}
-            about |= {"trial_id": shown.trial_id, "config": trial.config, "done": bool(trial.end)}
-            self.call("on_trial_result", **self.step, trial=shown, result=asdict(report) | about)
+            about = {"trial_id": shown.trial_id, "config": trial.config, "done": bool(trial.end)}
+            self.call("on_trial_result", **self.step, trial=shown, result=as_result(report) | about)
         self.told[trial.name] = max(self.told[trial.name], len(trial.reports))  # fewer after a restart
 
     def end(self, name: str, failed: bool = False) -> None:

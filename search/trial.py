@@ -18,7 +18,7 @@ from torch import nn
 from data import Dataset, InputError, map_dataset
 from search.files import load_tensors, remove, save_tensors
 from search.records import SEARCH_FILE, Objective, new_report
-from train import DEFAULTS, Training, best_device, new_training, train_epochs
+from train import DEFAULTS, Report, Training, best_device, new_training, train_epochs
 
 TRAINING_FILE, OUTPUT_FILE = "training.pt", "output.txt"
 
@@ -102,20 +102,17 @@ def run_trial(
 
     Before an epoch is reported, its weights are saved if they are the best so far, and the training state if at least
     save_period seconds of training have passed (None: never), or the trial may be paused, since the epoch is one of
-    `rungs`. `report` is called with {"restored": the epoch of the training state}, then with the metrics of each epoch
-    (see Report); those up to a restored state are reported again as they were. A "note" is added if the user should
-    know something.
+    `rungs`. `report` is called first with {"restored": the epoch of the training state, "reports": all up to it}, then
+    with {"reports": [the next one]}, as dicts of Report's fields; "note" is added if the user should know something.
     """
     training = restore_training(config, len(dataset.classes), device, folder / TRAINING_FILE)
 
-    def tell(metrics: dict) -> None:
-        note = "; ".join(training.notes)
+    def tell(reports: list[Report], **more: object) -> None:
+        note = {"note": "; ".join(training.notes)} if training.notes else {}
         training.notes.clear()  # first, since report does not return when it stops the trial
-        report(metrics | ({"note": note} if note else {}))
+        report({"reports": [asdict(each) for each in reports]} | more | note)
 
-    tell({"restored": training.epoch})
-    for epoch in list(training.history):
-        tell(asdict(epoch))
+    tell(training.history, restored=training.epoch)
     saved, saved_seconds = training.epoch, training.seconds
     for epoch in train_epochs(training, config, dataset, device):
         best = objective.best(training.history)
@@ -125,7 +122,7 @@ def run_trial(
         if epoch.epoch in rungs or is_due:
             save_training(training, config, folder / TRAINING_FILE)
             saved, saved_seconds = epoch.epoch, epoch.seconds
-        tell(asdict(epoch))
+        tell([epoch])
         # If this process dies, the trial restarts after `saved`, and its best epoch may be an earlier one again.
         best_saved = objective.best(training.history[:saved])
         prune_weights(folder, {each.epoch for each in (best, best_saved) if each})

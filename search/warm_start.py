@@ -1,15 +1,16 @@
 """Starting a search with the trials of earlier ones, as if it had trained them itself."""
 
 import contextlib
+import json
+import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from data import InputError
-from search.files import crc32, link
+from search.files import link
 from search.records import TRIAL_PREFIX, Search, Trial, lock_folder, open_search, short_path
-from search.settings import Settings
 from search.tensorboard import Board
 from search.trial import TRAINING_FILE
 from train import CONFIG_KEYS
@@ -25,31 +26,28 @@ def earlier_search(folder: Path) -> Iterator[Search]:
         yield open_search(folder, {})
 
 
-def check(settings: Settings) -> None:
-    """Refuse earlier searches that take would refuse, before the images are read."""
-    for folder in settings.warm_start or ():
-        with earlier_search(Path(folder)):
-            pass
+def new_stream(searches: Sequence[Search]) -> int:
+    """Return a random stream for the draws of a search that is built on others: 0 for none."""
+    configs = [trial.config for search in searches for trial in search.own_trials()]
+    return zlib.crc32(json.dumps(configs).encode()) if searches else 0
 
 
-def take(search: Search) -> None:
-    """Take the trials that fit from the searches in search.settings.warm_start, and print how many.
+def take(search: Search, searches: Sequence[Search]) -> None:
+    """Take the trials that fit from earlier searches, and print how many.
 
     Their reports are recorded, and their files linked; unfinished trials will continue. Raises InputError if no trial
     fits.
     """
     board = Board(search)
-    for folder in map(Path, search.settings.warm_start):
-        with earlier_search(folder) as earlier:
-            reasons = [take_trial(search, board, earlier, trial) for trial in earlier.trials.values()]
+    for earlier in searches:
+        reasons = [take_trial(search, board, earlier, trial) for trial in earlier.trials.values()]
         counts = Counter(reason for reason in reasons if reason)
         rest = "; skipped: " + ", ".join(f"{reason} ({count})" for reason, count in counts.items()) if counts else ""
-        print(f"Took {reasons.count(None)} of {len(reasons)} trials from {short_path(folder)}{rest}.")
+        print(f"Took {reasons.count(None)} of {len(reasons)} trials from {short_path(earlier.folder)}{rest}.")
     board.close_all()
-    configs = [trial.config for trial in search.own_trials()]
-    if not configs:
+    search.first_number = len(search.own_trials())
+    if searches and not search.first_number:
         raise InputError("no trial of the earlier searches fits; undo the differences above, or remove --warm-start")
-    search.first_number, search.stream = len(configs), int(crc32({"configs": configs}), 16)
 
 
 def take_trial(search: Search, board: Board, earlier: Search, trial: Trial) -> str | None:
@@ -81,7 +79,7 @@ def take_trial(search: Search, board: Board, earlier: Search, trial: Trial) -> s
         is_last = report is trial.reports[-1]
         state = {"end": trial.end if is_last else None, "paused": trial.paused and is_last}
         search.record("reported", trial=name, **asdict(report), **state)
-        board.write(search.trials[name], 0)
+        board.write(search.trials[name])
     if trial.end:
         board.end(search.trials[name])
     board.close(name)

@@ -1,0 +1,275 @@
+"""What Ray Tune calls while a search runs: the queue of trials, and the referee, at which every epoch arrives."""
+
+import math
+import re
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune.schedulers import FIFOScheduler
+from ray.tune.search import Searcher
+
+from search.display import Display
+from search.files import remove
+from search.records import Search, Trial, config_key, new_report
+from search.sampler import outcomes
+from search.schedulers import PAUSE, STOP, STOPPED, Scheduler
+from search.trial import OUTPUT_FILE, TRAINING_FILE, prune_weights, weights_path
+from search.tuner import own_node_lives
+from train import Report
+
+ERROR_FILE = "error.txt"
+NODE_PERIOD = 5  # seconds between checks that Ray is alive
+OUT_OF_MEMORY = (
+    "MemoryError",  # Python's; also matches OutOfMemoryError (Ray, torch)
+    "can't allocate memory",  # torch's, on the CPU
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "unable to find an engine",  # cuDNN's
+)
+
+
+class TimeBudget(tune.Stopper):
+    """Stops all trials once the time budget of a search is spent."""
+
+    def __init__(self, search: Search) -> None:
+        self.end = time.monotonic() + search.time_left()
+
+    def __call__(self, trial_id: str, result: dict) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return time.monotonic() >= self.end
+
+
+class TrialQueue(Searcher):
+    """Hands Tune these trials of a search, at most at_once at a time, as the scheduler chooses.
+
+    Tune sees a trial that continues after a pause as a new one. If a trial's config is not drawn yet, suggest_config is
+    called with its number, the outcomes so far, and the configs taken.
+    """
+
+    def __init__(
+        self,
+        search: Search,
+        trials: list[Trial],
+        scheduler: Scheduler,
+        at_once: int,
+        suggest_config: Callable[..., dict],
+    ) -> None:
+        super().__init__()
+        self.search, self.trials, self.scheduler, self.at_once = search, trials, scheduler, at_once
+        self.suggest_config = suggest_config
+
+    def suggest(self, trial_id: str) -> dict | str | None:
+        """Return the next trial's name and config; None while all workers are busy, or running trials may still pause.
+
+        Tune names its trial by this name, and takes it out of the config (see fit in hparam_search.py).
+        """
+        running = self.search.running()
+        if len(running) >= self.at_once:
+            return None
+        trial = self.scheduler.choose([each for each in self.trials if each.waits])
+        if not trial:
+            return None if running else Searcher.FINISHED
+        if not self.search.is_drawn(trial):
+            rung = min(self.scheduler.rungs, default=None)
+            told = outcomes(self.search.own_trials(), self.search.objective, rung)
+            taken = {config_key(each.config) for each in self.search.trials.values()}
+            config = self.suggest_config(int(trial.trial_id), told, taken=taken)
+            self.search.record("drawn", trial=trial.name, config=config, repeats=None)
+        self.search.record("begun", trial=trial.name)
+        return {"trial": trial.name} | trial.config
+
+    def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+        """Do nothing: the search knows."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Save nothing: a search is resumed from its log."""
+
+    def __getstate__(self) -> dict:
+        """Pickle nothing: Tune would pickle this with each trial."""
+        return {}
+
+
+class Referee(FIFOScheduler):
+    """Judges every epoch, records what it decided, and then shows it.
+
+    Tune asks its scheduler, which this is, about a result before it tells anyone else. early_stop returns why a trial
+    ends by itself after its reports, or None; trials that repeat another one are not judged by the scheduler. The
+    models_kept best trials keep their weights. `failure` is set if the log cannot be written, which ends the search.
+    """
+
+    def __init__(
+        self,
+        search: Search,
+        scheduler: Scheduler,
+        early_stop: Callable[[list[Report]], str | None],
+        display: Display,
+        models_kept: int | None,
+    ) -> None:
+        super().__init__()
+        self.search, self.scheduler, self.early_stop = search, scheduler, early_stop
+        self.display, self.models_kept = display, models_kept
+        self.failure: OSError | None = None
+
+    def on_trial_result(self, controller: Any, trial: Any, result: dict) -> str:
+        """Handle what a trial tells (see run_trial): STOP if it has ended or is paused, otherwise CONTINUE."""
+        known = self.search.trials[str(trial)]
+        try:
+            if "note" in result:
+                self.display.say(f"{known.name}: {result['note']}.")
+            if result.get("restored", math.inf) < len(known.reports):
+                self.search.record("restarted", trial=known.name, epoch=result["restored"])
+                self.display.restarted(known)
+            for report in map(new_report, result["reports"]):
+                if known.running and report.epoch > len(known.reports):
+                    self.judge(known, report)
+        except OSError as error:  # Tune would take it for the trial's
+            self.failure = error
+        return self.CONTINUE if known.running else self.STOP
+
+    def judge(self, trial: Trial, report: Report) -> None:
+        """Decide whether a trial ends, pauses or continues after an epoch; record and show that."""
+        decision = STOP
+        end = self.early_stop([*trial.reports, report])
+        if not end:
+            decision = self.CONTINUE if trial.repeats else self.scheduler.judge(trial, report)
+            end = STOPPED if decision == STOP else None
+        self.search.record("reported", trial=trial.name, **asdict(report), end=end, paused=decision == PAUSE)
+        self.display.reported(trial)
+        if end:
+            self.end(trial)
+        elif trial.paused:  # Tune stops it before it could delete them
+            prune_weights(self.search.folder / trial.name, {trial.best.epoch} if trial.best else set())
+        if report.epoch in self.scheduler.rungs:
+            self.end_beaten()
+
+    def end_beaten(self) -> None:
+        """End the paused trials that cannot be promoted any more."""
+        for trial in self.scheduler.beaten():
+            self.search.record("ended", trial=trial.name, end=STOPPED)
+            self.end(trial)
+
+    def end(self, trial: Trial) -> None:
+        """Do what is due when a trial has ended."""
+        if not trial.repeats:
+            self.scheduler.ended(trial)
+        remove(self.search.folder / trial.name / ERROR_FILE)
+        prune(self.search, [trial], self.models_kept)
+        self.display.ended(trial)
+
+    def on_trial_complete(self, controller: Any, trial: Any, result: dict) -> None:
+        """Notice that Tune considers a trial complete which has not ended here."""
+        if self.search.trials[str(trial)].running:
+            self.fail(self.search.trials[str(trial)], "its training returned before the last epoch")
+
+    def fail(self, trial: Trial, error: str) -> None:
+        """Record and show that a trial failed."""
+        try:
+            self.search.record("failed", trial=trial.name, error=error)
+        except OSError as disk_error:
+            self.failure = disk_error
+        self.display.failed(trial, error)
+
+
+class Watcher(tune.Callback):
+    """Notices what no result tells: that a trial starts or fails, that Ray dies, and that the search is to end.
+
+    Once `interrupted` is set, Tune's thread ends and leaves the trials as they are.
+    """
+
+    def __init__(self, referee: Referee) -> None:
+        self.referee, self.search, self.display = referee, referee.search, referee.display
+        self.interrupted = threading.Event()
+        self.checked = time.monotonic()
+
+    def __getstate__(self) -> dict:
+        """Pickle nothing: a search is resumed from its log."""
+        return {}
+
+    def setup(self, **info: object) -> None:
+        """Do what a process that was killed left undone."""
+        self.referee.end_beaten()
+        prune(self.search, self.search.ended(), self.referee.models_kept)
+
+    def on_step_begin(self, iteration: int, trials: list, **info: object) -> None:
+        self.display.trackers.step = {"iteration": iteration, "trials": trials}
+
+    def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: object) -> None:
+        self.display.started(trial)
+
+    def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: object) -> None:
+        self.display.say(f"{trial} failed; restarting it.")
+
+    def on_step_end(self, iteration: int, trials: list, **info: object) -> None:
+        for trial in trials:  # in every case: Tune has no hook for a worker that cannot be reused
+            if trial.status == trial.ERROR and self.search.trials[str(trial)].running:
+                self.on_failure(self.search.trials[str(trial)], trial.error_file)
+        if time.monotonic() - self.checked >= NODE_PERIOD:
+            self.checked = time.monotonic()
+            if not own_node_lives():  # Tune would wait forever
+                self.referee.failure = ConnectionError(
+                    "Ray died on this machine, perhaps out of memory; resume the search"
+                )
+        if self.referee.failure or self.interrupted.is_set():
+            self.display.close()
+            raise self.referee.failure or SystemExit
+
+    def on_failure(self, trial: Trial, error_file: str | None) -> None:
+        """Keep the traceback of a trial that failed, and record why."""
+        text = Path(error_file).read_text(errors="replace") if error_file else ""
+        self.referee.fail(trial, error_sentence(text, trial.config))
+        folder = self.search.folder / trial.name
+        try:
+            folder.mkdir(exist_ok=True)
+            (folder / ERROR_FILE).write_text(text)
+        except OSError as error:
+            self.display.say(f"cannot write {trial.name}/{ERROR_FILE} ({error}).")
+
+    def on_experiment_end(self, trials: list, **info: object) -> None:
+        self.display.close()
+
+
+def prune(search: Search, trials: list[Trial], models_kept: int | None) -> None:
+    """Delete what these ended trials no longer need: training states, and weights except those of the best trials.
+
+    Of the ended trials with weights (taken ones may have none), the models_kept best (None: all) keep those of their
+    best epoch.
+    """
+    ranking = [
+        trial
+        for trial in search.ranking()
+        if trial.end and weights_path(search.folder / trial.name, trial.best.epoch).exists()
+    ]
+    for trial in (*trials, *ranking):
+        folder = search.folder / trial.name
+        remove(folder / TRAINING_FILE)
+        if (output := folder / OUTPUT_FILE).exists() and not output.stat().st_size:
+            remove(output)
+        prune_weights(folder, {trial.best.epoch} if trial in ranking[:models_kept] else set())
+
+
+def error_sentence(text: str, config: dict) -> str:
+    """Summarize a trial's traceback in one sentence, with a remedy if one is known."""
+    last = text.split("Failure #")[-1].splitlines()[1:]  # the last attempt; the rest of that line is its time
+    lines = [line.strip() for line in last if line.strip()] or ["the reason is unknown"]
+    if any(words in text for words in OUT_OF_MEMORY):
+        sizes = ", ".join(f"{key} {config[key]}" for key in ("batch_size", "h_1", "h_2"))
+        return (
+            f"out of memory with {sizes}; reduce these, or run fewer trials at once (--gpus-per-trial 1 if they share "
+            "a GPU, otherwise a higher --cpus-per-trial)"
+        )
+    if "failed to import on the worker" in text and (
+        cause := re.search(r"^\w+Error: .+", text.split("on the worker")[1], re.M)
+    ):
+        return f"cannot import its code ({cause[0]}); install the missing package, or put it beside train.py"
+    # The exception, perhaps of several lines, follows the last code location; a dead process has no traceback.
+    for i, line in enumerate(last):
+        if line.startswith('  File "'):
+            lines = [line for line in last[i + 1 :] if line.strip() and not line.startswith("  ")] or lines
+    return lines[0].strip().rstrip(".")
