@@ -23,12 +23,12 @@ from types import SimpleNamespace
 
 import numpy as np
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+from search.halving import Promotion
+from search.hooks import early_stop
 
 from benchmarks import print_header, print_row
 from benchmarks.curves import FOLDER, read_curves
 from hparam_search import MAX_SECONDS_PER_TRIAL, MIN_DELTA, PATIENCE, new_scheduler
-from search.halving import Promotion
-from search.hooks import early_stop
 from search.records import TRIAL_PREFIX, Trial
 from search.report import rank_correlation
 from search.settings import Settings

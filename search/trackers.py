@@ -49,8 +49,9 @@ class Trackers:
             self.call("on_trial_start", **self.step, trial=trial)
 
     def report(self, trial: Trial) -> None:
-        """Report a trial's latest epochs; the first time, also those that an earlier process has trained."""
-        shown = self.trials[trial.name]
+        """Report a trial's latest epochs, if the callbacks know it; at first also those of an earlier process."""
+        if not (shown := self.trials.get(trial.name)):
+            return
         for report in trial.reports[self.told[trial.name] :]:
             about = {"trial_id": shown.trial_id, "config": trial.config, "done": bool(trial.end)}
             self.call("on_trial_result", **self.step, trial=shown, result=as_result(report) | about)

@@ -20,7 +20,7 @@ import hparam_search
 from data import make_synthetic
 from hparam_search import main
 from search import best_model, records
-from search.files import append_lines, read_lines
+from search.files import append_line, explain_failure, read_lines
 from search.records import LOG_FILE, open_search, script_command
 from search.trial import TRAINING_FILE, train_cifar, weights_path
 from tests import conftest
@@ -35,10 +35,10 @@ def faulty(config: dict, **others: object) -> None:
     """Train as train_cifar does, with a fault of its own in each trial but the first."""
     number, report_to_ray = tune.get_context().get_trial_name()[-1], tune.report
 
-    def killed_in_epoch_3(metrics: dict) -> None:
-        if metrics.get("epoch") == 3:
+    def killed_in_epoch_3(news: dict) -> None:
+        if any(metrics["epoch"] == 3 for metrics in news["reports"]):
             os.kill(os.getpid(), signal.SIGKILL)
-        report_to_ray(metrics)
+        report_to_ray(news)
 
     no_room = disk_full_after(1000) if number == "3" else contextlib.nullcontext()
     with pytest.MonkeyPatch.context() as patch, no_room:
@@ -90,26 +90,28 @@ def test_trials_that_fail_leave_the_others_alone_and_are_tried_again_on_resume(
     assert not (path.parent / "error.txt").exists()
     new = [(event.get("trial"), event.get("epoch")) for event in read_lines(folder / LOG_FILE)[0][len(before) :]]
     killed, starved = ([(f"train_cifar_0000{i}", epoch) for epoch in range(first, 5)] for i, first in ((2, 3), (3, 1)))
-    retried = [("train_cifar_00002", None), ("train_cifar_00003", None)]
-    assert new == [(None, None), *retried, *killed, *starved, (None, None)]
+    retried = [("train_cifar_00002", 2), ("train_cifar_00003", 0)]
+    begun = [[(f"train_cifar_0000{i}", None)] for i in (2, 3)]
+    assert new == [(None, None), *retried, *begun[0], *killed, *begun[1], *starved, (None, None)]
 
 
 def test_log_on_a_full_disk_ends_the_search_which_continues_on_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    folder, writable = tmp_path / "it", 4  # two trials are drawn, and one reports once
+    folder, writable = tmp_path / "it", 5  # two trials are drawn; one begins, and reports once
 
-    def append_unless_full(path: Path, contents: list[dict], durable: bool) -> None:
-        if len(path.read_bytes().splitlines() if path.exists() else []) >= writable:
-            raise OSError(28, "No space left on device")
-        append_lines(path, contents, durable)
+    def append_unless_full(path: Path, content: dict, durable: bool) -> None:
+        with explain_failure(path):
+            if len(path.read_bytes().splitlines() if path.exists() else []) >= writable:
+                raise OSError(28, "No space left on device")
+        append_line(path, content, durable)
 
     full = f"hparam_search.py: cannot write {folder / LOG_FILE} (No space left on device); make room there.\n"
     with monkeypatch.context() as patch:
-        patch.setattr(records, "append_lines", append_unless_full)
+        patch.setattr(records, "append_line", append_unless_full)
         assert run_search(folder, "--num-samples", 1, "--max-epochs", 2, "--scheduler", "none") == 1
         assert capsys.readouterr().err.endswith(full)
-        writable = 7  # all but the last report
+        writable = 10  # all but the last report
         assert main(["--resume", str(folder)]) == 1
     printed = capsys.readouterr()
     assert printed.err.endswith(full)

@@ -21,7 +21,7 @@ from data import Batches, Dataset, make_synthetic
 from hparam_search import main, param_space
 from search.best_model import load_model
 from search.files import read_lines
-from search.hooks import error_sentence
+from search.referee import error_sentence
 from search.trial import TRAINING_FILE, restore_training, run_trial, save_training, save_weights, weights_path
 from tests.conftest import REPOSITORY, figures, read_csv
 from tests.helpers import ACCURACY, CPU

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
+from search.halving import Promotion
 
 from benchmarks.curves import read_curves, write_curves
 from benchmarks.replay import main, new_trials, play
 from benchmarks.samplers import nearest, search
-from search.halving import Promotion
-from search.hooks import early_stop
 from search.records import Trial
+from search.referee import early_stop
 
 
 def curve(loss: float, number: int = 0, epochs: int = 4, pace: float = 1.0) -> list[dict]:

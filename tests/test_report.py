@@ -97,11 +97,11 @@ def test_progress_is_redrawn_on_a_terminal_and_repeated_now_and_then_in_a_file(
     monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
     monkeypatch.setattr("search.progress.time.monotonic", lambda: now[0])
     names = [add(search, *[0.1] * n, end=END if n else None, epochs=10) for n in (10, 4, 0, 0)]
-    progress = Progress(30, {})
+    progress = Progress(search, {}, 30)
     for epoch in range(1, 7):
         now[0] += 10
         tell(search, names[2], report(epoch, 0.3))
-        progress.update(search, names[2:3])
+        progress.update()
     progress.say("done.")
     out = capsys.readouterr().out
     assert re.findall(r"epoch +(\d) of 10", out) == ([*"123456"] if terminal else ["3", "6"])
@@ -110,7 +110,7 @@ def test_progress_is_redrawn_on_a_terminal_and_repeated_now_and_then_in_a_file(
     assert len(screen) == (0 if terminal else 8)
     search.seconds, search.trained = 125.0, 20
     # 125 s for 20 epochs; trials end after 7 on average, so 1 is left of one, and 7 of the other.
-    assert block(search, names[2:3], {}) == [
+    assert block(search, {}) == [
         "Trials: 2 done, 1 running, 1 waiting. Epochs: 20 of about 28.",
         "Time: 2min 5s, about 50s left.",
         "Best so far: train_cifar_00002, accuracy 0.3000 after epoch 1.",
@@ -120,6 +120,6 @@ def test_progress_is_redrawn_on_a_terminal_and_repeated_now_and_then_in_a_file(
     add(search, 0.1, end=None, repeats=names[0], epochs=10)
     tell(search, names[2], report(5, 0.3), paused=True)
     search.seconds, search.trained = 125.0, 20
-    first, second, *_ = block(search, [], {5: 2})
+    first, second, *_ = block(search, {5: 2})
     assert first == f"Trials: 2 done, 0 running, 1 paused, 2 waiting. Epochs: 20 of about {20 + (1 + 5) + 5 + 9}."
     assert second == "Time: 2min 5s, about 2min 0s left."

@@ -23,7 +23,7 @@ import hparam_search
 from data import Batches, Dataset, make_synthetic
 from hparam_search import main
 from model import SmallResNet
-from search import predict
+from search import best_model, predict
 from search import trial as trial_module
 from search.best_model import load_model, read_best_model, read_model
 from search.cost import model_cost
@@ -210,9 +210,9 @@ def test_failing_display_does_not_cost_the_model(
         return evaluation_batches(dataset, split, device)
 
     with monkeypatch.context() as patch:
-        patch.setattr(hparam_search.best_model, "show_predictions", fail)
-        patch.setattr(hparam_search.best_model, "best_device", lambda: torch.device("meta"))
-        patch.setattr(hparam_search.best_model, "evaluation_batches", batches_unless_broken)
+        patch.setattr(best_model, "show_predictions", fail)
+        patch.setattr(best_model, "best_device", lambda: torch.device("meta"))
+        patch.setattr(best_model, "evaluation_batches", batches_unless_broken)
         patch.setattr(hparam_search.report, "recap", fail)
         assert main(["--resume", str(folder), "--gpus-per-trial", "1"]) == 1
     printed = capsys.readouterr()
@@ -300,7 +300,7 @@ class OverInTheFirstTrial(tune.Stopper):
     epochs = 0
 
     def __call__(self, trial_id: str, result: dict) -> bool:
-        self.epochs = result.get("epoch", 0)
+        self.epochs = max([each["epoch"] for each in result["reports"]], default=0)
         return False
 
     def stop_all(self) -> bool:
@@ -322,7 +322,7 @@ def test_search_grown_step_by_step_ends_as_if_asked_for_everything_at_first(
 
     # A larger one is spent in the middle of a trial, whose model is tested.
     with monkeypatch.context() as patch:
-        patch.setattr(hparam_search.hooks, "TimeBudget", lambda search: OverInTheFirstTrial())
+        patch.setattr(hparam_search.referee, "TimeBudget", lambda search: OverInTheFirstTrial())
         assert main(["--resume", str(folder), "--time-budget", "1h"]) == 0
     out = capsys.readouterr().out
     assert "The time budget is spent." in out
@@ -373,7 +373,7 @@ def for_the_lowest_loss(ray_started: str, tmp_path_factory: pytest.TempPathFacto
         for name, value in {"METRIC": "loss", "MODE": "min", "STARTUP_TRIALS": 1}.items():
             patch.setattr(hparam_search, name, value)
         with patch.context() as budget:
-            budget.setattr(hparam_search.hooks, "TimeBudget", lambda search: OverInTheFirstTrial())
+            budget.setattr(hparam_search.referee, "TimeBudget", lambda search: OverInTheFirstTrial())
             assert run_search(folder, *flags, "--num-samples", 1) == 0
         assert main(["--resume", str(folder), "--time-budget", "2h", "--num-samples", "2"]) == 0
     return folder

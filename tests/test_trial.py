@@ -14,17 +14,21 @@ from train import Report, evaluate, new_model
 
 
 def run(config: dict, folder: Path, until: int = -1) -> list[dict]:
-    """Run a trial, which is stopped as it reports an epoch, and return its reports."""
+    """Run a trial, which is stopped once it has told an epoch, and return what it told."""
     told = []
 
-    def report(metrics: dict) -> None:
-        told.append(metrics)
-        if until in (metrics.get("epoch"), metrics.get("restored")):
+    def report(news: dict) -> None:
+        told.append(news)
+        if until == news.get("restored", news["reports"][-1]["epoch"] if news["reports"] else None):
             raise SystemExit
 
     with contextlib.suppress(SystemExit):
         run_trial(config, IMAGES, folder, ACCURACY, 0, (), report, CPU)
     return told
+
+
+def epochs(told: list[dict]) -> list[dict]:
+    return [metrics for news in told for metrics in news["reports"]]
 
 
 @pytest.mark.parametrize("recipe", [{"bias_lr": 0.5}, {"schedule": "one_cycle", "ema_decay": 0.0, "nesterov": False}])
@@ -33,10 +37,11 @@ def test_stopped_trial_continues_bit_for_bit(recipe: dict, tmp_path: Path) -> No
     whole, first = run(config, tmp_path / "whole"), run(config, tmp_path / "stopped", until=2)
     torch.rand(3)  # whatever happens to the global generator
     rest = run(config, tmp_path / "stopped")
-    assert [*first, {"restored": 2}] == [{"restored": 0}, *rest[1:3], rest[0]]
+    assert first[0] == {"restored": 0, "reports": []}
+    assert rest[0] == {"restored": 2, "reports": epochs(first)}  # as they were, the clock's figures too
     clock = dict.fromkeys(("seconds", "images_per_second"))
-    assert [metrics | clock for metrics in rest[1:]] == [metrics | clock for metrics in whole[1:]]
-    best, model = ACCURACY.best(Report(**metrics) for metrics in whole[1:]), new_model(config, 5)
+    assert [metrics | clock for metrics in epochs(rest)] == [metrics | clock for metrics in epochs(whole)]
+    best, model = ACCURACY.best(Report(**metrics) for metrics in epochs(whole)), new_model(config, 5)
     names = [TRAINING_FILE, weights_path(Path(), best.epoch).name]
     assert sorted(path.name for path in (tmp_path / "stopped").iterdir()) == names
     one, other = (load_tensors(tmp_path / folder / names[1]) for folder in ("whole", "stopped"))
@@ -53,9 +58,10 @@ def test_damaged_state_restarts_from_scratch_and_one_without_room_leaves_the_ear
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     for damage in (*DAMAGES, lambda path: torch.save(state | {"config": CONFIG | {"lr": 1.0}}, path)):
         torch.save(state, path)
-        assert run(CONFIG, tmp_path, until=2) == [{"restored": 2}]
+        assert run(CONFIG, tmp_path, until=2) == [{"restored": 2, "reports": epochs(whole)}]
         damage(path)
-        assert run(CONFIG, tmp_path, 0) == [{"restored": 0, "note": f"{path} is unreadable; restarting from scratch"}]
+        note = f"{path} is unreadable; restarting from scratch"
+        assert run(CONFIG, tmp_path, 0) == [{"restored": 0, "reports": [], "note": note}]
     torch.save(state | {"model": state["model"] | {"extra": torch.zeros(1)}}, path)
     with pytest.raises(
         InputError, match=r"training.pt do not fit model.py, where 'extra' was changed, added or removed"
@@ -63,9 +69,10 @@ def test_damaged_state_restarts_from_scratch_and_one_without_room_leaves_the_ear
         run(CONFIG, tmp_path)
     added = {key: CONFIG[key] for key in CONFIG if key != "label_smoothing"}  # a hyperparameter that is new
     torch.save(state | {"config": added}, path)
-    assert run(CONFIG, tmp_path, until=2) == [{"restored": 2}]
+    assert run(CONFIG, tmp_path, until=2) == [{"restored": 2, "reports": epochs(whole)}]
     path.unlink()
-    assert [metrics.get("loss") for metrics in run(CONFIG, tmp_path, 2)] == [metrics.get("loss") for metrics in whole]
+    again = run(CONFIG, tmp_path, until=2)
+    assert [metrics["loss"] for metrics in epochs(again)] == [metrics["loss"] for metrics in epochs(whole)]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -87,12 +94,13 @@ def test_best_weights_are_always_on_disk(seed: int, tmp_path: Path, monkeypatch:
         if generator.random() < 0.1:
             raise SystemExit
 
-    def report(metrics: dict) -> None:  # what the recorder does
+    def report(news: dict) -> None:  # what the referee does
         check()
-        if metrics.get("restored", math.inf) < len(known.reports):
-            search.record("restarted", trial=known.name, epoch=metrics["restored"])
-        elif metrics.get("epoch", 0) > len(known.reports):
-            tell(search, known.name, Report(**metrics))
+        if news.get("restored", math.inf) < len(known.reports):
+            search.record("restarted", trial=known.name, epoch=news["restored"])
+        for metrics in news["reports"][-1:]:
+            if metrics["epoch"] > len(known.reports):
+                tell(search, known.name, Report(**metrics))
         check()
 
     monkeypatch.setattr("train.evaluate", evaluate_at_random)

@@ -1,5 +1,6 @@
 """Searches that begin with the trials of earlier ones."""
 
+import contextlib
 import shutil
 from pathlib import Path
 
@@ -65,8 +66,9 @@ def test_trials_that_fit_are_taken_once_and_the_others_are_counted(
         (one.folder / paused).mkdir(exist_ok=True)
         (one.folder / paused / name).write_text(name)
 
-    with earlier_search(one.folder):  # as another process that starts from it at the same moment
-        take(new)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(earlier_search(one.folder))  # by another process, at the same moment
+        take(new, [stack.enter_context(earlier_search(Path(folder))) for folder in folders])
     new.write()
     assert capsys.readouterr().out.splitlines() == [
         f"Took 5 of 12 trials from {one.folder}; skipped: different momentum (1), different epochs (1), "
@@ -105,9 +107,11 @@ def test_trials_that_fit_are_taken_once_and_the_others_are_counted(
     # A warm-started search can be taken from, too.
     last = search_in(tmp_path / "last", scheduler="none", warm_start=[str(new.folder)])
     last.space |= FITS
-    take(last)
+    take(last, [new])
     assert last.trials.keys() == new.trials.keys() - {name}
-    assert (last.first_number, last.stream) == (new.first_number, new.stream)
+    assert last.first_number == new.first_number
+    assert len({new_stream(each) for each in ([], [one], [one, two], [new])}) == 4
+    assert new_stream([]) == 0
 
 
 def test_search_for_which_nothing_fits_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
@@ -117,7 +121,7 @@ def test_search_for_which_nothing_fits_is_refused_and_leaves_nothing(tmp_path: P
         pytest.raises(InputError, match=r"no trial of the earlier searches fits; .* remove --warm-start"),
         creating_search(settings, summarize(SPACE), IMAGES, ACCURACY) as new,
     ):
-        take(new)
+        take(new, [open_search(tmp_path / "one", {})])
     assert not new.folder.exists()
 
 

@@ -6,16 +6,30 @@ from pathlib import Path
 
 import pytest
 from ray import tune
-from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
 import hparam_search
-from search.halving import Promotion, new_rungs
-from search.hooks import TrialQueue
 from search.records import METRICS, Trial
+from search.referee import TrialQueue
+from search.schedulers import CONTINUE, PAUSE, STOP, Promotion, early_stop, new_rungs
 from search.trial import TRAINING_FILE
 from tests import conftest
-from tests.helpers import END, add, report, search_in, tell
+from tests.helpers import END, NAN, add, report, search_in, tell
+
+
+def test_trial_ends_at_the_first_epoch_with_a_reason_to() -> None:
+    falling = [5.0 - 0.2 * i for i in range(20)]
+    for losses, max_seconds, end in (
+        (falling, 1000, "all epochs done"),
+        (falling[:5], 50, "reached the time limit (50 s)"),
+        ([5.0, 4.95, 4.91, 4.91], 1000, "no progress for 3 epochs"),  # 0.09 is too little
+        ([5.0, 6.0, 6.0, 4.0, 4.5, 4.5, NAN], 1000, "loss became NaN or infinite"),
+        (falling, None, "all epochs done"),
+    ):
+        reports = [report(i, loss=loss, seconds=10 * i) for i, loss in enumerate(losses, 1)]
+        ends = [early_stop(20, 3, 0.1, max_seconds, reports[:i]) for i in range(1, len(losses) + 1)]
+        assert ends == [None] * (len(losses) - 1) + [end]
+    assert not early_stop(20, None, 0.1, 1000, [report(i, loss=1.0) for i in range(1, 20)])
 
 
 def test_rungs_and_places_are_those_of_successive_halving() -> None:
@@ -53,14 +67,14 @@ def test_the_best_of_each_rung_are_promoted_and_the_others_stopped(at_once: int,
                 running.remove(trial)
                 continue
             each = report(len(trial.reports) + 1, loss=generator.choice([1.0, generator.random()]))
-            decision = promotion.on_trial_result(None, trial, vars(each))
+            decision = promotion.judge(trial, each)
             trial.reports.append(each)
             if each.epoch == 12:
                 trial.end = "all epochs done"
-            elif decision == TrialScheduler.STOP:
+            elif decision == STOP:
                 trial.end = "stopped"
                 stopped.append((trial, each.epoch))
-            elif decision == TrialScheduler.PAUSE:
+            elif decision == PAUSE:
                 trial.paused = True
             elif each.epoch in rungs:
                 sure.append((trial, each.epoch))
@@ -91,27 +105,24 @@ def test_paused_trials_continue_in_order_and_one_that_does_is_not_ended_as_beate
     first, second, third, fourth = (search.trials[add(search, lr=i)] for i in (1.0, 2.0, 3.0, 4.0))
     promotion = Promotion(search.own_trials(), {1: 2}, 4)
     queue = TrialQueue(search, search.own_trials(), promotion, 3, lambda number, told: {})
-    assert [queue.suggest(each)["lr"] for each in "ab"] == [1.0, 2.0]
-    for trial_id, trial, loss in (("a", first, 6.0), ("b", second, 5.0)):
-        assert promotion.on_trial_result(None, trial, vars(report(1, loss=loss))) == "PAUSE"
+    assert [queue.suggest("x")["lr"] for _ in "ab"] == [1.0, 2.0]
+    for trial, loss in ((first, 6.0), (second, 5.0)):
+        assert promotion.judge(trial, report(1, loss=loss)) == PAUSE
         tell(search, trial.name, report(1, loss=loss), paused=True)
-        queue.on_trial_complete(trial_id)
     # New ones come before those that may be beaten; the better one of these continues, so that no worker waits.
-    assert [queue.suggest(each)["lr"] for each in "cde"] == [3.0, 4.0, 2.0]
-    assert (queue.suggest("x"), search.trials[second.name].status) == (None, "UNFINISHED")
+    assert [queue.suggest("x")["trial"] for _ in "cde"] == [third.name, fourth.name, second.name]
+    assert (queue.suggest("x"), second.status, search.running()) == (None, "UNFINISHED", [second, third, fourth])
     for trial, loss in ((third, 3.0), (fourth, 4.0)):
-        assert promotion.on_trial_result(None, trial, vars(report(1, loss=loss))) == "CONTINUE"
+        assert promotion.judge(trial, report(1, loss=loss)) == CONTINUE
         tell(search, trial.name, report(1, loss=loss))
     assert promotion.beaten() == [first]
-    for trial_id, trial in (("c", third), ("e", second)):
+    for trial in (third, second):
         search.record("failed", trial=trial.name, error="why")
-        queue.on_trial_complete(trial_id)
     assert promotion.beaten() == []  # a place is free
-    assert queue.suggest("f")["lr"] == 1.0
-    for trial_id, trial in (("d", fourth), ("f", first)):
+    assert queue.suggest("x")["lr"] == 1.0
+    for trial in (fourth, first):
         assert queue.suggest("x") is None
         tell(search, trial.name, report(2), END)
-        queue.on_trial_complete(trial_id)
     assert queue.suggest("x") == Searcher.FINISHED
 
 
@@ -124,7 +135,7 @@ def scripted(config: dict, images: Path, search_folder: Path, rungs: dict[int, i
     state = search_folder / name / TRAINING_FILE
     state.parent.mkdir(exist_ok=True)
     restored = int(state.read_text()) if state.exists() else 0
-    tune.report({"restored": restored})
+    tune.report({"restored": restored, "reports": []})
     for epoch in range(1, config["epochs"] + 1):
         if name.endswith("11") and epoch == min(rungs):
             raise ValueError("it fails")
@@ -135,7 +146,8 @@ def scripted(config: dict, images: Path, search_folder: Path, rungs: dict[int, i
             state.write_text(str(epoch))
         states = len(list(search_folder.glob(f"*/{TRAINING_FILE}")))
         (search_folder / f"{name}.{epoch}.states").write_text(str(states))
-        tune.report(dict.fromkeys(METRICS, 0.5) | {"epoch": epoch, "loss": 10 * config["lr"] + 1 / epoch})
+        report = dict.fromkeys(METRICS, 0.5) | {"epoch": epoch, "loss": 10 * config["lr"] + 1 / epoch}
+        tune.report({"reports": [report]})
 
 
 def prepare(at_once: int) -> None:
