@@ -121,5 +121,5 @@ def test_progress_is_redrawn_on_a_terminal_and_repeated_now_and_then_in_a_file(
     tell(search, names[2], report(5, 0.3), paused=True)
     search.seconds, search.trained = 125.0, 20
     first, second, *_ = block(search, {5: 2})
-    assert first == f"Trials: 2 done, 0 running, 1 paused, 2 waiting. Epochs: 20 of about {20 + (1 + 5) + 5 + 9}."
+    assert first == f"Trials: 2 done, 1 running, 1 paused, 1 waiting. Epochs: 20 of about {20 + (1 + 5) + 5 + 9}."
     assert second == "Time: 2min 5s, about 2min 0s left."

@@ -19,7 +19,7 @@ from search.records import LOG_FILE, Objective, Search, Trial, creating_search, 
 from search.settings import Settings
 from search.space import summarize
 from search.trial import weights_path
-from search.warm_start import earlier_search, take
+from search.warm_start import earlier_search, new_stream, take
 from tests.conftest import Finished, figures, quick, read_csv, run_search, start, wait_for
 from tests.helpers import ACCURACY, CONFIG, END, IMAGES, SPACE, add, search_in, tell
 from tests.helpers import report as report_of
