@@ -99,15 +99,8 @@ def new_scheduler(search: records.Search, max_epochs: int) -> schedulers.Schedul
     if settings.scheduler == "promote":
         knobs = settings.grace_period, settings.reduction_factor, settings.keep
         return schedulers.Promotion(trials, schedulers.new_rungs(len(trials), *knobs, max_epochs), max_epochs)
-    asha = ASHAScheduler(
-        metric="loss",
-        mode="min",
-        time_attr="epoch",
-        grace_period=settings.grace_period,
-        reduction_factor=settings.reduction_factor,
-        max_t=max_epochs,
-    )
-    return schedulers.RayScheduler(asha, search.history)
+    knobs = {"grace_period": settings.grace_period, "reduction_factor": settings.reduction_factor, "max_t": max_epochs}
+    return schedulers.RayScheduler(ASHAScheduler("epoch", "loss", "min", **knobs), search.history)
 
 
 def search_space(settings: Settings) -> dict:
@@ -124,10 +117,7 @@ def draw(settings: Settings, entries: dict, first_number: int = 0, stream: int =
     first_number trials are there already; each stream gives other draws.
     """
     first = [] if settings.quick else space.to_plain(first_trials or [])
-    tpe = settings.sampler == "tpe"
-    configs = sampler.draw_configs(entries, settings.num_samples, settings.seed, first, tpe, stream)
-    if tpe and (count := space.count_configs(entries)) < first_number + len(configs):
-        raise InputError(f"param_space has only {count:g} configs for TPE; use --sampler random, or fewer samples")
+    configs = sampler.draw_configs(entries, settings, first, first_number, stream)
     return configs, space.summarize(entries) | {"first_trials": first}
 
 
@@ -207,11 +197,7 @@ def run(search: records.Search, entries: dict, dataset: Dataset, tracking: track
 
 
 def fit(
-    search: records.Search,
-    trials: list[records.Trial],
-    entries: dict,
-    dataset: Dataset,
-    tracking: trackers.Trackers,
+    search: records.Search, trials: list[records.Trial], entries: dict, dataset: Dataset, tracking: trackers.Trackers
 ) -> None:
     """Run these trials of a search; entries are those of the search space."""
     if not trials:
@@ -226,16 +212,10 @@ def fit(
     referee = Referee(search, scheduler, early_stop, display, MODELS_KEPT)
     watcher = Watcher(referee)
     with tuner.temporary_folder(search.folder, dataset) as (folder, images):
-        trainable = partial(
-            train_cifar,
-            images=images,
-            search_folder=search.folder,
-            objective=search.objective,
-            save_period=SAVE_PERIOD,
-            rungs=scheduler.rungs,
-        )
+        where = {"images": images, "search_folder": search.folder}
+        saving = {"objective": search.objective, "save_period": SAVE_PERIOD, "rungs": scheduler.rungs}
         tuned = tune.Tuner(
-            tune.with_resources(trainable, resources),
+            tune.with_resources(partial(train_cifar, **where, **saving), resources),
             tune_config=tune.TuneConfig(
                 num_samples=-1,  # until the queue is empty
                 search_alg=queue,

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -87,6 +88,67 @@ def make_small(setattr: Callable) -> None:
     values |= {"PATIENCE": 1000, "SAVE_PERIOD": 0}  # the loss on few images is rough; as if epochs were long
     for name, value in values.items():
         setattr(hparam_search, name, value)
+
+
+class TrialHere:
+    """Stands for one of Tune's trials."""
+
+    status, ERROR, trial_id = "RUNNING", "ERROR", "here"
+
+    def __init__(self, config: dict, name: Callable) -> None:
+        self.config = config
+        self.name = name(self)
+
+    def __str__(self) -> str:
+        return self.name
+
+    def get_trial_name(self) -> str:
+        return self.name
+
+    def get_trial_resources(self) -> SimpleNamespace:
+        return SimpleNamespace(head_cpus=1, required_resources={})
+
+
+class TunerHere:
+    """Stands for Ray Tune where processes are not the point: it runs one trial at a time, in this process."""
+
+    def __init__(self, trainable: Callable, tune_config: tune.TuneConfig, run_config: tune.RunConfig) -> None:
+        self.trainable, self.queue, self.referee = trainable, tune_config.search_alg, tune_config.scheduler
+        self.name, self.stopper, (self.watcher,) = tune_config.trial_name_creator, run_config.stop, run_config.callbacks
+
+    def fit(self) -> None:
+        self.watcher.setup()
+        while not self.stopper.stop_all() and isinstance(config := self.queue.suggest(""), dict):
+            trial = TrialHere(config, self.name)
+            about = {"iteration": 1, "trials": [trial]}
+            self.watcher.on_step_begin(**about)
+            self.watcher.on_trial_start(**about, trial=trial)
+
+            def report(result: dict, trial: TrialHere = trial, about: dict = about) -> None:
+                self.stopper("", result)
+                decision = self.referee.on_trial_result(None, trial, result)
+                self.watcher.on_step_end(**about)
+                if decision == "STOP" or self.stopper.stop_all():
+                    raise StopIteration
+
+            with pytest.MonkeyPatch.context() as patch, suppress(StopIteration):
+                patch.setattr(
+                    "search.trial.tune", SimpleNamespace(report=report, get_context=lambda trial=trial: trial)
+                )
+                patch.setattr("search.trial.best_device", lambda name: torch.device("cpu"))
+                patch.setattr("search.trial.print_into", lambda path: None)
+                self.trainable(trial.config)
+        self.watcher.on_experiment_end([])
+
+
+def make_trials_here(setattr: Callable) -> None:
+    setattr(tune, "Tuner", TunerHere)
+    setattr(tune, "with_resources", lambda trainable, resources: trainable)
+
+
+@pytest.fixture
+def trials_here(small_search: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_trials_here(monkeypatch.setattr)
 
 
 class Tracker(LoggerCallback):

@@ -82,6 +82,7 @@ def test_trials_that_fail_leave_the_others_alone_and_are_tried_again_on_resume(
     assert [len(trial.reports) for trial in open_search(folder, {}).trials.values()] == [4, 1, 2, 0]
 
     before = read_lines(folder / LOG_FILE)[0]
+    conftest.make_trials_here(monkeypatch.setattr)
     assert main(["--resume", str(folder)]) == 0
     printed = capsys.readouterr()
     assert "Trial status: 3 TERMINATED | 1 DIVERGED" in printed.out
@@ -95,6 +96,7 @@ def test_trials_that_fail_leave_the_others_alone_and_are_tried_again_on_resume(
     assert new == [(None, None), *retried, *begun[0], *killed, *begun[1], *starved, (None, None)]
 
 
+@pytest.mark.usefixtures("trials_here")
 def test_log_on_a_full_disk_ends_the_search_which_continues_on_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

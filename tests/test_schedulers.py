@@ -159,7 +159,7 @@ def prepare(at_once: int) -> None:
 def test_search_with_several_trials_at_once_promotes_the_best_though_the_last_fails(
     ray_started: str, tmp_path: Path
 ) -> None:
-    at_once, folder, output = 3, tmp_path / "it", tmp_path / "output.txt"
+    at_once, folder, output = 2, tmp_path / "it", tmp_path / "output.txt"
     command = conftest.quick(folder, "--num-samples", 6, "--max-epochs", 10, "--time-budget", "1h")
     process = conftest.start(None, command, output, prepare, at_once)
     process.join(120)

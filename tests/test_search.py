@@ -38,6 +38,7 @@ from tests.conftest import (
     copy_before_the_end,
     figures,
     make_small,
+    make_trials_here,
     read_csv,
     run_search,
 )
@@ -307,6 +308,7 @@ class OverInTheFirstTrial(tune.Stopper):
         return self.epochs == 3
 
 
+@pytest.mark.usefixtures("trials_here")
 def test_search_grown_step_by_step_ends_as_if_asked_for_everything_at_first(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -370,6 +372,7 @@ def for_the_lowest_loss(ray_started: str, tmp_path_factory: pytest.TempPathFacto
     flags = ["--sampler", sampler, "--scheduler", "none", "--time-budget", "1h", "--max-epochs", 4]
     with pytest.MonkeyPatch.context() as patch:
         make_small(patch.setattr)
+        make_trials_here(patch.setattr)
         for name, value in {"METRIC": "loss", "MODE": "min", "STARTUP_TRIALS": 1}.items():
             patch.setattr(hparam_search, name, value)
         with patch.context() as budget:

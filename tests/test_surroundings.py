@@ -85,7 +85,7 @@ def test_home_is_replaced_in_a_container_without_one() -> None:
     assert Path(home.strip()).is_dir()
 
 
-@pytest.mark.usefixtures("small_search")
+@pytest.mark.usefixtures("trials_here")
 def test_images_may_move_between_two_jobs(
     make_folder: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -158,9 +158,10 @@ sys.path.insert(0, sys.argv[1])
 import hparam_search
 from ray import tune
 from search import predict
-from tests.conftest import make_small, quick
+from tests.conftest import make_small, make_trials_here, quick
 from pathlib import Path
 make_small(setattr)
+make_trials_here(setattr)
 space, in_space, search, picture = hparam_search.param_space, sys.argv[2], Path(sys.argv[3]), sys.argv[4]
 space["dampening"] = 0.0
 assert predict.main([str(search / "best_model"), picture]) == 0
