@@ -99,8 +99,8 @@ def new_scheduler(search: records.Search, max_epochs: int) -> schedulers.Schedul
     if settings.scheduler == "promote":
         knobs = settings.grace_period, settings.reduction_factor, settings.keep
         return schedulers.Promotion(trials, schedulers.new_rungs(len(trials), *knobs, max_epochs), max_epochs)
-    knobs = {"grace_period": settings.grace_period, "reduction_factor": settings.reduction_factor, "max_t": max_epochs}
-    return schedulers.RayScheduler(ASHAScheduler("epoch", "loss", "min", **knobs), search.history)
+    asha = ASHAScheduler("epoch", "loss", "min", max_epochs, settings.grace_period, settings.reduction_factor)
+    return schedulers.RayScheduler(asha, search.history)
 
 
 def search_space(settings: Settings) -> dict:
@@ -117,7 +117,10 @@ def draw(settings: Settings, entries: dict, first_number: int = 0, stream: int =
     first_number trials are there already; each stream gives other draws.
     """
     first = [] if settings.quick else space.to_plain(first_trials or [])
-    configs = sampler.draw_configs(entries, settings, first, first_number, stream)
+    tpe = settings.sampler == "tpe"
+    configs = sampler.draw_configs(entries, settings.num_samples, settings.seed, first, tpe, stream)
+    if tpe and (count := space.count_configs(entries)) < first_number + len(configs):
+        raise InputError(f"param_space has only {count:g} configs for TPE; use --sampler random, or fewer samples")
     return configs, space.summarize(entries) | {"first_trials": first}
 
 
@@ -212,10 +215,10 @@ def fit(
     referee = Referee(search, scheduler, early_stop, display, MODELS_KEPT)
     watcher = Watcher(referee)
     with tuner.temporary_folder(search.folder, dataset) as (folder, images):
-        where = {"images": images, "search_folder": search.folder}
-        saving = {"objective": search.objective, "save_period": SAVE_PERIOD, "rungs": scheduler.rungs}
+        trial = partial(train_cifar, images=images, search_folder=search.folder, objective=search.objective)
+        trial = partial(trial, save_period=SAVE_PERIOD, rungs=scheduler.rungs)
         tuned = tune.Tuner(
-            tune.with_resources(partial(train_cifar, **where, **saving), resources),
+            tune.with_resources(trial, resources),
             tune_config=tune.TuneConfig(
                 num_samples=-1,  # until the queue is empty
                 search_alg=queue,
