@@ -1,37 +1,36 @@
 """The best model of a search, and models on disk with everything needed to use and retrain them.
 
 weights.pt     a state_dict, on the CPU
-config.json    hyperparameters, classes, and mean, std and source of the images
+config.json    hyperparameters, classes, mean and std, source of the images, objective
 metrics.json   its trial_id and epoch, val_loss, val_accuracy, test_loss, test_accuracy (and val_<METRIC> if another)
 """
 
 import contextlib
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import astuple
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 
-from data import Batches, Dataset, InputError, usable_cpus
+from data import Dataset, InputError, usable_cpus
 from model import SmallResNet
 from search.files import atomic_write, explain_failure, load_tensors, loads, write_json
-from search.records import Search, short_path
+from search.records import Objective, Search, Trial, short_path
 from search.space import check_value
 from search.tensorboard import show_predictions
 from search.trial import load_weights, save_weights, weights_path
 from train import DEFAULTS, MODEL, best_device, evaluate, evaluation_batches, new_model, predict
 
-T = TypeVar("T")
 BEST_MODEL = "best_model"
 WEIGHTS, CONFIG, METRICS = "weights.pt", "config.json", "metrics.json"
 
 
 def evaluate_best_model(search: Search, dataset: Dataset, source: dict) -> dict | None:
-    """Test the best trial's model, once, and write best_model/.
+    """Test the best trial's model, once, and write best_model/; source is the arguments of data.read_images.
 
     If its weights are damaged or missing, say so on stderr and use those of the next best trial. Returns the content of
     metrics.json, or None if no trial has a model. Raises InputError if model.py no longer fits the weights.
@@ -43,21 +42,15 @@ def evaluate_best_model(search: Search, dataset: Dataset, source: dict) -> dict 
     for i, trial in enumerate(search.ranking()):
         path = weights_path(search.folder / trial.name, trial.best.epoch)
         if model := load_model(path, trial.config, dataset.classes):
-            break
+            loss, accuracy = on_test_images(search, model, dataset, evaluate)
+            metrics = reported(search, trial) | {"test_loss": loss, "test_accuracy": accuracy}
+            with contextlib.suppress(OSError):  # so that a kill from here on does not cost TensorBoard's pictures
+                search.record("tested")
+            write_model(folder, model, trial.config, dataset, source, search.objective, metrics)
+            return metrics
         if i == 0 or path.exists():
             print(f"{trial.name} was better, but its weights are damaged or missing.", file=sys.stderr)
-    else:
-        return None
-    best = trial.best
-    metrics = {"trial_id": trial.trial_id, "epoch": best.epoch}
-    metrics |= {f"val_{key}": getattr(best, key) for key in search.objective.shown}
-    loss, accuracy = on_test_images(search, model, dataset, evaluate)
-    metrics |= {"test_loss": loss, "test_accuracy": accuracy}
-    about = {"images": source, "objective": astuple(search.objective)}
-    with contextlib.suppress(OSError):  # so that a kill from here on does not cost TensorBoard's pictures
-        search.record("tested")
-    write_model(folder, model, trial.config, dataset, about, metrics)
-    return metrics
+    return None
 
 
 def show_best_model(search: Search, dataset: Dataset) -> None:
@@ -69,10 +62,8 @@ def show_best_model(search: Search, dataset: Dataset) -> None:
     search.record("shown")
 
 
-def on_test_images(
-    search: Search, model: nn.Module, dataset: Dataset, function: Callable[[nn.Module, Batches], T]
-) -> T:
-    """Apply a function to a model and the test images, on the GPU if the search may use one, and return the result.
+def on_test_images(search: Search, model: nn.Module, dataset: Dataset, function: Callable) -> Any:
+    """Return function(model, batches of the test images), computed on the GPU if the search may use one.
 
     If the GPU fails, say so on stderr and use the CPU.
     """
@@ -88,11 +79,17 @@ def on_test_images(
             device = torch.device("cpu")
 
 
+def reported(search: Search, trial: Trial) -> dict:
+    """Return what metrics.json holds of a trial besides the test."""
+    metrics = {f"val_{key}": getattr(trial.best, key) for key in search.objective.shown}
+    return {"trial_id": trial.trial_id, "epoch": trial.best.epoch} | metrics
+
+
 def read_best_model(search: Search) -> dict | None:
     """Return the metrics of best_model/ if it is intact and still holds the best model that there is, else None."""
-    metrics = read_metrics(search.folder / BEST_MODEL)
-    for trial in search.ranking() if metrics else ():
-        if (metrics["trial_id"], metrics["epoch"]) == (trial.trial_id, trial.best.epoch):
+    metrics = read_metrics(search.folder / BEST_MODEL) or {}
+    for trial in search.ranking() if "test_accuracy" in metrics else ():
+        if reported(search, trial).items() <= metrics.items():
             return metrics
         if weights_path(search.folder / trial.name, trial.best.epoch).exists():
             return None
@@ -100,22 +97,14 @@ def read_best_model(search: Search) -> dict | None:
 
 
 def write_model(
-    folder: Path,
-    model: nn.Module,
-    config: dict,
-    dataset: Dataset,
-    about: dict,
-    metrics: dict,
+    folder: Path, model: nn.Module, config: dict, dataset: Dataset, source: dict, objective: Objective, metrics: dict
 ) -> None:
-    """Write a model's folder atomically.
-
-    about holds "images", the arguments of data.read_images, and "objective".
-    """
-    about = {key: getattr(dataset, key) for key in ("classes", "mean", "std")} | about
+    """Write a model's folder atomically; source is the arguments of data.read_images."""
+    about = {"hyperparameters": config} | {key: getattr(dataset, key) for key in ("classes", "mean", "std")}
     with atomic_write(folder) as temporary:
         temporary.mkdir(parents=True)
         save_weights(model, temporary / WEIGHTS)
-        write_json(temporary / CONFIG, {"hyperparameters": config} | about)
+        write_json(temporary / CONFIG, about | {"images": source, "objective": astuple(objective)})
         write_json(temporary / METRICS, metrics)
 
 
@@ -137,13 +126,13 @@ def read_model(folder: Path) -> tuple[SmallResNet, dict]:
     path = folder / CONFIG
     try:
         about = loads(path.read_bytes())
-        if not {"hyperparameters", "classes", "mean", "std", "images", "objective"} <= about.keys():
+        config = about["hyperparameters"] = DEFAULTS | about["hyperparameters"]
+        if not {"classes", "mean", "std", "images", "objective"} <= about.keys():
             raise ValueError
     except OSError as error:
         raise InputError(f"no model found in {str(folder)!r}; pass a folder such as outputs/NAME/best_model") from error
-    except ValueError as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged, or from another version; pass another model") from error
-    config = about["hyperparameters"] = DEFAULTS | about["hyperparameters"]
     for key in MODEL:
         if key not in config:
             raise InputError(f"{path} lacks {key!r}; add its default in train.py, as in FRACTION(0.0)")
@@ -154,13 +143,12 @@ def read_model(folder: Path) -> tuple[SmallResNet, dict]:
     return model, about
 
 
-def load_model(weights: Path, config: dict, classes: list[str] | tuple[str, ...]) -> SmallResNet | None:
+def load_model(weights: Path, config: dict, classes: Sequence[str]) -> SmallResNet | None:
     """Return the model of a config with weights from a file, on the CPU, or None if these are damaged or missing.
 
     Raises InputError if model.py no longer fits them.
     """
-    state = load_tensors(weights)
-    if state is None:
+    if (state := load_tensors(weights)) is None:
         return None
     model = new_model(config, len(classes))
     load_weights(model, state, weights)

@@ -47,9 +47,8 @@ def parse_args(argv: Sequence[str] | None) -> dict:
     add("--output-dir", metavar="PATH", type=absolute_path, help="parent of the new folder (default: outputs)")
     add("--name", type=folder_name, help="name of the new model folder (default: retrained_<date>_<time>)")
     add_device(parser)
-    group = parser.add_argument_group(
-        "hyperparameters", "replace those of the config: " + ", ".join(map(flag, CONFIG_KEYS))
-    )
+    replaced = ", ".join(map(flag, CONFIG_KEYS))
+    group = parser.add_argument_group("hyperparameters", f"replace those of the config: {replaced}")
     for key in CONFIG_KEYS:
         group.add_argument(flag(key), type=parse_value, help=argparse.SUPPRESS)
     return vars(parser.parse_args(argv))
@@ -69,7 +68,7 @@ def with_validation_images(dataset: Dataset) -> Dataset:
 def retrain(given: dict) -> int:
     """Train a config, write its folder, and return the exit code."""
     _, about = read_model(given["model"])
-    values = about["hyperparameters"] | given
+    values, full = about["hyperparameters"] | given, "full" in given
     if missing := [flag(key) for key in CONFIG_KEYS if key not in values]:
         raise InputError(f"{given['model']} has no value for {missing[0]}; pass one")
     config = {key: values[key] for key in CONFIG_KEYS}
@@ -77,39 +76,37 @@ def retrain(given: dict) -> int:
         check_value(key, value)  # unlike check_space, it refuses grids
     check_space(config)
     device, objective = best_device(given["device"]), Objective(*about["objective"])
-    name = given.get("name") or datetime.now().strftime("retrained_%Y-%m-%d_%H-%M-%S")
-    output_dir = given.get("output_dir", "outputs")
-    folder = new_folder(Settings(output_dir=output_dir, name=name))
-    if "data_dir" in given and about["images"]["source"] == "synthetic":
-        raise InputError("--data-dir cannot be combined with synthetic images; remove it")
-    source = about["images"] | ({"data_dir": given["data_dir"]} if "data_dir" in given else {})
-    dataset = read_images(**source)
-    if given.get("full"):
-        dataset = with_validation_images(dataset)
+    name = given.get("name", f"retrained_{datetime.now():%Y-%m-%d_%H-%M-%S}")
+    folder = new_folder(Settings(output_dir=given.get("output_dir", "outputs"), name=name))
+    source = about["images"]
+    if "data_dir" in given:
+        if source["source"] == "synthetic":
+            raise InputError("--data-dir cannot be combined with synthetic images; remove it")
+        source["data_dir"] = given["data_dir"]
+    dataset = with_validation_images(read_images(**source)) if full else read_images(**source)
     torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
+
     training = new_training(config, len(dataset.classes), device)
     for report in train_epochs(training, config, dataset, device):
         if not math.isfinite(report.train_loss):
             raise InputError(f"loss became NaN or infinite in epoch {report.epoch}; use a lower --lr")
-        best = objective.best(training.history)
-        if best is None or best is report:  # None: without validation images
+        if objective.best(training.history) in (None, report):  # None: without validation images
             model, kept = copy.deepcopy(training.evaluated), report
-        validation = "" if given.get("full") else f"loss {report.loss:.4f}  accuracy {report.accuracy:.4f}  "
-        print(
-            f"epoch {report.epoch:{len(str(config['epochs']))}} of {config['epochs']}  {validation}"
-            f"train loss {report.train_loss:.4f}  train accuracy {report.train_accuracy:.4f}  {report.seconds:.0f} s",
-            flush=True,
-        )
+        line = f"epoch {report.epoch:{len(str(config['epochs']))}} of {config['epochs']}  "
+        line += "" if full else f"loss {report.loss:.4f}  accuracy {report.accuracy:.4f}  "
+        line += f"train loss {report.train_loss:.4f}  train accuracy {report.train_accuracy:.4f}  "
+        print(f"{line}{report.seconds:.0f} s", flush=True)
+
     metrics: dict[str, float] = {"epoch": kept.epoch}
-    if not given.get("full"):
+    if not full:
         metrics |= {"val_loss": kept.loss, "val_accuracy": kept.accuracy}
         print(f"validation accuracy: {kept.accuracy:.4f}, at epoch {kept.epoch}")
-    if given.get("test"):
+    if "test" in given:
         metrics["test_loss"], metrics["test_accuracy"] = evaluate(model, evaluation_batches(dataset, "test", device))
         print(f"test accuracy: {metrics['test_accuracy']:.4f}")
     while folder.exists() and not is_empty(folder):  # taken by another process meanwhile
         folder = folder.with_name(f"{folder.name}_2")
-    write_model(folder, model, config, dataset, {"images": source, "objective": about["objective"]}, metrics)
+    write_model(folder, model, config, dataset, source, objective, metrics)
     print(f"Model: {short_path(folder)}")
     return 0
 

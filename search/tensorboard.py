@@ -5,7 +5,6 @@ part of their name before the slash, and sorts the groups alphabetically.
 """
 
 import contextlib
-import functools
 import math
 import unicodedata
 from collections.abc import Sequence
@@ -13,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tensorboard.plugins.hparams import summary_v2 as hp  # plugins.hparams.api would import TensorFlow
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from data import Dataset
-from search import cost
+from search.cost import COSTS, model_cost
 from search.records import METRICS, Search, Trial
 
 # Curves to show side by side, by group; the other metrics are in the group "training".
@@ -33,8 +33,7 @@ TAGS = {
 }
 MISTAKES_SHOWN = 40
 CLASSES_SHOWN = 100  # in a confusion matrix
-NO_CHARACTER = "\U0010ffff"  # a character that no font has, drawn as the font's replacement
-INK = (31, 119, 180)  # of a confusion matrix: red, green, blue
+INK = "#1f77b4"  # of a confusion matrix
 
 
 class Board:
@@ -74,25 +73,36 @@ class Board:
         """Return the writer of a trial's events of this epoch and later ones, which begin with its hyperparameters."""
         if trial.name not in self.writers:
             # TensorBoard hides what was written for these epochs before a restart.
-            self.writers[trial.name] = SummaryWriter(str(self.search.folder / trial.name), purge_step=step)
-            values = {key: to_hparam(trial.config[key], searched) for key, searched in self.search.searched.items()}
-            self.writers[trial.name].file_writer.add_summary(hp.hparams_pb(values, trial_id=trial.name))
-            for key, value in cost.model_cost(trial.config, self.search.images["num_classes"]).items():
-                self.writers[trial.name].add_scalar(f"trial/{key}", value, step)
+            writer: Any = SummaryWriter(str(self.search.folder / trial.name), purge_step=step)
+            self.writers[trial.name] = writer
+            values = {key: to_hparam(trial.config[key], entry) for key, entry in self.search.searched.items()}
+            writer.file_writer.add_summary(hp.hparams_pb(values, trial_id=trial.name))
+            for key, value in model_cost(trial.config, self.search.images["num_classes"]).items():
+                writer.add_scalar(f"trial/{key}", value, step)
         return self.writers[trial.name]
 
     def search_writer(self, step: int) -> Any:
         """Return the writer of the search's events from `step` on; a new one begins with what is searched."""
         if "" not in self.writers:
-            self.writers[""] = SummaryWriter(str(self.search.folder), purge_step=step)
-            known = not self.search.settings.warm_start  # trials of earlier searches may have other values
-            domains = [hp.HParam(key, domain(searched, known)) for key, searched in self.search.searched.items()]
-            names = [*(f"best_{key}" for key in self.search.objective.shown), "epochs", *cost.COSTS]
-            metrics = [hp.Metric(f"trial/{name}", display_name=name) for name in names]
-            metrics.append(hp.Metric("training/images_per_second", display_name="images_per_second"))
-            self.writers[""].file_writer.add_summary(hp.hparams_config_pb(domains, metrics))
-            self.writers[""].add_text("search/methods", "\n\n".join(self.search.settings.methods()))
+            writer: Any = SummaryWriter(str(self.search.folder), purge_step=step)
+            self.writers[""] = writer
+            domains = [hp.HParam(key, self.domain(entry)) for key, entry in self.search.searched.items()]
+            shown = dict.fromkeys([self.search.objective.metric, *self.search.objective.shown])
+            tags = [f"trial/{key}" for key in (*(f"best_{key}" for key in shown), "epochs", *COSTS)]
+            tags.append("training/images_per_second")
+            metrics = [hp.Metric(tag, display_name=tag.split("/")[1]) for tag in tags]  # the first gives the colours
+            writer.file_writer.add_summary(hp.hparams_config_pb(domains, metrics))
+            writer.add_text("search/methods", "\n\n".join(self.search.settings.methods()))
         return self.writers[""]
+
+    def domain(self, entry: dict) -> hp.Domain | None:
+        """Return the values of a searched hyperparameter (see summarize) for HPARAMS."""
+        values = entry.get("values")
+        if values and not self.search.settings.warm_start:  # or TensorBoard would hide other values of earlier trials
+            return hp.Discrete({to_hparam(value, entry) for value in values})
+        ends = values or [entry.get("lower"), entry.get("upper")]
+        numbers = all(type(end) in (int, float) for end in ends)
+        return hp.RealInterval(float(min(ends)), float(max(ends))) if numbers else None
 
     def close(self, name: str) -> None:
         """Close a trial's events, ignoring write errors: a restarted trial begins a new file."""
@@ -105,109 +115,79 @@ class Board:
             self.close(name)
 
 
-def domain(searched: dict, known: bool) -> hp.Domain | None:
-    """Return the values of a hyperparameter for HPARAMS: see summarize.
-
-    Unless all values are known, the domain is not discrete, since TensorBoard would hide others.
-    """
-    values = searched.get("values", [])
-    if values and known:
-        return hp.Discrete(sorted({to_hparam(value, searched) for value in values}))
-    if values and all(type(value) in (int, float) for value in values):
-        return hp.RealInterval(float(min(values)), float(max(values)))
-    if values or not searched:
-        return None
-    lower, upper = searched["lower"], searched["upper"]
-    return (hp.IntInterval if "randint" in searched["tune"] else hp.RealInterval)(lower, upper)
-
-
-def to_hparam(value: Any, searched: dict) -> Any:
-    """Return a value for HPARAMS, where those of one hyperparameter must have one type."""
-    types = {type(other) for other in searched.get("values", [value])}
-    if types == {int, float}:
-        return float(value)
-    return value if len(types) == 1 else str(value)
+def to_hparam(value: Any, entry: dict) -> float | str:
+    """Return a value of a searched hyperparameter for HPARAMS, where all its values must have one type."""
+    numbers = all(type(each) in (int, float) for each in [value, *entry.get("values", [])])
+    return float(value) if numbers else str(value)
 
 
 # --- the best model on the test images --------------------------------------------------------------------------------
 
 
 def show_predictions(folder: Path, probabilities: Tensor, dataset: Dataset) -> None:
-    """Write the best model's confusion matrix, accuracy by class, and worst mistakes into the search's events.
+    """Write the best model's accuracy by class, confusion matrix, and worst mistakes into the search's events.
 
-    probabilities, float (N, C) on the CPU, are those of the test images. With more than
-    CLASSES_SHOWN classes, the matrix shows those most often confused.
+    probabilities, float (N, C) on the CPU, are those of the test images.
     """
-    names = [printable(name) for name in dataset.classes]
-    labels = [drawable(name) or f"class {i}" for i, name in enumerate(names)]
-    names = [name if drawable(name) else f"{name} ({label})" for name, label in zip(names, labels, strict=True)]
+    # Escapes line breaks, bytes that are not UTF-8, and the like.
+    names = [repr(name)[1:-1] for name in dataset.classes]
+    labels = [to_ascii(name) or f"class {i}" for i, name in enumerate(names)]
     true, (confidence, predicted) = dataset.test_labels, probabilities.max(1)
-    tested = true.bincount(minlength=len(names))
-    correct = true[predicted == true].bincount(minlength=len(names))
-    rows = sorted(((correct[i] / tested[i]).item(), names[i]) for i in tested.nonzero().flatten().tolist())
+
+    accuracies = pandas.Series((predicted == true).numpy()).groupby(true.numpy()).mean().sort_values(ascending=False)
+    table = "| class | accuracy |\n| --- | --- |"
+    for i, accuracy in accuracies.items():
+        name = names[i] if labels[i] == names[i] else f"{names[i]} ({labels[i]})"
+        escaped = "".join(c if c.isalnum() or c == " " else f"&#{ord(c)};" for c in name)  # it may be Markdown
+        table += f"\n| {escaped} | {accuracy:.3f} |"
+
     wrong = (predicted != true).nonzero().flatten()
-    confused = true[wrong].bincount(minlength=len(names)) + predicted[wrong].bincount(minlength=len(names))
-    shown = confused.topk(min(CLASSES_SHOWN, len(names))).indices.sort().values
-    place = torch.full((len(names),), -1)
-    place[shown] = torch.arange(len(shown))
-    both = (place[true] >= 0) & (place[predicted] >= 0)
-    shares = torch.zeros(len(shown), len(shown))
-    shares.index_put_((place[true[both]], place[predicted[both]]), torch.ones(()), accumulate=True)
-    shares /= tested[shown].clamp(min=1).unsqueeze(1)
-    wrong = wrong[confidence[wrong].argsort(descending=True)][:MISTAKES_SHOWN]
-    captions = [f"is {labels[true[i]]}\nseen as {labels[predicted[i]]} {confidence[i]:.2f}" for i in wrong]
+    worst = wrong[confidence[wrong].argsort(descending=True)][:MISTAKES_SHOWN]
+    captions = [f"is {labels[true[i]]}\nseen as {labels[predicted[i]]} {confidence[i]:.2f}" for i in worst]
+
     with SummaryWriter(str(folder)) as writer:
-        matrix = draw_confusion(shares, [labels[i] for i in shown])
-        writer.add_image("best_model/confusion_matrix", np.array(matrix), dataformats="HWC")
-        table = "\n".join(f"| {escape(name)} | {share:.3f} |" for share, name in reversed(rows))
-        writer.add_text("best_model/accuracy_by_class", f"| class | accuracy |\n| --- | --- |\n{table}")
-        mistakes = draw_mistakes(dataset.test_images[wrong], captions)
-        writer.add_image("best_model/most_confident_mistakes", np.array(mistakes), dataformats="HWC")
+        writer.add_text("best_model/accuracy_by_class", table)
+        matrix, mistakes = draw_confusion(true, predicted, labels), draw_mistakes(dataset.test_images[worst], captions)
+        writer.add_image("best_model/confusion_matrix", matrix, dataformats="HWC")
+        writer.add_image("best_model/most_confident_mistakes", mistakes, dataformats="HWC")
 
 
-def printable(name: str) -> str:
-    """Return a name with escape codes for line breaks, bytes that are not UTF-8, and the like."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
-
-
-@functools.cache
-def drawable(name: str) -> str | None:
-    """Return the name, or else the name without accents, if the pictures' font can show it; else None."""
-    font = ImageFont.load_default(10)
+def to_ascii(name: str) -> str | None:
+    """Return a name without accents, or None if it has other characters that the pictures' font may lack."""
     plain = "".join(c for c in unicodedata.normalize("NFKD", name) if not unicodedata.combining(c))
-    box = bytes(font.getmask(NO_CHARACTER))
-    return next((text for text in (name, plain) if all(bytes(font.getmask(c)) != box for c in text)), None)
+    return plain if plain.isascii() else None
 
 
-def escape(name: str) -> str:
-    """Escape a name for a Markdown table."""
-    return "".join(c if c.isalnum() or c == " " else f"&#{ord(c)};" for c in name)
+def draw_confusion(true: Tensor, predicted: Tensor, labels: Sequence[str]) -> np.ndarray:
+    """Draw the confusion matrix of classes int64 (N,), a row per true and a column per predicted one, uint8 (H, W, 3).
+
+    With more than CLASSES_SHOWN classes, it shows those most often confused.
+    """
+    wrong = predicted != true
+    confused = torch.cat([true[wrong], predicted[wrong]]).bincount(minlength=len(labels))
+    shown = confused.topk(min(CLASSES_SHOWN, len(labels))).indices.sort().values
+    is_true, is_seen = ((each.unsqueeze(1) == shown).float() for each in (true, predicted))  # (N, classes shown)
+    shares = is_true.T @ is_seen / is_true.sum(0).clamp(min=1).unsqueeze(1)
+    cells = ImageOps.colorize(Image.fromarray((255 * (1 - shares.sqrt())).byte().numpy()), INK, "white")
+
+    labels = [labels[i] for i in shown]
+    side = max(10, min(40, 900 // len(labels)))
+    font = ImageFont.load_default(min(14, side))
+    left, size = math.ceil(max(map(font.getlength, labels))) + 10, side * len(labels)
+    picture = Image.new("RGB", (max(220, left + size), side + size), "white")
+    picture.paste(cells.resize((size, size), Image.Resampling.NEAREST), (left, side))
+    for i, line in enumerate(["rows: true, columns: predicted", *labels]):
+        ImageDraw.Draw(picture).text((4, i * side), line, "black", font)
+    return np.array(picture)
 
 
-def draw_confusion(shares: Tensor, classes: Sequence[str]) -> Image.Image:
-    """Draw a confusion matrix, float (C, C) from 0 to 1: a row per true class, a column per predicted one."""
-    cell = max(10, min(40, 900 // len(classes)))
-    font = ImageFont.load_default(min(14, cell))
-    margin = math.ceil(max(font.getlength(name) for name in classes)) + 10
-    picture = Image.new("RGB", (max(220, margin + cell * len(classes)), cell * (len(classes) + 1)), "white")
-    draw = ImageDraw.Draw(picture)
-    draw.text((4, 0), "rows: true, columns: predicted", "black", font)
-    for i, name in enumerate(classes):
-        draw.text((4, (i + 1) * cell), name, "black", font)
-        for j, share in enumerate(shares[i].tolist()):
-            shade = tuple(round(255 + (ink - 255) * share**0.5) for ink in INK)
-            corner = margin + j * cell, (i + 1) * cell
-            draw.rectangle((*corner, corner[0] + cell - 2, corner[1] + cell - 2), fill=shade)
-    return picture
-
-
-def draw_mistakes(images: Tensor, captions: list[str]) -> Image.Image:
-    """Draw enlarged images, uint8 (N, 32, 32, 3), in rows of 5, each above its caption of two lines."""
+def draw_mistakes(images: Tensor, captions: list[str]) -> np.ndarray:
+    """Draw images, uint8 (N, 32, 32, 3), enlarged, in rows of 5, above captions of two lines each, uint8 (H, W, 3)."""
     font, side = ImageFont.load_default(11), 96
-    width = math.ceil(max([side, *(font.getlength(line) for text in captions for line in text.splitlines())])) + 12
+    width = math.ceil(max([side, *map(font.getlength, "\n".join(captions).splitlines())])) + 12
     picture = Image.new("RGB", (5 * width, (side + 36) * math.ceil(max(1, len(captions)) / 5)), "white")
     for k, (image, caption) in enumerate(zip(images, captions, strict=True)):
         x, y = k % 5 * width, k // 5 * (side + 36)
         picture.paste(Image.fromarray(image.numpy()).resize((side, side), Image.Resampling.NEAREST), (x, y))
         ImageDraw.Draw(picture).text((x, y + side), caption, "black", font)
-    return picture
+    return np.array(picture)

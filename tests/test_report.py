@@ -26,16 +26,16 @@ def importance(folder: Path, trials: list[tuple[dict, list[float]]], mode: str =
 
 
 def test_importance_is_a_rank_correlation_at_the_last_epoch_that_all_reached(tmp_path: Path) -> None:
-    generator, trials, others = random.Random(1), [], "h_1, h_2, p_drop"
+    draw, trials, texts = random.Random(1).random, [], []
     for i in range(16):
-        config = {"lr": 10 ** (-4 + i / 8), "p_drop": generator.uniform(0.1, 0.5), "h_1": generator.choice([4, 8])}
+        config = {"lr": 10 ** (-4 + i / 8), "p_drop": draw(), "h_1": 4 if draw() < 0.5 else 8}
         # At epoch 2 the accuracy follows lr; later epochs, which few reach, reverse the order.
         trials.append((config, [0.1, 0.2 + i / 50, *([0.9 - i / 50] * (i % 3))]))
     about = "Importance (rank correlation with {} at epoch 2, {} trials): lr {}1.00. No significant effect: {}."
+    others = "h_1, h_2, p_drop"
     assert importance(tmp_path / "max", trials) == about.format("accuracy", 16, "+", others)
     trials.append(({"lr": 0.5}, [-1]))  # what diverged counts as the worst
     assert importance(tmp_path / "min", trials, "min") == about.format("lower accuracy", 17, "-", others)
-    draw, texts = random.Random(0).random, []
     for i in range(60):
         trials = [({"lr": draw(), "h_1": 4 if draw() < 0.5 else 8, "p_drop": draw()}, [draw()]) for _ in range(10)]
         texts.append(importance(tmp_path / str(i), trials))
@@ -120,6 +120,7 @@ def test_progress_is_redrawn_on_a_terminal_and_repeated_now_and_then_in_a_file(
     add(search, 0.1, end=None, repeats=names[0], epochs=10)
     tell(search, names[2], report(5, 0.3), paused=True)
     search.seconds, search.trained = 125.0, 20
-    first, second, *_ = block(search, {5: 2})
-    assert first == f"Trials: 2 done, 1 running, 1 paused, 1 waiting. Epochs: 20 of about {20 + (1 + 5) + 5 + 9}."
-    assert second == "Time: 2min 5s, about 2min 0s left."
+    assert block(search, {5: 2})[:2] == [
+        f"Trials: 2 done, 1 running, 1 paused, 1 waiting. Epochs: 20 of about {20 + (1 + 5) + 5 + 9}.",
+        "Time: 2min 5s, about 2min 0s left.",
+    ]
