@@ -3,8 +3,8 @@
     python -m benchmarks.curves                                                   # CIFAR-100, on a GPU
     python -m benchmarks.curves --dataset folder --data-dir data/imagenet32-a --classes 20 --h-1 8 16 --h-2 32 64
 
-Every config is trained to its last epoch, with the default recipe and with the baseline's. benchmarks/curves/ gets a
-CSV per recipe, with a row per epoch. If interrupted, the command continues with the missing configs.
+Every config is trained to its last epoch. benchmarks/curves/ gets a CSV per recipe, with a row per epoch. If
+interrupted, the command continues with the missing configs.
 """
 
 import argparse
@@ -54,32 +54,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--h-2", type=int, nargs="+", help="widths to use (default: those of param_space)")
     parser.add_argument("--epochs", type=int, default=param_space["epochs"])
     parser.add_argument("--samples", type=int, default=15, help="draws for each pair of widths (default: %(default)s)")
-    parser.add_argument(
-        "--recipe", choices=recipes.NAMED, action="append", help="repeatable (default: default and baseline)"
-    )
+    parser.add_argument("--recipe", choices=recipes.NAMED, default="default")
     parser.add_argument("--output", type=Path, default=FOLDER)
     args = parser.parse_args(argv)
     dataset = recipes.first_classes(read_images(args.dataset, args.data_dir, {}), args.classes)
     widths = {key: tune.grid_search(values) for key, values in (("h_1", args.h_1), ("h_2", args.h_2)) if values}
     args.output.mkdir(parents=True, exist_ok=True)
-    for recipe in args.recipe or ("default", "baseline"):
-        space = param_space | {"seed": 0, "epochs": args.epochs} | widths | recipes.NAMED[recipe]
-        configs = draw_configs(space, args.samples, seed=0)
-        path = args.output / f"{recipe}.csv"
-        curves = read_curves(path) if path.exists() else {}
-        for i, rows in curves.items():
-            if i >= len(configs) or len(rows) != args.epochs or rows[0]["lr"] != configs[i]["lr"]:
-                sys.exit(f"{path} has curves of other configs; use another --output, or remove it.")
-        for i, config in enumerate(configs):
-            if i in curves:
-                continue
-            drawn = {"config": i} | {key: config[key] for key in DRAWN}
-            curves[i] = [
-                drawn | {key: round(getattr(report, key), 5) for key in ("epoch", *REPORTED)}
-                for report in recipes.train(config, dataset)
-            ]
-            write_curves(path, curves)
-            print(f"{recipe}: {len(curves)} of {len(configs)}, {curves[i][-1]['accuracy']:.4f}", flush=True)
+    space = param_space | {"seed": 0, "epochs": args.epochs} | widths | recipes.NAMED[args.recipe]
+    configs = draw_configs(space, args.samples, seed=0)
+    path = args.output / f"{args.recipe}.csv"
+    curves = read_curves(path) if path.exists() else {}
+    for i, rows in curves.items():
+        if i >= len(configs) or len(rows) != args.epochs or rows[0]["lr"] != configs[i]["lr"]:
+            sys.exit(f"{path} has curves of other configs; use another --output, or remove it.")
+    for i, config in enumerate(configs):
+        if i in curves:
+            continue
+        drawn = {"config": i} | {key: config[key] for key in DRAWN}
+        curves[i] = [
+            drawn | {key: round(getattr(report, key), 5) for key in ("epoch", *REPORTED)}
+            for report in recipes.train(config, dataset)
+        ]
+        write_curves(path, curves)
+        print(f"{len(curves)} of {len(configs)}, {curves[i][-1]['accuracy']:.4f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -94,11 +94,11 @@ def describe_code() -> str:
     return ""
 
 
-def read_runs(path: Path, images: str, device: str) -> dict[frozenset, float]:
+def read_runs(path: Path, images: str, device: str) -> dict[str, float]:
     """Return the final accuracies in a CSV of the runs on these images and this kind of device, by their config."""
     rows = csv.DictReader(path.read_text().splitlines()) if path.exists() else []
     return {
-        frozenset(json.loads(row["config"]).items()): float(row["accuracies"].split()[-1])
+        row["config"]: float(row["accuracies"].split()[-1])
         for row in rows
         if (row["images"], row["device"]) == (images, device)
     }
@@ -130,18 +130,6 @@ def compare(one: Sequence[float], other: Sequence[float]) -> tuple[float, float,
     return statistics.mean(differences), standard_error(differences), p
 
 
-def print_table(accuracies: dict[str, dict[float, list[float]]]) -> None:
-    """Print final accuracies as a Markdown table: recipe (the reference first) → learning rate → one per seed."""
-    print_header("recipe", "lr", "seeds", "final accuracy", "gain", "p")
-    reference = next(iter(accuracies.values()))
-    for recipe, by_rate in accuracies.items():
-        for lr, found in by_rate.items():
-            mean = f"{statistics.mean(found):.4f} ± {standard_error(found):.4f}"
-            gain, error, p = compare(reference[lr], found)
-            compared = ("", "") if by_rate is reference else (f"{gain:+.4f} ± {error:.4f}", f"{p:.3f}")
-            print_row(recipe, lr, len(found), mean, *compared)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Train the runs that are not recorded yet, and print a table of all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -153,8 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--widths", type=int, nargs=2, default=(64, 512), metavar=("H_1", "H_2"))
     parser.add_argument("--lr", type=float, nargs="+", default=[0.02])
-    seeds = {"choices": range(1, 21), "metavar": "N", "help": "number of random seeds, at most 20 (default: 1)"}
-    parser.add_argument("--seeds", type=int, default=1, **seeds)
+    parser.add_argument("--seeds", type=int, default=1, choices=range(1, 21), metavar="N", help="1 to 20 (default: 1)")
     parser.add_argument("--output", type=Path, default=FILE)
     args = parser.parse_args(argv)
     varied = {"h_1": args.widths[0], "h_2": args.widths[1], "epochs": args.epochs}
@@ -170,22 +157,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     images = Path(args.data_dir).resolve().name if args.dataset == "folder" else args.dataset
     images += f", {args.classes} classes" if args.classes else ""
     recorded = read_runs(args.output, images, device)
-    accuracies = {recipe: {lr: [] for lr in args.lr} for recipe in recipes}
-    for (recipe, lr, seed), config in configs.items():
-        key = frozenset(config.items())
-        if key not in recorded:
-            dataset = dataset or first_classes(read_images(args.dataset, args.data_dir, {}), args.classes)
-            start = time.perf_counter()
-            reports = train(config, dataset)
-            seconds, loss = round(time.perf_counter() - start, 1), round(reports[-1].loss, 4)
-            by_epoch = " ".join(f"{report.accuracy:.4f}" for report in reports)
-            row = (images, device, json.dumps(config, sort_keys=True), code, seconds, loss, by_epoch)
-            append_row(args.output, row)
-            recorded[key] = round(reports[-1].accuracy, 4)
-            print(recipe, lr, seed, by_epoch, sep=", ", flush=True)
-        accuracies[recipe][lr].append(recorded[key])
+    keys = {names: json.dumps(config, sort_keys=True) for names, config in configs.items()}
+    for names, config in configs.items():
+        if keys[names] in recorded:
+            continue
+        dataset = dataset or first_classes(read_images(args.dataset, args.data_dir, {}), args.classes)
+        start = time.perf_counter()
+        reports = train(config, dataset)
+        seconds, loss = round(time.perf_counter() - start, 1), round(reports[-1].loss, 4)
+        accuracies = " ".join(f"{report.accuracy:.4f}" for report in reports)
+        append_row(args.output, [images, device, keys[names], code, seconds, loss, accuracies])
+        recorded[keys[names]] = round(reports[-1].accuracy, 4)
+        print(*names, accuracies, sep=", ", flush=True)
     print(f"\n{images}; h_1 {args.widths[0]}, h_2 {args.widths[1]}; epochs: {args.epochs}\n")
-    print_table(accuracies)
+    print_header("recipe", "lr", "seeds", "final accuracy", "gain", "p")
+    for recipe, lr in itertools.product(recipes, args.lr):
+        reference, found = (
+            [recorded[keys[name, lr, seed]] for seed in range(args.seeds)] for name in (args.reference, recipe)
+        )
+        gain, error, p = compare(reference, found)
+        mean = f"{statistics.mean(found):.4f} ± {standard_error(found):.4f}"
+        print_row(recipe, lr, args.seeds, mean, f"{gain:+.4f} ± {error:.4f}", f"{p:.3f}")
 
 
 if __name__ == "__main__":

@@ -137,32 +137,26 @@ def replay(
     return *np.mean(results, axis=0)[:4], max(states for *_, states in results)
 
 
-def rank_agreement(curves: list[Curve], epoch: int) -> float:
-    """Return the rank correlation between low losses after an epoch and high best accuracies, from -1 to 1."""
-    best = [max(row["accuracy"] for row in curve) for curve in curves]
-    return rank_correlation([-curve[epoch - 1]["loss"] for curve in curves], best)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Print a table of all schedulers, for several numbers of trials, and of trials at once."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--curves", type=Path, default=FOLDER / "default.csv")
-    parser.add_argument(
-        "--trials", type=int, nargs="+", default=[12, 24, 48], help="trials per search (default: %(default)s)"
-    )
-    parser.add_argument("--searches", type=int, default=400, help="searches per row (default: %(default)s)")
+    parser.add_argument("--trials", type=int, nargs="+", default=[12, 24, 48], help="per search (default: %(default)s)")
+    parser.add_argument("--searches", type=int, default=400, help="per row (default: %(default)s)")
     parser.add_argument("--at-once", type=int, nargs="+", default=[1], help="trials (default: %(default)s)")
     parser.add_argument("--early-stopping", action="store_true", help="let trials also end by themselves")
     args = parser.parse_args(argv)
     curves = list(read_curves(args.curves).values())
-    if len(curves) < max(args.trials):
-        most = max(args.trials)
+    if len(curves) < (most := max(args.trials)):
         parser.error(f"{args.curves} has {len(curves)} configs, fewer than the {most} of a search; record more")
     max_epochs = len(curves[0])
     stop = partial(early_stop, max_epochs, PATIENCE, MIN_DELTA, MAX_SECONDS_PER_TRIAL) if args.early_stopping else None
     print(f"{len(curves)} recorded configs, {args.searches} searches per row.")
-    agreements = (f"{epoch}: {rank_agreement(curves, epoch):+.2f}" for epoch in (1, 2, 4, 8) if epoch <= max_epochs)
-    print(f"Rank agreement of the loss after an epoch with the best accuracy: {', '.join(agreements)}.\n")
+    best = [max(row["accuracy"] for row in curve) for curve in curves]
+    for epoch in (each for each in (1, 2, 4, 8) if each <= max_epochs):
+        agreement = rank_correlation([-curve[epoch - 1]["loss"] for curve in curves], best)
+        print(f"Rank agreement of the loss at epoch {epoch} with the best accuracy: {agreement:+.2f}.")
+    print()
     print_header("scheduler", "trials", "at once", "epochs", "accuracy", "winner lost", "idle", "states")
     schedulers = new_schedulers(max_epochs).items()
     for trials, (name, build), at_once in itertools.product(args.trials, schedulers, args.at_once):
