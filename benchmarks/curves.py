@@ -3,22 +3,20 @@
     python -m benchmarks.curves                                                   # CIFAR-100, on a GPU
     python -m benchmarks.curves --dataset folder --data-dir data/imagenet32-a --classes 20 --h-1 8 16 --h-2 32 64
 
-Every config is trained to its last epoch, with the default recipe and with the baseline's. benchmarks/curves/ gets a
-CSV per recipe, with a row per epoch. If interrupted, the command continues with the missing configs.
+Every config is trained to its last epoch. benchmarks/curves/ gets a CSV per recipe, with a row per epoch. If
+interrupted, the command continues with the missing configs.
 """
 
 import argparse
 import csv
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
-import torch
 from ray import tune
 
 from benchmarks import recipes
-from data import Dataset, read_images, usable_cpus
+from data import read_images
 from hparam_search import param_space
 from search.files import atomic_write
 from search.sampler import draw_configs
@@ -28,12 +26,6 @@ DRAWN = ("h_1", "h_2", "p_drop", "lr")
 REPORTED = ("loss", "accuracy", "train_loss", "train_accuracy", "seconds")
 COLUMNS = ("config", *DRAWN, "epoch", *REPORTED)
 FLOATS = ("p_drop", "lr", *REPORTED)
-
-
-def first_images(dataset: Dataset, count: int) -> Dataset:
-    """Return a dataset with only the first training images of each class."""
-    kept = torch.cat([(dataset.train_labels == i).nonzero()[:count, 0] for i in range(len(dataset.classes))])
-    return replace(dataset, train_images=dataset.train_images[kept], train_labels=dataset.train_labels[kept])
 
 
 def read_curves(path: Path) -> dict[int, list[dict]]:
@@ -58,39 +50,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dataset", choices=("cifar100", "folder", "synthetic"), default="cifar100")
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--classes", type=int, help="train on only the first N classes, to save time", metavar="N")
-    parser.add_argument("--images", type=int, help="train on only N images of each class, to save time", metavar="N")
     parser.add_argument("--h-1", type=int, nargs="+", help="widths to use (default: those of param_space)")
     parser.add_argument("--h-2", type=int, nargs="+", help="widths to use (default: those of param_space)")
     parser.add_argument("--epochs", type=int, default=param_space["epochs"])
     parser.add_argument("--samples", type=int, default=15, help="draws for each pair of widths (default: %(default)s)")
-    parser.add_argument(
-        "--recipe", choices=recipes.NAMED, action="append", help="repeatable (default: default and baseline)"
-    )
-    parser.add_argument("--workers", type=int, default=1 if torch.cuda.is_available() else usable_cpus())
+    parser.add_argument("--recipe", choices=recipes.NAMED, default="default")
     parser.add_argument("--output", type=Path, default=FOLDER)
     args = parser.parse_args(argv)
-    images = read_images(args.dataset, args.data_dir, {})
-    if args.classes:
-        images = recipes.first_classes(images, args.classes)
-    if args.images:
-        images = first_images(images, args.images)
+    dataset = recipes.first_classes(read_images(args.dataset, args.data_dir, {}), args.classes)
     widths = {key: tune.grid_search(values) for key, values in (("h_1", args.h_1), ("h_2", args.h_2)) if values}
     args.output.mkdir(parents=True, exist_ok=True)
-    for recipe in args.recipe or ("default", "baseline"):
-        space = param_space | {"seed": 0, "epochs": args.epochs} | widths | recipes.NAMED[recipe]
-        configs = draw_configs(space, args.samples, seed=0)
-        path = args.output / f"{recipe}.csv"
-        curves = read_curves(path) if path.exists() else {}
-        for i, rows in curves.items():
-            if i >= len(configs) or len(rows) != args.epochs or rows[0]["lr"] != configs[i]["lr"]:
-                sys.exit(f"{path} has curves of other configs; use another --output, or remove it.")
-        missing = {i: config for i, config in enumerate(configs) if i not in curves}
-        for i, reports in recipes.train_all(recipes.train, missing, images, args.workers):
-            drawn = {"config": i} | {key: configs[i][key] for key in DRAWN}
-            metrics = [{key: round(getattr(each, key), 5) for key in ("epoch", *REPORTED)} for each in reports]
-            curves[i] = [drawn | each for each in metrics]
-            write_curves(path, curves)
-            print(f"{recipe}: {len(curves)} of {len(configs)}, {curves[i][-1]['accuracy']:.4f}", flush=True)
+    space = param_space | {"seed": 0, "epochs": args.epochs} | widths | recipes.NAMED[args.recipe]
+    configs = draw_configs(space, args.samples, seed=0)
+    path = args.output / f"{args.recipe}.csv"
+    curves = read_curves(path) if path.exists() else {}
+    for i, rows in curves.items():
+        if i >= len(configs) or len(rows) != args.epochs or rows[0]["lr"] != configs[i]["lr"]:
+            sys.exit(f"{path} has curves of other configs; use another --output, or remove it.")
+    for i, config in enumerate(configs):
+        if i in curves:
+            continue
+        drawn = {"config": i} | {key: config[key] for key in DRAWN}
+        curves[i] = [
+            drawn | {key: round(getattr(report, key), 5) for key in ("epoch", *REPORTED)}
+            for report in recipes.train(config, dataset)
+        ]
+        write_curves(path, curves)
+        print(f"{len(curves)} of {len(configs)}, {curves[i][-1]['accuracy']:.4f}", flush=True)
 
 
 if __name__ == "__main__":

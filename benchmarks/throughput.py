@@ -1,17 +1,16 @@
-"""Training images per second of one trial, compared with the baseline's loop and with the step alone.
+"""Training images per second of one trial, compared with the baseline's loop.
 
 python -m benchmarks.throughput
 
-Three loops are timed in turn, round after round, with the same model, batch size and number of steps:
+Two loops are timed in turn, round after round, with the same model, batch size and number of steps:
 
     search      an epoch of train_epochs, as a trial runs it
     baseline    a DataLoader with eight workers, one picture at a time through Pillow, ToTensor and Normalize; float32,
                 NCHW, and the loss read at every step
-    step alone  the search's own step on one batch that is already on the device: no pipeline
 
-Validation and checkpoints are timed separately, and given as shares of an epoch of CIFAR-100: 40,000 training and
-10,000 validation images, weights saved once, and the training state saved once per SAVE_PERIOD. What is saved at rungs
-is left out.
+Validation and checkpoints are timed separately. From all this follow the seconds of an epoch of CIFAR-100, and their
+shares of it: 40,000 training and 10,000 validation images, weights saved once, and the training state saved once per
+SAVE_PERIOD. What is saved at rungs is left out.
 """
 
 import argparse
@@ -25,35 +24,21 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import nn
+from torch.utils.data import DataLoader, default_collate
 from torchvision import transforms
 
 from benchmarks import print_header, print_row
-from data import Batches, Dataset, make_synthetic
+from data import Dataset, make_synthetic
 from hparam_search import SAVE_PERIOD, param_space
 from model import SmallResNet
-from search.trial import prune_weights, save_training, save_weights, weights_path
-from train import EAGER_STEPS, TrainStep, best_device, new_training, train_epochs
+from search.trial import save_training, save_weights
+from train import best_device, new_training, train_epochs
 
 WIDTHS = ((64, 512), (128, 1024))
 BATCH_SIZE = 64
 BASELINE_WORKERS = 8
 CIFAR_TRAINING, CIFAR_VALIDATION = 40_000, 10_000  # images
-
-
-class Pictures(torch.utils.data.Dataset):
-    """Images as torchvision's CIFAR100 yields them: one Pillow image at a time, through a transform."""
-
-    def __init__(self, dataset: Dataset) -> None:
-        self.images, self.labels = dataset.train_images.numpy(), dataset.train_labels.tolist()
-        self.transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize(dataset.mean, dataset.std)])
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        return self.transform(Image.fromarray(self.images[i])), self.labels[i]
 
 
 def example_config(h_1: int, h_2: int, batch_size: int = BATCH_SIZE) -> dict:
@@ -63,30 +48,30 @@ def example_config(h_1: int, h_2: int, batch_size: int = BATCH_SIZE) -> dict:
 
 def seconds_of(work: Callable, device: torch.device) -> float:
     """Return how long work takes, including the work that it starts on a GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
     start = time.perf_counter()
     work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    wait()
     return time.perf_counter() - start
 
 
-def new_model(config: dict, dataset: Dataset, device: torch.device) -> SmallResNet:
-    """Return a model with the initial weights of a trial of this config, in NCHW."""
-    torch.manual_seed(config["seed"])
-    return SmallResNet(config["h_1"], config["h_2"], config["p_drop"], len(dataset.classes)).to(device)
-
-
-def baseline_steps(model: nn.Module, config: dict, dataset: Dataset, device: torch.device) -> Iterator[None]:
-    """Yield after each step of the baseline's loop, on a model on this device, forever."""
+def baseline_steps(config: dict, dataset: Dataset, device: torch.device) -> Iterator[None]:
+    """Yield after each step of the baseline's loop on a model of this config, forever."""
+    model = SmallResNet(config["h_1"], config["h_2"], config["p_drop"], len(dataset.classes)).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=config["lr"], momentum=0.9)
     criterion = nn.CrossEntropyLoss()
+    transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize(dataset.mean, dataset.std)])
     warnings.filterwarnings("ignore", message="This DataLoader will create")  # the baseline has more workers than cores
     loader = DataLoader(
-        Pictures(dataset), config["batch_size"], shuffle=True, drop_last=True, num_workers=BASELINE_WORKERS,
+        list(zip(dataset.train_images.numpy(), dataset.train_labels.tolist(), strict=True)),
+        config["batch_size"],
+        shuffle=True,
+        drop_last=True,
+        num_workers=BASELINE_WORKERS,
         persistent_workers=True,
-    )  # fmt: skip
+        collate_fn=lambda pairs: default_collate([(transform(Image.fromarray(image)), y) for image, y in pairs]),
+    )
     running_loss = 0.0
     while True:
         for images, labels in loader:
@@ -99,64 +84,47 @@ def baseline_steps(model: nn.Module, config: dict, dataset: Dataset, device: tor
             yield
 
 
-def steps_alone(config: dict, dataset: Dataset, device: torch.device) -> Iterator[None]:
-    """Yield after each of the search's own steps on one batch, forever."""
-    training = new_training(config, len(dataset.classes), device)
-    step = TrainStep(training, config, device)
-    training.model.train()
-    images, labels = dataset.train_images.to(device), dataset.train_labels.to(device)
-    batch = next(Batches(images, labels, config["batch_size"], dataset.mean, dataset.std).epoch())
-    while True:
-        step(*batch, 1.0)
-        yield
-
-
 def take(steps: Iterator, count: int) -> None:
     for _ in itertools.islice(steps, count):
         pass
 
 
 def measure(config: dict, dataset: Dataset, rounds: int, device: torch.device) -> dict[str, float]:
-    """Return the figures of one config: name → images per second, ratio, or share of an epoch."""
+    """Return the figures of one config: name → images per second, ratio, seconds, or share of an epoch."""
     config = config | {"epochs": rounds + 1}
-    batch_size = config["batch_size"]
-    count = len(dataset.train_images) // batch_size  # the number of whole batches, on which all three loops train
+    steps = len(dataset.train_images) // config["batch_size"]  # whole batches, on which both loops train
+    images = steps * config["batch_size"]
     training = new_training(config, len(dataset.classes), device)
-    epochs = train_epochs(training, config, dataset, device)
-    baseline = baseline_steps(new_model(config, dataset, device), config, dataset, device)
-    others = {"step alone": steps_alone(config, dataset, device), "baseline": baseline}
+    epochs, baseline = train_epochs(training, config, dataset, device), baseline_steps(config, dataset, device)
     # Warm-up, not in the rates: libraries choose their algorithms here.
     before = next(epochs).seconds
-    for steps in others.values():
-        take(steps, EAGER_STEPS + 1 if device.type == "cuda" else 1)
-    rates, validation, weights, state = {name: [] for name in ("search", *others)}, [], [], []
+    take(baseline, 10 if device.type == "cuda" else 1)
+    search_rates, baseline_rates, validation, weights, state = [], [], [], [], []
     with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "saved.pt")
         for _ in range(rounds):
             report = next(epochs)
-            path = weights_path(Path(folder), report.epoch)
-            rates["search"].append(report.images_per_second)
-            training_seconds = count * batch_size / report.images_per_second
-            validation.append((report.seconds - before - training_seconds) / len(dataset.val_images))
+            search_rates.append(report.images_per_second)
+            validation.append(report.seconds - before - images / report.images_per_second)
             before = report.seconds
-            weights.append(seconds_of(lambda path=path: save_weights(training.evaluated, path), device))
-            state.append(seconds_of(lambda: save_training(training, config, Path(folder, "state.pt")), device))
-            prune_weights(Path(folder), {report.epoch})
-            for name, steps in others.items():
-                seconds = seconds_of(lambda steps=steps: take(steps, count), device)
-                rates[name].append(count * batch_size / seconds)
-    parts = {
-        "training": CIFAR_TRAINING / statistics.median(rates["search"]),
-        "validation": CIFAR_VALIDATION * statistics.median(validation),
-        "weights": statistics.median(weights),
+            weights.append(seconds_of(lambda: save_weights(training.evaluated, path), device))
+            state.append(seconds_of(lambda: save_training(training, config, path), device))
+            baseline_rates.append(images / seconds_of(lambda: take(baseline, steps), device))
+    # Within a round, so that a slowdown of the machine affects both.
+    ratios = [own / other for own, other in zip(search_rates, baseline_rates, strict=True)]
+    trained = CIFAR_TRAINING / statistics.median(search_rates)
+    validated = CIFAR_VALIDATION * statistics.median(validation) / len(dataset.val_images)
+    saved = statistics.median(weights)
+    saved += statistics.median(state) * min(1, (trained + validated + saved) / SAVE_PERIOD)
+    epoch = trained + validated + saved
+    return {
+        "search, images/s": statistics.median(search_rates),
+        "baseline, images/s": statistics.median(baseline_rates),
+        "search ÷ baseline": statistics.median(ratios),
+        "epoch, s": epoch,
+        "validation share": validated / epoch,
+        "checkpoint share": saved / epoch,
     }
-    parts["training state"] = statistics.median(state) * min(1, sum(parts.values()) / SAVE_PERIOD)
-    figures = {f"{name}, images/s": statistics.median(of) for name, of in rates.items()}
-    for name in others:  # ratios within a round, so that a slowdown of the machine affects both
-        ratios = [own / other for own, other in zip(rates["search"], rates[name], strict=True)]
-        figures[f"search ÷ {name}"] = statistics.median(ratios)
-    figures["validation share"] = parts["validation"] / sum(parts.values())
-    figures["checkpoint share"] = (parts["weights"] + parts["training state"]) / sum(parts.values())
-    return figures
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -19,7 +19,7 @@ def test_recorded_runs_are_not_trained_again(
     make_folder: Callable, tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, csv = make_folder({"train": {"cat": 60, "dog": 60}, "test": {"cat": 5}}), tmp_path / "runs.csv"
-    flags = ["--data-dir", str(folder), "--output", str(csv), "--widths", "4", "4", "--epochs", "1", "--workers", "1"]
+    flags = ["--data-dir", str(folder), "--output", str(csv), "--widths", "4", "4", "--epochs", "1"]
     main([*flags, "--seeds", "1", "bias_lr=0"])
     main([*flags, "--seeds", "2", "bias_lr=0"])
     recorded = csv.read_text()

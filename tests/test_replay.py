@@ -3,14 +3,13 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
-from search.halving import Promotion
+from ray.tune.schedulers import ASHAScheduler
 
+from benchmarks import curves as recording
 from benchmarks.curves import read_curves, write_curves
 from benchmarks.replay import main, new_trials, play
-from benchmarks.samplers import nearest, search
 from search.records import Trial
-from search.referee import early_stop
+from search.schedulers import Promotion, RayScheduler, Scheduler, early_stop
 
 
 def curve(loss: float, number: int = 0, epochs: int = 4, pace: float = 1.0) -> list[dict]:
@@ -24,13 +23,12 @@ def curve(loss: float, number: int = 0, epochs: int = 4, pace: float = 1.0) -> l
 def played(curves: list[list[dict]], scheduler: Callable, at_once: int, stop: Callable | None = None) -> list[int]:
     """Return for how many epochs each trial of a search was trained."""
     trials = new_trials(len(curves))
-    order = play(trials, dict(zip(trials, curves, strict=True)).__getitem__, scheduler(trials), stop, at_once).order
-    assert [order.count(trial) for trial in trials] == [len(trial.reports) for trial in trials]
+    play(dict(zip(trials, curves, strict=True)), scheduler(trials), stop, at_once)
     return [len(trial.reports) for trial in trials]
 
 
-def asha(trials: list[Trial]) -> ASHAScheduler:
-    return ASHAScheduler("epoch", "loss", "min", max_t=4, grace_period=1, reduction_factor=2)
+def asha(trials: list[Trial]) -> Scheduler:
+    return RayScheduler(ASHAScheduler("epoch", "loss", "min", max_t=4, grace_period=1, reduction_factor=2), ())
 
 
 def promote(trials: list[Trial]) -> Promotion:
@@ -52,17 +50,17 @@ def test_schedulers_on_curves_that_can_be_reckoned_by_hand() -> None:
 
 def test_without_a_scheduler_all_run_to_their_end_or_stop_by_themselves() -> None:
     curves = [curve(loss) for loss in (1.0, 2.0, 3.0)]
-    assert played(curves, lambda _: FIFOScheduler(), 2) == [4, 4, 4]
-    assert played(curves, lambda _: FIFOScheduler(), 2, partial(early_stop, 4, 2, 0.1, 100)) == [3, 3, 3]
+    assert played(curves, lambda _: Scheduler(), 2) == [4, 4, 4]
+    assert played(curves, lambda _: Scheduler(), 2, partial(early_stop, 4, 2, 0.1, 100)) == [3, 3, 3]
 
 
 def test_idle_time_and_training_states_are_counted() -> None:
     curves, trials = [curve(loss, pace=pace) for loss, pace in ((1.0, 2.0), (2.0, 1.0), (3.0, 1.0))], new_trials(3)
-    result = play(trials, dict(zip(trials, curves, strict=True)).__getitem__, FIFOScheduler(), None, 2)
-    assert (result.idle, result.states) == (0, 2)  # 4 epochs of 2 s beside 8 of 1 s
+    # 4 epochs of 2 s beside 8 of 1 s: no worker is idle.
+    assert play(dict(zip(trials, curves, strict=True)), Scheduler(), None, 2) == (0, 2)
     trials = new_trials(3)
-    result = play(trials, dict(zip(trials, curves, strict=True)).__getitem__, promote(trials), None, 1)
-    assert ([len(trial.reports) for trial in trials], result.states) == ([4, 2, 1], 3)
+    assert play(dict(zip(trials, curves, strict=True)), promote(trials), None, 1) == (0, 3)
+    assert [len(trial.reports) for trial in trials] == [4, 2, 1]
 
 
 def test_tables_of_recorded_curves(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -70,11 +68,13 @@ def test_tables_of_recorded_curves(tmp_path: Path, capsys: pytest.CaptureFixture
     curves = {i: curve(0.5 + i, i, epochs=20) for i in range(5)}
     write_curves(path, curves)
     assert read_curves(path) == curves
-    main(["--curves", str(path), "--trials", "5", "--searches", "4", "--at-once", "1"])
+    main(["--curves", str(path), "--trials", "5", "--searches", "4"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "5 recorded configs, 4 searches per row."
-    assert lines[1].endswith("with the best accuracy: 1: +1.00, 2: +1.00, 4: +1.00, 8: +1.00.")
-    rows = {line.split("|")[1].strip(): line for line in lines[5:]}
+    assert [line.split(" at ")[1] for line in lines[1:5]] == [
+        f"epoch {i} with the best accuracy: +1.00." for i in (1, 2, 4, 8)
+    ]
+    rows = {line.split("|")[1].strip(): line for line in lines[8:]}
     assert rows["none"].split("|")[3:6] == [" 1 ", " 100 ", " 0.9500 "]
     assert all("| 0.0% |" in rows[name] for name in ("none", "promote, grace 2, factor 2, keep 2"))
     assert len(rows) == 1 + 9 * 4 + 1
@@ -83,11 +83,18 @@ def test_tables_of_recorded_curves(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "5 configs, fewer than the 48 of a search" in capsys.readouterr().err
 
 
-def test_samplers_draw_what_was_recorded_nearby() -> None:
-    recorded = [curve(loss, number, epochs=20) for number, loss in enumerate((2.0, 1.0, 3.0))]
-    config = {"h_1": 8, "h_2": 32, "p_drop": 0.1}
-    assert [nearest(recorded, config | {"lr": lr})[0]["config"] for lr in (1e-5, 0.013, 0.016, 0.1)] == [0, 0, 1, 2]
-    # Early stopping ends trials whose loss stays after 5 of 20 epochs; the first to end leave their places to others.
-    epochs, found = search(recorded, "promote", None, 12, seed=1)
-    assert epochs == 12 * 2 + 6 * 2 + 4 * 1
-    assert found == pytest.approx(0.9 * 5 / 20)
+def test_an_interrupted_recording_is_continued(make_folder: Callable, tmp_path: Path) -> None:
+    folder = make_folder({"train": {"cat": 15, "dog": 15, "elk": 15}, "test": {"cat": 1}})
+    flags = ["--dataset", "folder", "--data-dir", str(folder), "--classes", "2", "--h-1", "4", "--h-2", "4", "8"]
+    flags += ["--epochs", "2", "--samples", "1", "--output", str(tmp_path)]
+    recording.main(flags)
+    path = tmp_path / "default.csv"
+    recorded = read_curves(path)
+    assert [(row["h_2"], row["epoch"]) for i in (0, 1) for row in recorded[i]] == [(4, 1), (4, 2), (8, 1), (8, 2)]
+    write_curves(path, {0: recorded[0]})
+    recording.main(flags)
+    continued = read_curves(path)
+    assert continued[0] == recorded[0]
+    assert continued[1][1]["loss"] == recorded[1][1]["loss"]
+    with pytest.raises(SystemExit, match="curves of other configs"):
+        recording.main([*flags, "--epochs", "3"])
