@@ -34,11 +34,7 @@ PICTURES_AT_ONCE = 50  # pictures that a thread reads before it reports
 FAULTS_NAMED = 5  # maximum number of unreadable pictures to name
 MAX_PIXELS = 50_000_000  # per picture; 150 MB when decoded
 CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # hold the quotas of containers and jobs
-# What desktops, archives and network disks leave in folders, besides hidden files.
-LITTER = {
-    "thumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin",
-    "lost+found",
-}  # fmt: skip
+LITTER = {"thumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir"}  # left in folders, besides hidden files
 
 
 class InputError(ValueError):
@@ -77,12 +73,13 @@ def map_dataset(path: Path) -> Dataset:
 
 def fingerprint(dataset: Dataset) -> dict[str, Any]:
     """Return the hexadecimal SHA-256 of each part of a dataset, keyed by its name, and the dataset's sizes."""
-    sizes = {"num_classes": len(dataset.classes), "num_val": len(dataset.val_labels)}
-    hashes = {}
+    parts: dict[str, Any] = {}
     for split, name in (("train", "training"), ("val", "validation"), ("test", "test")):
         for kind in ("images", "labels"):
-            hashes[f"{name} {kind}"] = hashlib.sha256(getattr(dataset, f"{split}_{kind}").numpy()).hexdigest()
-    return hashes | {"class names": hashlib.sha256(repr(dataset.classes).encode()).hexdigest()} | sizes
+            parts[f"{name} {kind}"] = getattr(dataset, f"{split}_{kind}").numpy()
+    parts["class names"] = repr(dataset.classes).encode()
+    hashes = {name: hashlib.sha256(part).hexdigest() for name, part in parts.items()}
+    return hashes | {"num_classes": len(dataset.classes), "num_val": len(dataset.val_labels)}
 
 
 def read_images(source: str, data_dir: str | Path, synthetic: dict) -> Dataset:
@@ -166,79 +163,53 @@ def load_folder(data_dir: str | Path) -> Dataset:
 
 
 def _list_pictures(folder: Path) -> dict[str, list[str]]:
-    """Return the paths of the files in each class folder and its subfolders, sorted."""
+    """Return the paths of the pictures in each class folder."""
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; use a --data-dir with train/<class>/ and test/<class>/")
     found: dict[str, list[str]] = {}
-    for name in _without_litter([path.name for path in folder.iterdir()]):
-        if (folder / name).is_dir():
-            files = found.setdefault(unicodedata.normalize("NFC", name), [])
-            for root, subfolders, names in os.walk(folder / name, onerror=_raise):
-                links = [each for each in subfolders if Path(root, each).is_symlink()]  # refused, as they may loop
-                subfolders[:] = _without_litter(subfolders)
-                files += [f"{root}/{each}" for each in _without_litter(names + links)]
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not _is_litter(path.name):
+            files = found.setdefault(unicodedata.normalize("NFC", path.name), [])
+            files += _list_files(path)
             if not files:
-                raise InputError(f"{folder / name} has no images; add some, or remove the folder")
+                raise InputError(f"{path} has no images; add some, or remove the folder")
     if not found:
         raise InputError(f"{folder} has no class folders; put the images into {folder}/<class>/")
     return found
 
 
-def _raise(error: OSError) -> None:
-    raise error
+def _list_files(folder: str | Path) -> list[str]:
+    """Return the sorted paths of the files in a folder, then of those in its subfolders."""
+    files: list[str] = []
+    # A link to a folder may loop, so it counts as a file, which is refused.
+    for entry in sorted(os.scandir(folder), key=lambda entry: (entry.is_dir(follow_symlinks=False), entry.name)):
+        if not _is_litter(entry.name):
+            files += _list_files(entry.path) if entry.is_dir(follow_symlinks=False) else [entry.path]
+    return files
 
 
-def _without_litter(names: list[str]) -> list[str]:
-    return sorted(name for name in names if name[0] != "." and name.casefold() not in LITTER)
+def _is_litter(name: str) -> bool:
+    return name[0] == "." or name.casefold() in LITTER
 
 
 def _read_pictures(paths: list[str], folder: Path, faults: list[InputError]) -> Tensor:
-    """Read pictures as uint8 (N, 32, 32, 3), and print how many were resized.
-
-    Why any cannot be read is appended to `faults`.
-    """
+    """Read pictures as uint8 (N, 32, 32, 3), and print how many were resized; append to faults why others cannot be."""
     Image.preinit()  # the common formats, tried first
     Image.init()  # the others; several threads must not load them at once
-    pictures = []
+    pictures: list = []
     parts = [paths[i : i + PICTURES_AT_ONCE] for i in range(0, len(paths), PICTURES_AT_ONCE)]
     with ThreadPoolExecutor(usable_cpus()) as readers:  # Pillow releases Python's global lock while decoding
-        for part in readers.map(lambda part: [_try_picture(path) for path in part], parts):
+        for part in readers.map(lambda part: [_read_picture(path) for path in part], parts):
             pictures += part
             if sys.stdout.isatty():
                 end = "\n" if len(pictures) == len(paths) else ""
                 print(f"\r{folder}: {len(pictures):,} of {len(paths):,} images read.", end=end, flush=True)
-    read = [picture for picture in pictures if not isinstance(picture, InputError)]
-    if len(read) < len(pictures):
-        faults += [picture for picture in pictures if isinstance(picture, InputError)]
+    if unreadable := [picture for picture in pictures if isinstance(picture, InputError)]:
+        faults += unreadable
         return torch.empty(0)
-    if resized := sum(was_resized for _, was_resized in read):
+    if resized := sum(was_resized for _, was_resized in pictures):
         print(f"{folder}: {resized:,} of {len(paths):,} images resized to 32×32.", file=sys.stderr)
-    return torch.from_numpy(np.stack([picture for picture, _ in read]))
-
-
-def _try_picture(path: str) -> tuple[np.ndarray, bool] | InputError:
-    """Read a picture as _read_picture does, or return why that fails."""
-    try:
-        return _read_picture(path)
-    except InputError as error:
-        return error
-
-
-def usable_cpus() -> int:
-    """Return how many CPUs this process may use, by its affinity (taskset, SLURM) and the quotas of its cgroups."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    paths = {Path()}  # a container sees its own cgroup as the root
-    with contextlib.suppress(OSError):
-        for line in OWN_CGROUPS.read_text().splitlines():
-            path = Path(line.split(":", 2)[2].lstrip("/"))
-            paths |= {path, *path.parents}
-    for folder in (root / path for root in (CGROUPS, CGROUPS / "cpu", CGROUPS / "cpu,cpuacct") for path in paths):
-        for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):  # of cgroup v2, and of v1
-            with contextlib.suppress(OSError, ValueError):  # no such file; no quota ("max")
-                quota, period = map(int, " ".join((folder / name).read_text() for name in names).split())
-                if quota > 0:
-                    count = min(count, max(1, quota // period))
-    return count
+    return torch.from_numpy(np.stack([picture for picture, _ in pictures]))
 
 
 def read_picture(path: str | Path) -> Tensor:
@@ -248,27 +219,29 @@ def read_picture(path: str | Path) -> Tensor:
     4 or 16 bits), and EXIF orientation is applied. Raises InputError if it is not an image, has over 50 million pixels,
     or floats or 32-bit integers of unknown range.
     """
-    return torch.from_numpy(_read_picture(str(path))[0])
+    read = _read_picture(str(path))
+    if isinstance(read, InputError):
+        raise read
+    return torch.from_numpy(read[0])
 
 
-def _read_picture(path: str) -> tuple[np.ndarray, bool]:
-    """Read a picture as read_picture does; return it, and whether it was resized."""
+def _read_picture(path: str) -> tuple[np.ndarray, bool] | InputError:
+    """Read a picture as read_picture does; return it and whether it was resized, or why it cannot be read."""
     if not os.path.isfile(path):  # noqa: PTH113 (opening a pipe would block)
-        raise InputError(f"{path} is not a regular file; check, remove or replace it")
+        return InputError(f"{path} is not a regular file; check, remove or replace it")
     try:
         with Image.open(path) as opened:
             if math.prod(opened.size) > MAX_PIXELS:
                 raise Image.DecompressionBombError
             picture = _to_rgb(opened)
-    except InputError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise InputError(f"{path} has more than {MAX_PIXELS:,} pixels; make it smaller") from error
-    except Exception as error:  # Pillow's readers may raise anything
-        raise InputError(f"{path} cannot be read as an image; remove or replace it") from error
-    if picture.size == (IMAGE_SIZE, IMAGE_SIZE):
-        return np.array(picture), False
-    return np.array(picture.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR)), True
+    except InputError as error:
+        return error
+    except Image.DecompressionBombError:
+        return InputError(f"{path} has more than {MAX_PIXELS:,} pixels; make it smaller")
+    except Exception:  # Pillow's readers may raise anything
+        return InputError(f"{path} cannot be read as an image; remove or replace it")
+    size = (IMAGE_SIZE, IMAGE_SIZE)
+    return np.array(picture.resize(size, Image.Resampling.BILINEAR)), picture.size != size
 
 
 def _to_rgb(picture: Any) -> Image.Image:
@@ -276,17 +249,16 @@ def _to_rgb(picture: Any) -> Image.Image:
     is_16_bit = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM"))
     if picture.mode in ("I", "F") and not is_16_bit:
         raise InputError(f"{picture.filename} has 32-bit values of unknown range; convert it to 8 or 16 bits")
-    top = 2 ** getattr(picture, "tag_v2", {}).get(258, (16,))[0] - 1  # BitsPerSample, 12 in some TIFFs
     picture.load()  # not within the next block, which would hide damage
     with contextlib.suppress(Exception):  # ignore damaged EXIF
         ImageOps.exif_transpose(picture, in_place=True)
     if is_16_bit:
-        levels = np.asarray(picture).astype(np.uint32)
-        picture = Image.fromarray(((levels * 255 + top // 2) // top).astype(np.uint8))
+        bits = getattr(picture, "tag_v2", {}).get(258, (16,))[0]  # BitsPerSample, 12 in some TIFFs
+        picture = Image.fromarray((np.asarray(picture) * (255 / (2**bits - 1))).round().astype(np.uint8))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture if picture.mode == "RGB" else picture.convert("RGB")
+    return picture.convert("RGB")
 
 
 def make_synthetic(num_train: int = 50_000, num_test: int = 10_000, num_classes: int = 100, seed: int = 0) -> Dataset:
@@ -420,3 +392,20 @@ class Batches:
 def epoch_seed(seed: int, epoch: int) -> int:
     """Return a seed for one epoch, from 0 to 2**63 - 1, different for each seed and epoch."""
     return (seed * 1_000_003 + epoch) % 2**63
+
+
+def usable_cpus() -> int:
+    """Return how many CPUs this process may use, by its affinity (taskset, SLURM) and the quotas of its cgroups."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    paths = {Path()}  # a container sees its own cgroup as the root
+    with contextlib.suppress(OSError):
+        for line in OWN_CGROUPS.read_text().splitlines():
+            path = Path(line.split(":", 2)[2].lstrip("/"))
+            paths |= {path, *path.parents}
+    for folder in (root / path for root in (CGROUPS, CGROUPS / "cpu", CGROUPS / "cpu,cpuacct") for path in paths):
+        for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):  # of cgroup v2, and of v1
+            with contextlib.suppress(OSError, ValueError):  # no such file; no quota ("max")
+                quota, period = map(int, " ".join((folder / name).read_text() for name in names).split())
+                if quota > 0:
+                    count = min(count, max(1, quota // period))
+    return count

@@ -21,7 +21,6 @@ from data import IMAGE_SIZE, Batches, Dataset, InputError, epoch_seed
 from model import SmallResNet
 
 EVALUATION_BATCH_SIZE = 500
-EAGER_STEPS = 3  # steps to run eagerly before one is captured as a CUDA graph
 COOLDOWN = 0.3  # share of the steps, at the end, in which the learning rate decays
 WARMUP = 0.3  # share of the steps, at the start, in which one_cycle raises the learning rate
 
@@ -160,19 +159,6 @@ def new_optimizer(model: SmallResNet, config: dict) -> torch.optim.SGD:
     return optimizer
 
 
-def update_average(averaged: list[Tensor], current: list[Tensor], n: int, decay: float) -> None:
-    """Update the average in place: averaged ← d · averaged + (1 − d) · current, d = min(decay, n / (9 + n)).
-
-    n counts earlier updates. The average starts as a copy and soon forgets the first steps, even in a short epoch.
-    """
-    get_ema_multi_avg_fn(min(decay, n / (9 + n)))(averaged, current, n)
-
-
-def averaged_tensors(model: nn.Module) -> list[Tensor]:
-    """Return the tensors of a model to average: weights and batch norm statistics."""
-    return [t.detach() for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
-
-
 def best_device(name: str | None = None) -> torch.device:
     """Return the device of this name, cuda or cpu; by default the GPU, if there is one that torch can use.
 
@@ -240,6 +226,63 @@ def train_epochs(training: Training, config: dict, dataset: Dataset, device: tor
         yield report
 
 
+def sgd_step(training: Training, config: dict, images: Tensor, labels: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Take a step of SGD on float images (B, 3, 32, 32) and int64 labels (B,), under autocast unless dtype is None.
+
+    Return the loss (nats) and the number of correct predictions before the step, summed over the batch, float32 (2,).
+    """
+    with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
+        logits = training.model(images)
+        loss = F.cross_entropy(logits, labels, **arguments(config, LOSS))
+    training.optimizer.zero_grad()
+    loss.backward()
+    training.optimizer.step()
+    correct = (logits.detach().argmax(1) == labels).sum()
+    return torch.stack([loss.detach() * len(labels), correct])
+
+
+def evaluation_batches(dataset: Dataset, split: str, device: torch.device) -> Batches:
+    """Return the images of a split (val or test) on the device, in order, not augmented."""
+    images, labels = (getattr(dataset, f"{split}_{part}").to(device) for part in ("images", "labels"))
+    return Batches(images, labels, EVALUATION_BATCH_SIZE, dataset.mean, dataset.std)
+
+
+def logits_of(model: nn.Module, batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the logits (B, C) and labels (B,) of an epoch of batches, on their device."""
+    model.eval()
+    device = batches.images.device
+    dtype = autocast_dtype(device)
+    for images, labels in batches.epoch():
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            logits = model(images)
+        yield logits, labels
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, batches: Batches) -> tuple[float, float]:
+    """Return the mean cross-entropy, in nats, and the accuracy, from 0 to 1; NaN without images."""
+    if not len(batches):
+        return math.nan, math.nan
+    sums = torch.zeros(2, device=batches.images.device)
+    for logits, labels in logits_of(model, batches):
+        loss = F.cross_entropy(logits.float(), labels, reduction="sum")
+        sums += torch.stack([loss, (logits.argmax(1) == labels).sum()])
+    loss, correct = sums.tolist()
+    return loss / len(batches.images), correct / len(batches.images)
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, batches: Batches) -> Tensor:
+    """Return the class probabilities of each image, float32 (N, C), on the CPU."""
+    return torch.cat([logits.float() for logits, _ in logits_of(model, batches)]).softmax(1).cpu()
+
+
+# --- Below: the machinery of a fast step ------------------------------------------------------------------------------
+# The loop above needs only step(images, labels, scale), which takes sgd_step and averages the weights, and step.sums.
+
+EAGER_STEPS = 3  # steps to run eagerly before one is captured as a CUDA graph
+
+
 class TrainStep:
     """A step of SGD and weight averaging, on a batch of images (B, 3, 32, 32) and int64 labels (B,).
 
@@ -256,8 +299,7 @@ class TrainStep:
     failure: str | None = None
 
     def __init__(self, training: Training, config: dict, device: torch.device) -> None:
-        self.training, self.decay = training, config["ema_decay"]
-        self.loss_options = arguments(config, LOSS)
+        self.training, self.config = training, config
         self.dtype = autocast_dtype(device)
         self.sums = torch.zeros(2, device=device)
         self.current = averaged_tensors(training.model)
@@ -278,20 +320,15 @@ class TrainStep:
         else:
             self.descend(images, labels)
         if self.averaged:
-            n = self.training.averaged.n_averaged  # on the CPU, so reading it does not wait for the GPU
-            update_average(self.averaged, self.current, int(n), self.decay)
+            n = self.training.averaged.n_averaged  # updates so far; on the CPU, so reading it does not wait for the GPU
+            # averaged ← d · averaged + (1 − d) · current, with d rising from 0 to ema_decay to forget the first steps.
+            d = min(self.config["ema_decay"], int(n) / (9 + int(n)))
+            get_ema_multi_avg_fn(d)(self.averaged, self.current, n)
             n += 1
 
     def descend(self, images: Tensor, labels: Tensor) -> None:
         """Take a step of SGD, eagerly or while it is captured."""
-        with torch.autocast(images.device.type, self.dtype, enabled=self.dtype is not None):
-            logits = self.training.model(images)
-            loss = F.cross_entropy(logits, labels, **self.loss_options)
-        self.training.optimizer.zero_grad()
-        loss.backward()
-        self.training.optimizer.step()
-        correct = (logits.detach().argmax(1) == labels).sum()
-        self.sums += torch.stack([loss.detach() * len(labels), correct])
+        self.sums += sgd_step(self.training, self.config, images, labels, self.dtype)
 
     def replay(self, images: Tensor, labels: Tensor) -> None:
         """Take a step of SGD with the graph, which is captured after a few eager steps."""
@@ -346,37 +383,6 @@ def side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def evaluation_batches(dataset: Dataset, split: str, device: torch.device) -> Batches:
-    """Return the images of a split (val or test) on the device, in order, not augmented."""
-    images, labels = (getattr(dataset, f"{split}_{part}").to(device) for part in ("images", "labels"))
-    return Batches(images, labels, EVALUATION_BATCH_SIZE, dataset.mean, dataset.std)
-
-
-def logits_of(model: nn.Module, batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the logits (B, C) and labels (B,) of an epoch of batches, on their device."""
-    model.eval()
-    device = batches.images.device
-    dtype = autocast_dtype(device)
-    for images, labels in batches.epoch():
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            logits = model(images)
-        yield logits, labels
-
-
-@torch.inference_mode()
-def evaluate(model: nn.Module, batches: Batches) -> tuple[float, float]:
-    """Return the mean cross-entropy, in nats, and the accuracy, from 0 to 1; NaN without images."""
-    if not len(batches):
-        return math.nan, math.nan
-    sums = torch.zeros(2, device=batches.images.device)
-    for logits, labels in logits_of(model, batches):
-        loss = F.cross_entropy(logits.float(), labels, reduction="sum")
-        sums += torch.stack([loss, (logits.argmax(1) == labels).sum()])
-    loss, correct = sums.tolist()
-    return loss / len(batches.images), correct / len(batches.images)
-
-
-@torch.inference_mode()
-def predict(model: nn.Module, batches: Batches) -> Tensor:
-    """Return the class probabilities of each image, float32 (N, C), on the CPU."""
-    return torch.cat([logits.float() for logits, _ in logits_of(model, batches)]).softmax(1).cpu()
+def averaged_tensors(model: nn.Module) -> list[Tensor]:
+    """Return the tensors of a model to average: weights and batch norm statistics."""
+    return [t.detach() for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
