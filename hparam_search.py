@@ -111,16 +111,11 @@ def search_space(settings: Settings) -> dict:
     return entries
 
 
-def draw(settings: Settings, entries: dict, first_number: int = 0, stream: int = 0) -> tuple[list[dict], dict]:
-    """Return the configs of all new trials, in the order in which they start, and a summary of the search space.
-
-    first_number trials are there already; each stream gives other draws.
-    """
+def draw(settings: Settings, entries: dict, taken: int = 0, stream: int = 0) -> tuple[list[dict], dict]:
+    """Return the configs of all new trials, in starting order, and a summary of the space (see draw_configs)."""
     first = [] if settings.quick else space.to_plain(first_trials or [])
     tpe = settings.sampler == "tpe"
-    configs = sampler.draw_configs(entries, settings.num_samples, settings.seed, first, tpe, stream)
-    if tpe and (count := space.count_configs(entries)) < first_number + len(configs):
-        raise InputError(f"param_space has only {count:g} configs for TPE; use --sampler random, or fewer samples")
+    configs = sampler.draw_configs(entries, settings.num_samples, settings.seed, first, tpe, taken, stream)
     return configs, space.summarize(entries) | {"first_trials": first}
 
 

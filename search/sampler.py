@@ -13,21 +13,27 @@ from ray.tune.search.variant_generator import generate_variants
 
 from data import InputError
 from search.records import Objective, Trial, config_key
-from search.space import check_value, summarize, to_plain
+from search.space import check_value, count_configs, summarize, to_plain
 
 MAX_TRIALS = 100_000
 MOST_ATTEMPTS = 500  # maximum attempts to draw a config that is not taken
 
 
 def draw_configs(
-    space: dict, num_samples: int, seed: int, first_trials: Sequence[dict] = (), tpe: bool = False, stream: int = 0
+    space: dict,
+    num_samples: int,
+    seed: int,
+    first_trials: Sequence[dict] = (),
+    tpe: bool = False,
+    taken: int = 0,
+    stream: int = 0,
 ) -> list[dict]:
     """Return the configs of all trials: the first trials, then num_samples random draws per grid point.
 
     The first trials give plain values to searched hyperparameters; omitted ones are drawn, and change no other draw.
-    With tpe, the configs of the others hold only the fixed values: suggest_config draws the rest. Each stream
+    With TPE, the configs of the others hold only the fixed values: suggest_config draws the rest. Each stream
     (0 to 2**32 - 1) gives different draws. Raises InputError if a config is invalid, or if TPE cannot draw from the
-    space.
+    space, of which `taken` trials have been drawn before.
     """
     if not (isinstance(first_trials, Sequence) and all(isinstance(values, dict) for values in first_trials)):
         raise InputError(f"first_trials is {first_trials!r}; make it a list of dicts")
@@ -48,6 +54,8 @@ def draw_configs(
         configs += [fixed] * num_samples * points if tpe else draw_at_random(space, num_samples, random)
     except Exception as error:  # raised by a user's function
         raise InputError(f"param_space cannot be drawn from ({type(error).__name__}: {error}); correct it") from error
+    if tpe and (count := count_configs(space)) < taken + len(configs):
+        raise InputError(f"param_space has only {count:g} configs for TPE; use --sampler random, or fewer samples")
     configs = [to_plain(config) for config in configs]
     for config in configs:
         for key, value in config.items():
