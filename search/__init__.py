@@ -17,7 +17,8 @@ os.environ |= {
     "RAY_AIR_NEW_OUTPUT": "0",  # no box about Ray's own folder
     "TUNE_GLOBAL_CHECKPOINT_S": "inf",  # a search is resumed from its own log and training states
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # the recorder says in a sentence why a trial failed
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # the search says in a sentence why a trial failed
+    "TUNE_WARN_THRESHOLD_S": "inf",  # no warnings of a slow disk, about which nobody can do anything here
     "RAY_ENABLE_AUTO_CONNECT": "0",  # so that no call after Ray's shutdown starts a new one
 }
 os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", "16")  # Tune's default with a search algorithm is 1
