@@ -1,18 +1,25 @@
 """How a program ends: exit codes, errors in one sentence, signals, and output that cannot be written."""
 
 import contextlib
+import io
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from typing import Any
 
 from data import InputError
-from search.settings import print_error
+from search.settings import PROGRAM
 
 LAST_SECONDS = 12  # maximum time to stop after a signal
+
+
+def print_error(message: object, program: str = PROGRAM) -> None:
+    """Print a sentence on stderr."""
+    print(f"{program}: {message}.", file=sys.stderr)
 
 
 def run_program(name: str, work: Callable[[], int]) -> int:
@@ -21,7 +28,7 @@ def run_program(name: str, work: Callable[[], int]) -> int:
     It is what work returns; 2 for bad input, 1 if a file cannot be written, memory or the GPU failed or Ray died, each
     after one sentence on stderr; 128 + n if signal n interrupted it, so 130 for Ctrl-C.
     """
-    out, err, hook = SafeStream(sys.stdout), SafeStream(sys.stderr), threading.excepthook
+    out, err, hook = forgiving(sys.stdout), forgiving(sys.stderr), threading.excepthook
     # Ignore an OSError in TensorBoard's threads: the main thread raises it again.
     threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else hook(args)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), interruptible() as signals:
@@ -45,8 +52,6 @@ def run_program(name: str, work: Callable[[], int]) -> int:
             return 128 + signals[0]
         finally:
             threading.excepthook = hook
-            out.discard_rest()
-            err.discard_rest()
 
 
 @contextlib.contextmanager
@@ -61,33 +66,25 @@ def carry_on(failures: list[Exception]) -> Iterator[None]:
         print_error(text.splitlines()[0].rstrip("."))
 
 
-class SafeStream:
-    """A text stream that replaces what it cannot encode with "?", and ignores that it cannot write."""
+class ForgivingFile(io.FileIO):
+    """A file that discards what cannot be written: the disk is full, or a pipe or terminal is closed."""
 
-    def __init__(self, stream: Any) -> None:
-        self.stream = stream or open(os.devnull, "w")  # noqa: PTH123, SIM115 (None: closed before Python started)
-        with contextlib.suppress(AttributeError):  # a StringIO
-            self.stream.reconfigure(errors="replace")
-
-    def write(self, text: str) -> int:
-        with contextlib.suppress(OSError):  # the disk is full; a pipe or terminal is closed
-            self.stream.write(text)
-        self.flush()
-        return len(text)
-
-    def flush(self) -> None:
+    def write(self, data: Any) -> int:
         with contextlib.suppress(OSError):
-            self.stream.flush()
+            return super().write(data) or len(data)
+        return len(data)
 
-    def discard_rest(self) -> None:
-        """Discard what could not be written, at which Python would fail as it exits."""
-        try:
-            self.stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
+def forgiving(stream: Any) -> Any:
+    """Return a text stream to the same file that never fails, and replaces what it cannot encode with "?"."""
+    if stream is None:  # closed before Python started
+        return open(os.devnull, "w")  # noqa: PTH123
+    if not isinstance(getattr(stream, "buffer", None), io.BufferedWriter | io.FileIO):
+        return stream  # a notebook's, or in memory
+    with contextlib.suppress(OSError):
+        stream.flush()
+    file = io.BufferedWriter(ForgivingFile(stream.fileno(), "w", closefd=False))
+    return io.TextIOWrapper(file, stream.encoding, "replace", line_buffering=True)
 
 
 @contextlib.contextmanager
@@ -137,8 +134,7 @@ def run_in_thread(function: Callable[[], object], interrupted: threading.Event) 
         while not wait([done], timeout=0.5).done:  # a signal does not wake a thread that waits without a timeout
             pass
         if done.exception():
-            # If a whole job is signalled, Ray's processes may end before this one gets the signal.
-            threading.Event().wait(1)
+            time.sleep(1)  # if a whole job is signalled, Ray's processes may end before this one gets the signal
         done.result()
     except KeyboardInterrupt:
         interrupted.set()

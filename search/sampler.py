@@ -29,60 +29,56 @@ def draw_configs(
     (0 to 2**32 - 1) gives different draws. Raises InputError if a config is invalid, or if TPE cannot draw from the
     space.
     """
-    if not isinstance(first_trials, Sequence):
+    if not (isinstance(first_trials, Sequence) and all(isinstance(values, dict) for values in first_trials)):
         raise InputError(f"first_trials is {first_trials!r}; make it a list of dicts")
-    if tpe:
-        if importlib.util.find_spec("optuna") is None:
-            raise InputError("--sampler tpe needs the optuna package; run pip install optuna")
-        distributions(space)
     for i, values in enumerate(first_trials):
-        if not isinstance(values, dict):
-            raise InputError(f"first_trials[{i}] is {values!r}; make it a dict of hyperparameters")
         for key in values:
             if not isinstance(space.get(key), dict | Domain):
                 raise InputError(f"first_trials[{i}] has {key!r}, which is not searched; remove it")
+    if tpe:
+        distributions(space)  # refuses what Optuna cannot draw
     space = to_plain(space)
     points = math.prod(len(entry["grid_search"]) for entry in space.values() if isinstance(entry, dict))
     if num_samples * points > MAX_TRIALS:
         raise InputError(f"--num-samples {num_samples} makes more than {MAX_TRIALS:,} trials; use fewer")
     fixed = {key: entry for key, entry in summarize(space).items() if not isinstance(entry, dict)}
-    random, random_first = np.random.default_rng([seed, 0, stream]), np.random.default_rng([seed, 1, stream])
+    random, random_first = (np.random.default_rng([seed, part, stream]) for part in (0, 1))
     try:
-        drawn = [draw_grid(without_grids(space) | values, random_first)[0] for values in first_trials]
-        for _ in range(num_samples):
-            drawn += [fixed] * points if tpe else draw_grid(space, random)
+        configs = [draw_at_random(without_grids(space) | values, 1, random_first)[0] for values in first_trials]
+        configs += [fixed] * num_samples * points if tpe else draw_at_random(space, num_samples, random)
     except Exception as error:  # raised by a user's function
         raise InputError(f"param_space cannot be drawn from ({type(error).__name__}: {error}); correct it") from error
-    configs = [to_plain(config) for config in drawn]
+    configs = [to_plain(config) for config in configs]
     for config in configs:
         for key, value in config.items():
             check_value(key, value)
     return configs
 
 
-def draw_grid(space: dict, random: np.random.Generator) -> list[dict]:
-    """Return a config for every point of the grid, with all other values drawn at random."""
-    return [variant["config"] for _, variant in generate_variants({"config": space}, random_state=random)]
+def draw_at_random(space: dict, num_samples: int, random: np.random.Generator) -> list[dict]:
+    """Return num_samples configs for every point of the grid, with all other values drawn at random."""
+    variants = (generate_variants({"config": space}, random_state=random) for _ in range(num_samples))
+    return [variant["config"] for sample in variants for _, variant in sample]
 
 
 def without_grids(space: dict) -> dict:
     """Return a space with a random choice in place of each grid."""
     return {
-        key: tune.choice(value["grid_search"]) if isinstance(value, dict) else value for key, value in space.items()
+        key: tune.choice(entry["grid_search"]) if isinstance(entry, dict) else entry for key, entry in space.items()
     }
 
 
 def distributions(space: dict) -> dict:
     """Return the searched entries of a space as Optuna's distributions.
 
-    Raises InputError, naming the entry, if Optuna cannot draw from one.
+    Raises InputError if Optuna is missing or, naming the entry, if it cannot draw from one.
     """
+    if importlib.util.find_spec("optuna") is None:
+        raise InputError("--sampler tpe needs the optuna package; run pip install optuna")
     found = {}
-    for key, domain in without_grids(space).items():
-        if not isinstance(domain, Domain):
-            continue
+    for key, entry in without_grids(space).items():
         try:
-            found |= OptunaSearch.convert_search_space({key: domain})
+            found |= OptunaSearch.convert_search_space({key: entry})
         except ValueError as error:
             raise InputError(
                 f"Optuna cannot draw param_space[{key!r}]; use another range or a choice, or remove --sampler tpe"
@@ -104,34 +100,31 @@ def outcomes(trials: Sequence[Trial], objective: Objective, rung: int | None) ->
 
 
 def suggest_config(
-    space: dict,
-    seed: int,
-    number: int,
-    outcomes: Sequence[tuple[dict, float]],
-    startup: int,
-    taken: Collection[str] = (),
+    space: dict, seed: int, number: int, told: Sequence[tuple[dict, float]], startup: int, taken: Collection[str] = ()
 ) -> dict:
     """Return the config that TPE suggests (Bergstra et al. 2011, "Algorithms for Hyper-Parameter Optimization").
 
-    It depends only on the arguments: the space, the search's seed, the trial's number, the outcomes, and what is taken
-    (see config_key), so that a resumed search draws what it would have drawn. The outcomes are configs with scores
-    (higher is better). The config is drawn at random with fewer than `startup` of them, or if TPE's is taken.
+    It depends only on the arguments: the space, the search's seed, the trial's number, the outcomes that TPE is told,
+    and what is taken (see config_key), so that a resumed search draws what it would have drawn. The outcomes are
+    configs with scores (higher is better). With fewer than `startup` of them, or if TPE's config is taken, it is drawn
+    at random.
     """
     import optuna  # optional
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     searched = distributions(space)
     for attempt in range(MOST_ATTEMPTS):
-        own_seed = int(np.random.SeedSequence([seed, number, attempt][: 2 + (attempt > 0)]).generate_state(1)[0])
+        own_seed = int(np.random.SeedSequence([seed, number, attempt]).generate_state(1)[0])
         # The defaults of these two changed in Optuna 5.0; multivariate finds more (see benchmarks/RESULTS.md).
         sampler = optuna.samplers.TPESampler(
             n_startup_trials=startup, seed=own_seed, multivariate=True, constant_liar=False
         )
-        study = OptunaSearch(searched, metric="score", mode="max", sampler=sampler)
-        for config, score in [] if attempt else outcomes:
+        study = optuna.create_study(direction="maximize", sampler=sampler)
+        for config, score in [] if attempt else told:
             with contextlib.suppress(ValueError):  # one of first_trials may lie outside the space
-                study.add_evaluated_point({key: config[key] for key in searched}, score)
-        suggested = space | study.suggest("next")
+                values = {key: config[key] for key in searched}
+                study.add_trial(optuna.trial.create_trial(params=values, distributions=searched, value=score))
+        suggested = space | study.ask(searched).params
         if config_key(suggested) not in taken:
             break
     return suggested

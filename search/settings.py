@@ -4,28 +4,24 @@ import argparse
 import math
 import os
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NoReturn
 from urllib.parse import unquote
 
 PROGRAM = "hparam_search.py"
-QUICK_DEFAULTS: dict[str, Any] = {"dataset": "synthetic", "num_samples": 2}
 GROWABLE = ("num_samples", "repeats", "time_budget")  # settings that --resume can raise
 CHANGEABLE = (*GROWABLE, "data_dir", "cpus_per_trial", "gpus_per_trial")  # settings that --resume can change
-# setting → the schedulers that use it
-SCHEDULERS_WITH = {"grace_period": ("promote", "asha"), "reduction_factor": ("promote", "asha"), "keep": ("promote",)}
+KNOBS = ("grace_period", "reduction_factor", "keep")  # settings of schedulers
+SCHEDULERS = {"promote": KNOBS, "asha": KNOBS[:2], "none": ()}  # → the knobs that they use
 LOWEST_FACTOR = 1.1  # with a lower reduction factor, almost every epoch would be a rung that stops almost no trial
 UNITS = {"s": 1, "m": 60, "h": 3600}
 
 
 def seconds(text: str) -> float:
     """Return the seconds of a duration such as 90s, 30m or 2h."""
-    try:
-        duration = float(text[:-1]) * UNITS[text[-1:]]
-    except (KeyError, ValueError):
-        duration = math.nan
+    found = re.fullmatch(r"(\d*\.?\d+)([smh])", text, re.ASCII)
+    duration = float(found[1]) * UNITS[found[2]] if found else 0
     if not 0 < duration < math.inf:
         raise argparse.ArgumentTypeError(f"invalid duration {text!r} (use e.g. 90s, 30m or 2h)")
     return duration
@@ -74,9 +70,7 @@ class Settings:
     time_budget: float | None = option(None, "stop cleanly after this long, e.g. 90s, 30m, 2h", type=seconds)
     quick: bool = option(False, "a one-minute demo on two cores, on synthetic images", action="store_true")
     scheduler: str = option(
-        "promote",
-        "what stops poor trials; none leaves only early stopping (PATIENCE)",
-        choices=("promote", "asha", "none"),
+        "promote", "what stops poor trials; none leaves only early stopping (PATIENCE)", choices=SCHEDULERS
     )
     grace_period: int | None = option(
         None, "epoch of the first rung, where trials are first compared (default: 2)", type=int
@@ -102,12 +96,8 @@ class Settings:
 
     def methods(self) -> tuple[str, str]:
         """Describe the sampler, and the scheduler with its settings, in a line of text each."""
-        scheduler = self.scheduler
-        if scheduler != "none":
-            scheduler += f", grace period {self.grace_period}, reduction factor {self.reduction_factor:g}"
-        if scheduler.startswith("promote"):
-            scheduler += f", keep {self.keep}"
-        return f"Sampler: {self.sampler}.", f"Scheduler: {scheduler}."
+        knobs = (f"{key.replace('_', ' ')} {getattr(self, key):g}" for key in SCHEDULERS[self.scheduler])
+        return f"Sampler: {self.sampler}.", f"Scheduler: {', '.join([self.scheduler, *knobs])}."
 
 
 class Parser(argparse.ArgumentParser):
@@ -123,19 +113,13 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        print_error(f"{message}; see --help", self.prog)
-        sys.exit(2)
+        self.exit(2, f"{self.prog}: {message}; see --help.\n")
 
 
 def add_device(parser: Parser) -> None:
     """Add the flag --device, which is None by default."""
     text = "device to use (default: cuda if available)"
     parser.add_argument("--device", choices=("cuda", "cpu"), default=None, help=text)
-
-
-def print_error(message: object, program: str = PROGRAM) -> None:
-    """Print a sentence on stderr."""
-    print(f"{program}: {message}.", file=sys.stderr)
 
 
 def parse_args(argv: Sequence[str] | None, description: str) -> tuple[Settings, dict]:
@@ -148,17 +132,15 @@ def parse_args(argv: Sequence[str] | None, description: str) -> tuple[Settings, 
         parser.add_argument(flag(setting.name), **setting.metadata)
     given = vars(parser.parse_args(argv))
     settings = replace(defaults("quick" in given), **given)
-    try:
-        check(settings, given)
-    except ValueError as error:
-        print_error(error)
-        sys.exit(2)
+    if problem := problem_with(settings, given):
+        parser.exit(2, f"{PROGRAM}: {problem}.\n")
     return settings, given
 
 
 def defaults(quick: bool) -> Settings:
     """Return the settings of a command without other flags than --quick."""
-    return Settings(quick=quick, data_dir=absolute_path("data"), **(QUICK_DEFAULTS if quick else {}))
+    demo: dict[str, Any] = {"dataset": "synthetic", "num_samples": 2} if quick else {}
+    return Settings(quick=quick, data_dir=absolute_path("data"), **demo)
 
 
 def flag(key: str) -> str:
@@ -166,35 +148,26 @@ def flag(key: str) -> str:
     return f"--{key.replace('_', '-')}"
 
 
-def check(settings: Settings, given: dict) -> None:
-    """Raise ValueError, with a sentence, if flags are out of range or cannot be combined."""
+def problem_with(settings: Settings, given: dict) -> str | None:
+    """Return a sentence about flags that are out of range or cannot be combined, or None."""
     for key, others in (("list", {"output_dir"}), ("resume", set(CHANGEABLE))):
         if key in given and (other := min(set(given) - {key} - others, default=None)):
             accepted = ", ".join(sorted(map(flag, others)))
-            raise ValueError(f"{flag(key)} can only be combined with {accepted}; remove {flag(other)}")
-    for key, schedulers in SCHEDULERS_WITH.items():
-        if key in given and settings.scheduler not in schedulers:
-            raise ValueError(
-                f"{flag(key)} cannot be combined with --scheduler {settings.scheduler}; remove one of them"
-            )
-    if settings.dataset == "synthetic" and "data_dir" in given:
-        raise ValueError("--data-dir cannot be combined with --dataset synthetic; remove one of them")
+            return f"{flag(key)} can only be combined with {accepted}; remove {flag(other)}"
+    for key in KNOBS:
+        if key in given and key not in SCHEDULERS[settings.scheduler]:
+            return f"{flag(key)} cannot be combined with --scheduler {settings.scheduler}; remove one of them"
+    if "data_dir" in given and settings.dataset == "synthetic":
+        return "--data-dir cannot be combined with --dataset synthetic; remove one of them"
     if settings.or_resume and not settings.name:
-        raise ValueError("--or-resume needs --name; add it")
+        return "--or-resume needs --name; add it"
     lowest = {"num_samples": 1, "max_epochs": 1, "seed": 0, "cpus_per_trial": 1, "repeats": 2}
     for key, minimum in (lowest | {"grace_period": 1, "keep": 0}).items():
         if given.get(key, minimum) < minimum:
-            raise ValueError(f"{flag(key)} {given[key]} is too small; use at least {minimum}")
-    if not LOWEST_FACTOR <= given.get("reduction_factor", 3) < math.inf:
-        raise ValueError(
-            f"--reduction-factor {settings.reduction_factor} is out of range; use at least {LOWEST_FACTOR}"
-        )
-    gpus = given.get("gpus_per_trial", 0)
+            return f"{flag(key)} {given[key]} is too small; use at least {minimum}"
+    factor, gpus = given.get("reduction_factor", LOWEST_FACTOR), given.get("gpus_per_trial", 0)
+    if not LOWEST_FACTOR <= factor < math.inf:
+        return f"--reduction-factor {factor} is out of range; use at least {LOWEST_FACTOR}"
     if not (0 <= gpus <= 1 or (1 < gpus < math.inf and gpus == int(gpus))):
-        raise ValueError(f"--gpus-per-trial {gpus} is out of range; use a number from 0 to 1, or a whole number")
-
-
-def cluster_address() -> str | None:
-    """Return the address of the Ray cluster to join, from RAY_ADDRESS; None to start a local Ray."""
-    address = os.environ.get("RAY_ADDRESS", "").strip()
-    return None if address in ("", "local") else address
+        return f"--gpus-per-trial {gpus} is out of range; use a number from 0 to 1, or a whole number"
+    return None

@@ -12,12 +12,20 @@ from train import CONFIG_KEYS, NOT_NEGATIVE, POSITIVE, WHOLE, Values
 
 COUNT = Values(lambda v: type(v) is int and v >= 0, "a whole number of at least 0")
 FACTOR = Values(lambda v: POSITIVE.is_valid(v) and v >= LOWEST_FACTOR, f"a number of at least {LOWEST_FACTOR}")
+
+
+def or_none(allowed: Values) -> Values:
+    """Return these values and None."""
+    return Values(lambda v: v is None or allowed.is_valid(v), f"{allowed.words}, or None to switch it off")
+
+
 # The valid values of constants in hparam_search.py.
-CONSTANTS = {"GRACE_PERIOD": WHOLE, "REDUCTION_FACTOR": FACTOR, "KEEP": COUNT, "PATIENCE": WHOLE}
-CONSTANTS |= {"MIN_DELTA": NOT_NEGATIVE, "MAX_SECONDS_PER_TRIAL": POSITIVE, "MAX_FAILURES_PER_TRIAL": COUNT}
-CONSTANTS |= {"SAVE_PERIOD": NOT_NEGATIVE, "MODELS_KEPT": WHOLE, "STARTUP_TRIALS": COUNT, "REPEATED_TRIALS": WHOLE}
-CONSTANTS |= {"PROGRESS_PERIOD": NOT_NEGATIVE}
-ALLOW_NONE = ("KEEP", "PATIENCE", "MAX_SECONDS_PER_TRIAL", "SAVE_PERIOD", "MODELS_KEPT", "PROGRESS_PERIOD")
+CONSTANTS = {
+    "GRACE_PERIOD": WHOLE, "REDUCTION_FACTOR": FACTOR, "KEEP": or_none(COUNT), "PATIENCE": or_none(WHOLE),
+    "MIN_DELTA": NOT_NEGATIVE, "MAX_SECONDS_PER_TRIAL": or_none(POSITIVE), "MAX_FAILURES_PER_TRIAL": COUNT,
+    "SAVE_PERIOD": or_none(NOT_NEGATIVE), "MODELS_KEPT": or_none(WHOLE), "STARTUP_TRIALS": COUNT,
+    "REPEATED_TRIALS": WHOLE, "PROGRESS_PERIOD": or_none(NOT_NEGATIVE),
+}  # fmt: skip
 
 
 def to_plain(entry: Any) -> Any:
@@ -28,14 +36,51 @@ def to_plain(entry: Any) -> Any:
         return [to_plain(value) for value in entry]
     if isinstance(entry, dict):
         return {key: to_plain(value) for key, value in entry.items()}
-    if isinstance(entry, Categorical | Float | Integer):
+    if isinstance(entry, Domain):
         entry = copy.copy(entry)
-        vars(entry).update({key: to_plain(value) for key, value in vars(entry).items() if key != "sampler"})
+        vars(entry).update(to_plain(vars(entry)))
     return entry
+
+
+def summarize(space: dict) -> dict[str, Any]:
+    """Return a space as JSON can hold it: a fixed value as it is, a searched hyperparameter as a dict.
+
+    The dict is {"tune": …, "values": […]} for a grid or choice, {"tune": …, "lower": …, "upper": …} for a range (both
+    ends can occur), with "step" if it is quantized, where "tune" names Ray Tune's function; {} for a user's function.
+    """
+    return {key: summarize_entry(entry) for key, entry in to_plain(space).items()}
+
+
+def summarize_entry(entry: Any) -> Any:
+    """Summarize an entry of a space (see summarize), which is plain."""
+    match entry:
+        case Float() | Integer():
+            outer, whole = entry.get_sampler(), isinstance(entry, Integer)
+            inner, step = getattr(outer, "sampler", outer), to_plain(getattr(outer, "q", None))
+            name = "q" * bool(step) + "log" * isinstance(inner, LogUniform) + ("randint" if whole else "uniform")
+            upper = entry.upper - (whole and step in (None, 1))  # Ray includes it if quantized
+            return {"tune": name, "lower": entry.lower, "upper": upper} | ({"step": step} if step else {})
+        case Categorical(categories=values):
+            name = "choice"
+        case {"grid_search": [*values], **rest} if not rest:
+            name = "grid_search"
+        case dict() | Domain():  # an invalid grid; a user's function
+            return {}
+        case _:
+            return entry
+    return values[0] if len(values) == 1 else {"tune": name, "values": values} if values else {}
+
+
+def possible_values(summary: Any) -> list:
+    """Return all values of a grid or choice, both ends of a range, or a fixed value; nothing for a function."""
+    if not isinstance(summary, dict):
+        return [summary]
+    return summary.get("values") or [summary[end] for end in ("lower", "upper") if end in summary]
 
 
 def check_space(space: dict) -> None:
     """Raise InputError, naming key and value, for unknown or missing keys and values that no trial could train with."""
+    values = {key: possible_values(summary) for key, summary in summarize(space).items()}
     for key in space:
         if key not in CONFIG_KEYS:
             raise InputError(f"param_space has the unknown key {key!r}; use only {', '.join(CONFIG_KEYS)}")
@@ -43,10 +88,9 @@ def check_space(space: dict) -> None:
         if key not in space:
             raise InputError(f"param_space lacks {key!r}; add it with {allowed.words}")
         entry = space[key]
-        values = possible_values(entry)
-        if not values and not isinstance(entry, Domain):
+        if isinstance(entry, dict) and not values[key]:
             raise InputError(f"param_space[{key!r}] is {entry!r}; give grid_search a list of values")
-        for value in values:
+        for value in values[key]:
             check_value(key, value)
         if isinstance(entry, Float | Integer) and not entry.lower < entry.upper:
             raise InputError(
@@ -56,63 +100,23 @@ def check_space(space: dict) -> None:
         raise InputError(
             "param_space['epochs'] cannot be searched, as the scheduler compares trials at equal epochs; use one value"
         )
-    if True in possible_values(space["nesterov"]) and 0 in possible_values(space["momentum"]):
+    if True in values["nesterov"] and 0 in values["momentum"]:
         raise InputError("nesterov cannot be True with momentum 0; raise momentum, or make nesterov False")
 
 
-def check_value(key: str, value: object) -> None:
-    """Refuse a value that no trial could train with."""
-    allowed = CONFIG_KEYS[key]
+def check_value(name: str, value: object) -> None:
+    """Refuse an invalid value of a hyperparameter or of a constant in hparam_search.py."""
+    allowed = (CONFIG_KEYS | CONSTANTS)[name]
     if not allowed.is_valid(value):
-        raise InputError(f"{key} cannot be {value!r}; use {allowed.words}")
+        raise InputError(f"{name} cannot be {value!r}; use {allowed.words}")
 
 
 def check_constants(values: dict) -> None:
     """Refuse values of the constants in hparam_search.py, given by name, with which a search could not run."""
-    for name, allowed in CONSTANTS.items():
-        off = name in ALLOW_NONE
+    for name in CONSTANTS:
         if name not in values:
             raise InputError(f"hparam_search.py lacks {name}; restore it")
-        if not (allowed.is_valid(values[name]) or (off and values[name] is None)):
-            rest = ", or None to switch it off" if off else ""
-            raise InputError(f"{name} cannot be {values[name]!r}; use {allowed.words}{rest}")
-
-
-def possible_values(entry: object) -> list:
-    """Return all values of a grid or choice, both ends of a range, or a fixed value; nothing for a function."""
-    entry = to_plain(entry)
-    if isinstance(entry, dict) and set(entry) == {"grid_search"}:
-        return entry["grid_search"] if isinstance(entry["grid_search"], list) else []
-    if isinstance(entry, Categorical):
-        return entry.categories
-    if isinstance(entry, Integer):
-        return [entry.lower, entry.upper - (getattr(entry.get_sampler(), "q", 1) == 1)]  # Ray includes it if quantized
-    if isinstance(entry, Float):
-        return [entry.lower, entry.upper]
-    return [] if isinstance(entry, Domain) else [entry]
-
-
-def summarize(space: dict) -> dict[str, object]:
-    """Return a space as JSON can hold it: a fixed value as it is, a searched hyperparameter as a dict.
-
-    The dict is {"tune": …, "values": […]} for a grid or choice, {"tune": …, "lower": …, "upper": …} for a range (both
-    ends can occur), with "step" if it is quantized, where "tune" names Ray Tune's function; {} for a user's function.
-    """
-    summary: dict[str, object] = {}
-    for key, entry in space.items():
-        values = possible_values(entry)
-        if isinstance(entry, Float | Integer):
-            outer = entry.get_sampler()
-            inner = getattr(outer, "sampler", outer)  # differs if the range is quantized
-            name = "log" * isinstance(inner, LogUniform) + ("randint" if isinstance(entry, Integer) else "uniform")
-            step = {} if inner is outer else {"step": to_plain(outer.q)}
-            summary[key] = {"tune": "q" * len(step) + name, "lower": values[0], "upper": values[1]} | step
-        elif isinstance(entry, dict | Domain) and len(values) != 1:
-            name = "grid_search" if isinstance(entry, dict) else "choice"
-            summary[key] = {"tune": name, "values": values} if values else {}
-        else:
-            summary[key] = values[0]
-    return summary
+        check_value(name, values[name])
 
 
 def count_configs(space: dict) -> float:
@@ -133,7 +137,7 @@ def end_of_range(value: float, searched: dict, margin: float = 0.05) -> str | No
 
     Returns None outside the range.
     """
-    ends = searched.get("values") or [searched.get("lower"), searched.get("upper")]
+    ends = possible_values(searched)
     if not all(type(end) in (int, float) for end in ends) or len(set(ends)) < 2:
         return None
     low, high = min(ends), max(ends)

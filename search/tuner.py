@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import os
-import re
 import resource
 import secrets
 import shutil
@@ -12,32 +11,22 @@ import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import ray
 import torch
 
 from data import Dataset, InputError, save_dataset, usable_cpus
+from search import cluster_address
 from search.files import explain_failure
-from search.settings import Settings, cluster_address
+from search.settings import Settings
 
 CODE = Path(__file__).resolve().parents[1]
 LONGEST_TEMP_DIR = 30  # bytes; the paths of Ray's sockets below it are limited to 107
 # Below these limits (open files; threads, and more per CPU), Ray hung or crashed on two cores.
 FEWEST_FILES, FEWEST_THREADS, THREADS_PER_CPU = 80, 200, 25
-# Ray's messages that the search replaces with its own.
-LOGGERS = (
-    "ray.tune.tune",
-    "ray.tune.analysis.experiment_analysis",
-    "ray.tune.execution.experiment_state",
-    "ray.train._internal.storage",
-    "ray._private.authentication.authentication_token_setup",
-)
-# A worker takes its next trial only once the thread of its previous one has ended; Tune's limit of 2 s is too short.
-WORKER_ENVIRONMENT = {"TUNE_FUNCTION_THREAD_TIMEOUT_S": os.environ.get("TUNE_FUNCTION_THREAD_TIMEOUT_S", "60")}
-REPEATED_MESSAGES = (
-    *("Trials did not complete", "Token authentication", "Failed to fetch metrics"),
-    *("Caught exception when creating directory", "Saving experiment state"),  # of files that nothing here needs
-)
+# Ray's messages that the search replaces with its own, or that are about files that nothing here needs.
+HIDDEN = ("Trials did not complete", "Token auth", "Failed to fetch", "Caught exception when", "Saving experiment")
 
 
 @contextlib.contextmanager
@@ -50,39 +39,37 @@ def running_ray(settings: Settings) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    for name in LOGGERS:
-        logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(REPEATED_MESSAGES))
+    for handler in logging.getLogger("ray").handlers:
+        handler.addFilter(lambda record: not record.getMessage().startswith(HIDDEN))
     check_limits()
-    address, handler = cluster_address(), signal.getsignal(signal.SIGTERM)
+    address, on_sigterm = cluster_address(), signal.getsignal(signal.SIGTERM)
     with contextlib.ExitStack() as cleanup:
         try:
             options = {"address": address} if address else local_options(settings)
             cleanup.callback(shutil.rmtree, options.get("_temp_dir", ""), ignore_errors=True)
-            if address and (parts := re.fullmatch(r"\[?([^/]+?)\]?:(\d+)", address)):
-                # Ray would wait for minutes if nothing listens there.
-                socket.create_connection((parts[1], int(parts[2])), timeout=5).close()
+            where = urlsplit(f"//{address or ''}")
+            if where.port:  # Ray would wait for minutes if nothing listens there
+                socket.create_connection((where.hostname, where.port), timeout=5).close()
             with tempfile.TemporaryDirectory() as code:
                 copy_code(Path(code))
                 ray.init(
                     **options,
-                    runtime_env={"working_dir": code, "env_vars": WORKER_ENVIRONMENT},
+                    runtime_env={"working_dir": code},
                     log_to_driver=False,
                     logging_level=logging.WARNING,
                     include_dashboard=False,
                 )
         except SystemExit:  # from the handler of SIGTERM that Ray sets as it starts
-            signal.signal(signal.SIGTERM, handler)
-            signal.raise_signal(signal.SIGTERM)
-            raise
+            raise SystemExit(128 + signal.SIGTERM) from None
         except Exception as error:  # Ray raises exceptions of many types
-            if address:
-                raise InputError(
-                    f"no Ray cluster answers at RAY_ADDRESS {address!r}; start one there, or unset it"
-                ) from error
             reason = str(error).splitlines()[0].rstrip(".")
-            raise InputError(f"Ray cannot start ({reason}); see the Ray documentation") from error
-        with contextlib.suppress(ValueError):  # not in the main thread, where ray.init replaces it
-            signal.signal(signal.SIGTERM, handler)
+            sentence = f"Ray cannot start ({reason}); see the Ray documentation"
+            if address:
+                sentence = f"no Ray cluster answers at RAY_ADDRESS {address!r}; start one there, or unset it"
+            raise InputError(sentence) from error
+        finally:
+            with contextlib.suppress(ValueError):  # not in the main thread, where Ray replaces it
+                signal.signal(signal.SIGTERM, on_sigterm)
         try:
             yield
         except ConnectionError:  # Ray died: keep its folder, as its logs may say why
@@ -105,27 +92,22 @@ def copy_code(target: Path) -> None:
 
 
 def check_limits() -> None:
-    """Raise this process's limit of open files as far as allowed; refuse limits with which Ray would hang or crash."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    files = most if most != resource.RLIM_INFINITY else 65_536
-    if files < FEWEST_FILES:
-        raise InputError(f"ulimit -n {files} is too low for Ray; raise it to at least {FEWEST_FILES}")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (files, most))
-    threads, _ = resource.getrlimit(resource.RLIMIT_NPROC)
-    if os.geteuid() and threads != resource.RLIM_INFINITY:  # root has no such limit
-        needed = FEWEST_THREADS + THREADS_PER_CPU * usable_cpus()
-        for path in Path("/proc").glob("[0-9]*/task"):
-            with contextlib.suppress(OSError):  # the process has ended
-                needed += len(list(path.iterdir())) if path.stat().st_uid == os.geteuid() else 0
-        if threads < needed:
-            raise InputError(f"ulimit -u {threads} is too low for Ray; raise it to at least {needed}")
+    """Refuse limits of this process with which Ray would hang or crash."""
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # the maximum, to which Ray raises the limit
+    threads = resource.getrlimit(resource.RLIMIT_NPROC)[0] if os.geteuid() else resource.RLIM_INFINITY  # none for root
+    needed = FEWEST_THREADS + THREADS_PER_CPU * usable_cpus()
+    for thread in Path("/proc").glob("[0-9]*/task/[0-9]*"):  # those of this user's other programs count, too
+        with contextlib.suppress(OSError):  # it has ended
+            needed += thread.stat().st_uid == os.geteuid()
+    for letter, limit, fewest in (("n", files, FEWEST_FILES), ("u", threads, needed)):
+        if limit != resource.RLIM_INFINITY and limit < fewest:
+            raise InputError(f"ulimit -{letter} {limit} is too low for Ray; raise it to at least {fewest}")
 
 
 def local_options(settings: Settings) -> dict:
     """Return the arguments of ray.init that start a local Ray with its own temporary folder."""
-    if "RAY_AUTH_MODE" not in os.environ:
-        # Otherwise Ray writes a token into the home folder, which a container user may lack.
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    # Otherwise Ray writes a token into the home folder, which a container user may lack.
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     parent = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     if len(os.fsencode(parent)) > LONGEST_TEMP_DIR:
         parent = "/tmp"
@@ -150,9 +132,7 @@ def share_resources(settings: Settings, num_trials: int) -> tuple[dict[str, floa
     """
     total = ray.cluster_resources()
     cpus, gpus = int(total.get("CPU", 1)), int(total.get("GPU", 0))
-    gpu = settings.gpus_per_trial
-    if gpu is None:
-        gpu = min(1, gpus)
+    gpu = min(1, gpus) if settings.gpus_per_trial is None else settings.gpus_per_trial
     at_once = min(num_trials, int(gpus / gpu) if gpu else cpus)
     cpu = settings.cpus_per_trial or max(1, cpus // max(1, at_once))
     for key, asked, available in (("cpus", cpu, cpus), ("gpus", gpu, gpus)):

@@ -43,7 +43,12 @@ ODD = ["", " ", ".", "..", "/", "a/b", "a\\b", "a\nb", "\0", "\x1b[2J", "ä" * 1
        "1e9", "nan", "1.5", "0x10", "9" * 5000, "-", "~", "~nobody", "\ud800", "file", "loop", "broken"]  # fmt: skip
 
 
-def test_any_command_starts_a_search_or_is_refused_in_a_sentence_and_leaves_nothing(
+OFF = {"PATIENCE", "MAX_SECONDS_PER_TRIAL", "SAVE_PERIOD", "MODELS_KEPT", "KEEP", "PROGRESS_PERIOD"}
+ZERO = {"KEEP", "MIN_DELTA", "MAX_FAILURES_PER_TRIAL", "SAVE_PERIOD", "STARTUP_TRIALS", "PROGRESS_PERIOD"}
+ONE = set(CONSTANTS) - {"REDUCTION_FACTOR"}
+
+
+def test_any_command_and_constant_starts_a_search_or_is_refused_in_a_sentence_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     for name in ("file", "outputs/taken/file", "broken/search.json"):
@@ -51,51 +56,36 @@ def test_any_command_starts_a_search_or_is_refused_in_a_sentence_and_leaves_noth
         (tmp_path / name).touch()
     (tmp_path / "loop").symlink_to("loop")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tuner, "running_ray", lambda _: 1 / 0)  # the command was good
+    monkeypatch.setattr(tuner, "running_ray", lambda _: 1 / 0)  # everything was accepted
     monkeypatch.setattr(data, "make_synthetic", lambda **_: IMAGES)
-    generator, codes, before = random.Random(0), [], sorted(tmp_path.rglob("*"))
-    commands = [(command.split(), words) for command, words in BAD_COMMANDS.items()]
+    generator, before = random.Random(0), sorted(tmp_path.rglob("*"))
+    attempts = [(command.split(), {}, words, {2}) for command, words in BAD_COMMANDS.items()]
     for _ in range(800):
         name, value = flag(generator.choice(fields(Settings)).name), generator.choice(ODD)
-        commands.append((["--quick", *generator.choice([[name], [name, value], [f"{name}={value}"]])], ""))
-    for argv, words in commands:
-        try:
-            codes.append(main(argv))
-        except ZeroDivisionError:
-            codes.append(0)
+        flags = generator.choice([[name], [name, value], [f"{name}={value}"]])
+        attempts.append((["--quick", *flags], {}, "", {0, 1, 2}))
+    for name in CONSTANTS:
+        for value, good in ((None, OFF), (0, ZERO), (1, ONE), (-1, set()), (math.inf, set()), ("3", set())):
+            words, code = ("", 0) if name in good else (f": {name} cannot be {value!r}; use ", 2)
+            attempts.append((["--quick"], {name: value}, words, {code}))
+    words = "--quick ignores first_trials, which are for param_space.\n"
+    attempts.append((["--quick"], {"first_trials": [{"lr": 0.1}]}, words, {0}))
+    codes = []
+    for argv, constants, words, expected in attempts:
+        with monkeypatch.context() as patch:
+            for name, value in constants.items():
+                patch.setattr(hparam_search, name, value)
+            try:
+                codes.append(main(argv))
+            except ZeroDivisionError:
+                codes.append(0)
         err = capsys.readouterr().err
-        assert words in err and codes[-1] == 2 if words else codes[-1] in (0, 1, 2), argv
+        assert codes[-1] in expected, (argv, constants, err)
+        assert words in err, (argv, constants, err)
         flags = 0 if words else re.DOTALL  # an odd value may have line breaks of its own
         assert not codes[-1] or re.fullmatch(r"hparam_search.py: .*\.\n", err, flags), (argv, err)
         assert sorted(tmp_path.rglob("*")) == before, argv
-    assert codes.count(0) > 50
-
-
-def test_constants_are_switched_off_used_or_refused_before_anything_starts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tuner, "running_ray", lambda _: 1 / 0)  # everything was accepted
-    monkeypatch.setattr(data, "make_synthetic", lambda **_: IMAGES)
-    off = {"PATIENCE", "MAX_SECONDS_PER_TRIAL", "SAVE_PERIOD", "MODELS_KEPT", "KEEP", "PROGRESS_PERIOD"}
-    zero = {"KEEP", "MIN_DELTA", "MAX_FAILURES_PER_TRIAL", "SAVE_PERIOD", "STARTUP_TRIALS", "PROGRESS_PERIOD"}
-    one = set(CONSTANTS) - {"REDUCTION_FACTOR"}
-    for name in CONSTANTS:
-        for value, good in ((None, off), (0, zero), (1, one), (-1, set()), (math.inf, set()), ("3", set())):
-            with monkeypatch.context() as patch:
-                patch.setattr(hparam_search, name, value)
-                if name in good:
-                    with pytest.raises(ZeroDivisionError):
-                        main(["--quick"])
-                else:
-                    assert main(["--quick"]) == 2, (name, value)
-                    sentence = rf"hparam_search.py: {name} cannot be {value!r}; use .*\.\n"
-                    assert re.fullmatch(sentence, capsys.readouterr().err)
-    assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(hparam_search, "first_trials", [{"lr": 0.1}])
-    with pytest.raises(ZeroDivisionError):
-        main(["--quick"])
-    assert capsys.readouterr().err == "--quick ignores first_trials, which are for param_space.\n"
+    assert codes[: len(BAD_COMMANDS) + 800].count(0) > 50
 
 
 def test_help_and_refusals_wait_for_no_slow_import(tmp_path: Path) -> None:

@@ -31,70 +31,58 @@ def listening(pids: list[int]) -> set[str]:
     return {socket.inet_ntoa(bytes.fromhex(address)[::-1]) for address in listening}
 
 
-def check_interrupted(folder: Path, printed: str) -> None:
-    assert "Traceback" not in printed
-    assert "Trial status: " in printed
-    assert printed.strip().splitlines()[-1].endswith(f"hparam_search.py --resume {shlex.quote(str(folder))}")
-    assert {row["status"] for row in read_csv(folder)} <= {"UNFINISHED", "PENDING"}
-    assert not (folder / "best_model").exists()
-
-
 def become_a_job(mark: str, ray_folder: str) -> None:
     """Put this process into a group of its own, as a shell does; what it starts has the mark in its environment."""
     hparam_search.tuner.usable_cpus = lambda: 1
     os.setsid()
-    os.environ["MARK"] = mark
-    os.environ["RAY_TMPDIR"] = ray_folder
+    os.environ |= {"MARK": mark, "RAY_TMPDIR": ray_folder}
+
+
+def check_left_alone(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    """Check that no other process takes a search that is running."""
+    assert main(["--resume", str(folder)]) == 2
+    assert "another process is using the search in " in capsys.readouterr().err
+    assert run_search(folder.parent / "new", "--warm-start", folder) == 2
+    assert f"another process is using the search in {folder}; wait" in capsys.readouterr().err
+    assert run_search(folder) == 2
+    assert f"{folder} already exists" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
-def test_search_whose_processes_are_all_told_to_stop_says_how_to_resume(ray_started: str, tmp_path: Path) -> None:
-    codes = {"all_at_once": 143, "ray_first": 138}
+def test_search_that_runs_is_left_alone_until_it_or_all_its_processes_are_stopped_and_says_how_to_resume(
+    ray_started: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    signals = {"it alone": signal.SIGINT, "all_at_once": signal.SIGTERM, "ray_first": signal.SIGUSR1}
     parent = tempfile.mkdtemp(prefix="t", dir="/tmp")  # short, for the paths of sockets
-    processes = {
-        name: start(
-            None, quick(tmp_path / name, *LONG), tmp_path / f"{name}.txt", become_a_job, f"{tmp_path}/{name}", parent
-        )
-        for name in codes  # each has a Ray of its own, as a user's search has
-    }
+    processes = {}
     try:
+        for name in signals:  # the first joins a Ray; the others have Rays of their own, as a user's search has
+            address, folder = ray_started if name == "it alone" else None, tmp_path / name
+            output = tmp_path / f"{name}.txt"
+            processes[name] = start(address, quick(folder, *LONG), output, become_a_job, str(folder), parent)
         for name, process in processes.items():
             wait_for(partial(has_reported, tmp_path / name), process)
-            others = processes_with(f"MARK={tmp_path}/{name}")
-            if name == "all_at_once":
+            check_left_alone(tmp_path / name, capsys)
+            others = processes_with(f"MARK={tmp_path / name}")
+            if name != "it alone":
                 assert listening([process.pid, *others]) == {"127.0.0.1"}
-                os.killpg(process.pid, signal.SIGTERM)
-            else:
-                for pid in others:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
-                time.sleep(0.3)
-                os.kill(process.pid, signal.SIGUSR1)
+            for pid in others if name == "ray_first" else []:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.3)
+            os.killpg(process.pid, signals[name])
         for name, process in processes.items():
             process.join(30)
-            printed = (tmp_path / f"{name}.txt").read_text()
-            assert process.exitcode == codes[name], printed
-            check_interrupted(tmp_path / name, printed)
+            printed = Path(process.name).read_text()
+            assert process.exitcode == 128 + signals[name], printed
+            assert "Traceback" not in printed
+            assert "Trial status: " in printed
+            resume = f"hparam_search.py --resume {shlex.quote(str(tmp_path / name))}"
+            assert printed.strip().splitlines()[-1].endswith(resume)
+            assert {row["status"] for row in read_csv(tmp_path / name)} <= {"UNFINISHED", "PENDING"}
+            assert not (tmp_path / name / "best_model").exists()
         wait_for(lambda: not processes_with(f"MARK={tmp_path}/"))  # no orphans
         assert len(list(Path(parent).iterdir())) <= 1  # the logs of the Ray that died, at most
     finally:
         kill_all(f"{tmp_path}/")
         shutil.rmtree(parent)
-
-
-def test_search_that_runs_is_left_alone_until_it_is_interrupted(
-    ray_started: str, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    folder, output = tmp_path / "it is", tmp_path / "output.txt"
-    process = start(ray_started, quick(folder, *LONG), output)
-    wait_for(lambda: has_reported(folder), process)
-    assert main(["--resume", str(folder)]) == 2
-    assert "another process is using the search in " in capsys.readouterr().err
-    assert run_search(tmp_path / "new", "--warm-start", folder) == 2
-    assert f"another process is using the search in {folder}; wait" in capsys.readouterr().err
-    assert run_search(folder) == 2
-    assert f"{folder} already exists" in capsys.readouterr().err
-    os.kill(process.pid, signal.SIGINT)
-    process.join(30)
-    assert process.exitcode == 130, output.read_text()
-    check_interrupted(folder, output.read_text())
