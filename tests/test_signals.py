@@ -22,10 +22,7 @@ LONG = ["--num-samples", "1", "--scheduler", "none", "--max-epochs", "500"]
 
 def listening(pids: list[int]) -> set[str]:
     """Return the addresses on which processes listen for TCP connections."""
-    sockets = set()
-    for path in (path for pid in pids for path in Path(f"/proc/{pid}/fd").glob("*")):
-        with contextlib.suppress(OSError):
-            sockets.add(str(path.readlink()))
+    sockets = {path.resolve().name for pid in pids for path in Path(f"/proc/{pid}/fd").glob("*")}
     lines = [line.split() for table in ("tcp", "tcp6") for line in Path(f"/proc/net/{table}").read_text().splitlines()]
     listening = [line[1].split(":")[0][-8:] for line in lines if line[3] == "0A" and f"socket:[{line[9]}]" in sockets]
     return {socket.inet_ntoa(bytes.fromhex(address)[::-1]) for address in listening}

@@ -100,9 +100,11 @@ def test_tpe_draws_each_config_of_a_finite_space_once() -> None:
     finite = SPACE | {"lr": 0.1, "p_drop": tune.choice([0.1, 0.2]), "batch_size": tune.randint(8, 10)}
     for entry, count in ((tune.quniform(0.1, 0.3, 0.1), 3), (tune.randint(5, 7), 2), (tune.uniform(0, 1), math.inf)):
         assert count_configs(finite | {"weight_decay": entry}) == 4 * 2 * 2 * count
-    taken: list[str] = []
+    told, taken = [], []
     for number in range(16):
-        taken.append(config_key(suggest_config(finite, 3, number, [], 4, taken=taken)))
+        config = suggest_config(finite, 3, number, told, 4, taken=taken)
+        told.append((config, config["p_drop"]))
+        taken.append(config_key(config))
     assert len(set(taken)) == 16
 
 
