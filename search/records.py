@@ -152,8 +152,10 @@ class Search:
         """The part of the space that is not fixed."""
         return {key: entry for key, entry in self.space.items() if isinstance(entry, dict)}
 
-    def apply(self, event: dict) -> None:
+    def apply(self, event: dict, report: Report | None = None) -> None:
         """Update the state with an event; raise KeyError, and change nothing, if it lacks a field.
+
+        report is that of a reported epoch, unless it is to be made from the event.
 
         Every event also has its time, and as `ran` the seconds that trials have run. Events:
             drawn: a trial has this config, and repeats another one or none; it may come from an earlier search.
@@ -175,7 +177,7 @@ class Search:
             repeats, trial = event["repeats"], self.trials.setdefault(name, Trial(name))
             trial.config, trial.repeats, trial.source = config, repeats, event.get("source")
         elif name in self.trials and self.is_drawn(self.trials[name]):  # its config is not damaged
-            self.apply_to(self.trials[name], kind, event)
+            self.apply_to(self.trials[name], event, report)
         elif kind == "started":
             self.resources = event["resources"]
         elif kind in ("tested", "shown"):
@@ -185,12 +187,13 @@ class Search:
                 trial.running = False  # perhaps a process was killed
         self.seconds = ran
 
-    def apply_to(self, trial: Trial, kind: str, event: dict) -> None:
+    def apply_to(self, trial: Trial, event: dict, report: Report | None) -> None:
         """Do what apply does, for the events of a trial whose config is complete."""
+        kind = event["event"]
         if kind == "begun":
             trial.become(running=True)
         elif kind == "reported":
-            epoch, end, paused, report = event["epoch"], event["end"], event["paused"], new_report(event)
+            epoch, end, paused, report = event["epoch"], event["end"], event["paused"], report or new_report(event)
             if epoch > len(trial.reports) + 1:
                 return  # the report before is unreadable; its epoch is retrained
             trial.reports[epoch - 1 :] = [report]
@@ -206,18 +209,21 @@ class Search:
             trial.become(end=event["end"])
         trial.best = None if trial.diverged else self.objective.best(trial.reports)
 
-    def record(self, kind: str, **details: object) -> None:
-        """Append an event to the log and apply it; raise OSError if it cannot be written."""
+    def record(self, kind: str, report: Report | None = None, **details: object) -> None:
+        """Append an event, with the fields of a report if any, to the log and apply it.
+
+        Raises OSError if it cannot be written; then nothing has changed.
+        """
         now = time.monotonic()  # the wall clock may be set, or jump when a laptop wakes
         if kind == "started":
             self.started = now - self.seconds
         ran = self.seconds if self.started is None else now - self.started
         if kind == "stopped":
             self.started = None
-        event = {"event": kind, "time": time.time(), "ran": ran} | details
+        event = {"event": kind, "time": time.time(), "ran": ran} | details | (asdict(report) if report else {})
         # A trial's end must be on disk before its files are deleted.
         append_line(self.folder / LOG_FILE, event, durable=bool(details.get("end")))
-        self.apply(event)
+        self.apply(event, report)
 
     def start(self, trials: Iterable[Trial], resources: str) -> None:
         """Record that these trials begin to run, on these resources; those that failed are tried again."""

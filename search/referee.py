@@ -5,7 +5,6 @@ import re
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -128,19 +127,19 @@ class Referee(FIFOScheduler):
                 self.display.restarted(known)
             for report in map(new_report, result["reports"]):
                 if known.running and report.epoch > len(known.reports):
-                    self.judge(known, report)
+                    self.on_epoch(known, report)
         except OSError as error:  # Tune would take it for the trial's
             self.failure = error
         return self.CONTINUE if known.running else self.STOP
 
-    def judge(self, trial: Trial, report: Report) -> None:
+    def on_epoch(self, trial: Trial, report: Report) -> None:
         """Decide whether a trial ends, pauses or continues after an epoch; record and show that."""
         decision = STOP
         end = self.early_stop([*trial.reports, report])
         if not end:
             decision = self.CONTINUE if trial.repeats else self.scheduler.judge(trial, report)
             end = STOPPED if decision == STOP else None
-        self.search.record("reported", trial=trial.name, **asdict(report), end=end, paused=decision == PAUSE)
+        self.search.record("reported", report, trial=trial.name, end=end, paused=decision == PAUSE)
         self.display.reported(trial)
         if end:
             self.end(trial)
@@ -197,9 +196,6 @@ class Watcher(tune.Callback):
         self.referee.end_beaten()
         prune(self.search, self.search.ended(), self.referee.models_kept)
 
-    def on_step_begin(self, iteration: int, trials: list, **info: object) -> None:
-        self.display.trackers.step = {"iteration": iteration, "trials": trials}
-
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: object) -> None:
         self.display.started(trial)
 
@@ -207,6 +203,7 @@ class Watcher(tune.Callback):
         self.display.say(f"{trial} failed; restarting it.")
 
     def on_step_end(self, iteration: int, trials: list, **info: object) -> None:
+        self.display.trackers.step = {"iteration": iteration, "trials": trials}
         for trial in trials:  # in every case: Tune has no hook for a worker that cannot be reused
             if trial.status == trial.ERROR and self.search.trials[str(trial)].running:
                 self.on_failure(self.search.trials[str(trial)], trial.error_file)

@@ -5,7 +5,6 @@ import json
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from data import InputError
@@ -78,7 +77,7 @@ def take_trial(search: Search, board: Board, earlier: Search, trial: Trial) -> s
     for report in trial.reports:
         is_last = report is trial.reports[-1]
         state = {"end": trial.end if is_last else None, "paused": trial.paused and is_last}
-        search.record("reported", trial=name, **asdict(report), **state)
+        search.record("reported", report, trial=name, **state)
         board.write(search.trials[name])
     if trial.end:
         board.end(search.trials[name])

@@ -121,7 +121,6 @@ class TunerHere:
         while not self.stopper.stop_all() and isinstance(config := self.queue.suggest(""), dict):
             trial = TrialHere(config, self.name)
             about = {"iteration": 1, "trials": [trial]}
-            self.watcher.on_step_begin(**about)
             self.watcher.on_trial_start(**about, trial=trial)
 
             def report(result: dict, trial: TrialHere = trial, about: dict = about) -> None:
