@@ -31,7 +31,7 @@ from ray.tune.schedulers import ASHAScheduler
 from data import Dataset, InputError, read_images
 from search import console, records, report, sampler, schedulers, space, trackers, tuner, warm_start
 from search.display import Display
-from search.finish import finish, interrupt
+from search.finish import finish, write_interim
 from search.referee import Referee, TimeBudget, TrialQueue, Watcher
 from search.trial import train_cifar
 
@@ -111,11 +111,11 @@ def search_space(settings: Settings) -> dict:
     return entries
 
 
-def draw(settings: Settings, entries: dict, taken: int = 0, stream: int = 0) -> tuple[list[dict], dict]:
-    """Return the configs of all new trials, in starting order, and a summary of the space (see draw_configs)."""
+def draw(settings: Settings, entries: dict, stream: int) -> tuple[list[dict], dict]:
+    """Return the configs of all drawn trials, in starting order, and a summary of the space (see draw_configs)."""
     first = [] if settings.quick else space.to_plain(first_trials or [])
     tpe = settings.sampler == "tpe"
-    configs = sampler.draw_configs(entries, settings.num_samples, settings.seed, first, tpe, taken, stream)
+    configs = sampler.draw_configs(entries, settings.num_samples, settings.seed, first, tpe, stream)
     return configs, space.summarize(entries) | {"first_trials": first}
 
 
@@ -152,7 +152,7 @@ def new_search(settings: Settings, tracking: trackers.Trackers) -> int:
     with contextlib.ExitStack() as locks:
         earlier = [locks.enter_context(warm_start.earlier_search(Path(path))) for path in settings.warm_start or ()]
         stream = warm_start.new_stream(earlier)
-        configs, drawn_from = draw(settings, entries, stream=stream)
+        configs, drawn_from = draw(settings, entries, stream)
         dataset = read_images(**image_source(settings))
         with tuner.running_ray(settings):
             tuner.share_resources(settings, len(configs))  # refuses flags that exceed this machine
@@ -172,7 +172,7 @@ def resume_search(folder: Path, changes: dict, tracking: trackers.Trackers) -> i
         if search.is_complete(REPEATED_TRIALS) or search.time_left() <= 0:
             return finish(search, partial(load_images, search), image_source(search.settings), MODELS_KEPT)
         entries = search_space(search.settings)
-        configs, drawn_from = draw(search.settings, entries, search.first_number, search.stream)
+        configs, drawn_from = draw(search.settings, entries, search.stream)
         records.check_unchanged(search, drawn_from, records.Objective(METRIC, MODE))
         dataset = load_images(search)
         with tuner.running_ray(search.settings):
@@ -189,7 +189,7 @@ def run(search: records.Search, entries: dict, dataset: Dataset, tracking: track
         if not search.interrupted():
             fit(search, search.draw(search.repeats(REPEATED_TRIALS)), entries, dataset, tracking)
     except (KeyboardInterrupt, OSError):
-        interrupt(search)
+        write_interim(search)
         raise
     return finish(search, lambda: dataset, image_source(search.settings), MODELS_KEPT)
 
@@ -234,7 +234,7 @@ def fit(
         )
         search.start(trials, all_resources)
         try:
-            console.run_in_thread(tuned.fit, watcher.interrupted)
+            console.run_in_thread(tuned.fit, watcher.stop)
         finally:
             with contextlib.suppress(OSError):  # a full disk has ended the search, and must not hide why
                 search.record("stopped")

@@ -24,7 +24,7 @@ class Display:
         self.search, self.board, self.trackers = search, Board(search), trackers
         self.progress = Progress(search, rungs, progress_period)
         self.say = self.progress.say
-        self.complete = True  # False once an event could not be written
+        self.board_works = True  # False once an event could not be written
         trackers.begin(self.say)
 
     def started(self, trial: Any) -> None:
@@ -38,9 +38,9 @@ class Display:
             self.board.write(trial)
         except OSError as error:
             self.board.close_all()  # to try again with new files
-            if self.complete:
+            if self.board_works:
                 self.say(f"Cannot write TensorBoard's events ({error.strerror}); trying again after each report.")
-            self.complete = False
+            self.board_works = False
         self.trackers.report(trial)
         if trial.paused:
             self.board.close(trial.name)  # many trials may be paused, too many for open files
@@ -59,6 +59,7 @@ class Display:
         metric = self.search.objective.metric
         best = f"; best {metric} {getattr(trial.best, metric):.4f}" if trial.best else ""
         self.say(f"{trial.name}: {trial.end}, at epoch {len(trial.reports)}{best}.")
+        self.progress.update()
 
     def failed(self, trial: Trial, error: str) -> None:
         """Show that a trial has failed, and why."""

@@ -8,7 +8,7 @@ from data import Dataset, InputError
 from search import best_model, report
 from search.console import carry_on
 from search.records import Search, script_command
-from search.referee import prune
+from search.trial import prune
 
 
 def finish(search: Search, load_images: Callable[[], Dataset], source: dict, models_kept: int | None) -> int:
@@ -56,7 +56,7 @@ def finish(search: Search, load_images: Callable[[], Dataset], source: dict, mod
     return 0 if metrics and not failures and metrics["trial_id"] == search.ranking()[0].trial_id else 1
 
 
-def interrupt(search: Search) -> None:
+def write_interim(search: Search) -> None:
     """Print and write the results so far of a search that is interrupted."""
     with carry_on([]):
         print(report.recap(search), report.best_so_far(search), sep="\n", flush=True)

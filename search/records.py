@@ -38,8 +38,11 @@ def config_key(config: dict) -> str:
 
 
 def new_report(values: dict) -> Report:
-    """Return a report from its saved fields; a metric that train.py did not have then is NaN."""
-    return Report(**{key: values.get(key, math.nan) for key in METRICS})
+    """Return a report from its saved fields; a metric that train.py did not have then is NaN.
+
+    Raises TypeError without epoch, loss or accuracy.
+    """
+    return Report(**dict.fromkeys(METRICS[3:], math.nan) | {key: values[key] for key in METRICS if key in values})
 
 
 def as_result(report: Report) -> dict[str, Any]:
@@ -79,7 +82,7 @@ class Objective:
 
 @dataclass(eq=False)  # hashed by identity, for schedulers
 class Trial:
-    """The state of a trial. It is running, paused, ended or failed; if none of these, it waits for a worker."""
+    """The state of a trial: running, paused, ended, failed, or none of these (it has not begun, or was interrupted)."""
 
     name: str
     config: dict = field(default_factory=dict)
@@ -100,7 +103,7 @@ class Trial:
 
     @property
     def waits(self) -> bool:
-        """Whether a worker may take it."""
+        """Whether a worker may take it; if it is paused, once the scheduler chooses it."""
         return not (self.running or self.end or self.error)
 
     @property
@@ -153,16 +156,16 @@ class Search:
         return {key: entry for key, entry in self.space.items() if isinstance(entry, dict)}
 
     def apply(self, event: dict, report: Report | None = None) -> None:
-        """Update the state with an event; raise KeyError, and change nothing, if it lacks a field.
+        """Update the state with an event; raise KeyError or TypeError, and change nothing, if it lacks a field.
 
         report is that of a reported epoch, unless it is to be made from the event.
 
         Every event also has its time, and as `ran` the seconds that trials have run. Events:
             drawn: a trial has this config, and repeats another one or none; it may come from an earlier search.
             started: trials begin to run, on these resources.
-            begun: a worker takes a trial, at its start or after a pause.
+            begun: a trial is handed to a worker, to start or to continue, but not as Tune itself restarts it.
             reported: a trial's epoch has these metrics; the trial ends for this reason, is paused, or continues.
-            restarted: a trial continues after this epoch; its reports of later epochs are void.
+            restarted: a trial continues after this epoch, perhaps as it had failed; its later reports are void.
             failed: a trial failed with this error.
             ended: a paused trial ends for this reason.
             stopped: no trial runs any more.
@@ -183,8 +186,8 @@ class Search:
         elif kind in ("tested", "shown"):
             self.unseen = kind == "tested"
         if kind in ("started", "stopped"):
-            for trial in self.trials.values():
-                trial.running = False  # perhaps a process was killed
+            for trial in self.running():  # perhaps a process was killed
+                trial.become()
         self.seconds = ran
 
     def apply_to(self, trial: Trial, event: dict, report: Report | None) -> None:
@@ -199,7 +202,7 @@ class Search:
             trial.reports[epoch - 1 :] = [report]
             trial.become(running=not (end or paused), paused=paused, end=end)
             self.history.append((trial, report, end))
-            self.trained += event["ran"] > 0
+            self.trained += event["ran"] > 0  # otherwise it is taken from an earlier search
         elif kind == "restarted":
             del trial.reports[event["epoch"] :]
             trial.become(running=trial.running)
@@ -356,6 +359,7 @@ def creating_search(settings: Settings, space: dict, dataset: Dataset, objective
                 time.sleep(1)
                 folder = new_folder(settings)
             with explain_failure(folder):
+                flush(hidden / LOG_FILE)
                 hidden.rename(folder)
                 flush(folder.parent)
             search.folder = folder

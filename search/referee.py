@@ -13,15 +13,13 @@ from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from search.display import Display
-from search.files import remove
 from search.records import Search, Trial, config_key, new_report
 from search.sampler import outcomes
 from search.schedulers import PAUSE, STOP, STOPPED, Scheduler
-from search.trial import OUTPUT_FILE, TRAINING_FILE, prune_weights, weights_path
+from search.trial import ERROR_FILE, prune, prune_weights
 from search.tuner import own_node_lives
 from train import Report
 
-ERROR_FILE = "error.txt"
 NODE_PERIOD = 5  # seconds between checks that Ray is alive
 OUT_OF_MEMORY = (
     "MemoryError",  # Python's; also matches OutOfMemoryError (Ray, torch)
@@ -100,7 +98,8 @@ class Referee(FIFOScheduler):
 
     Tune asks its scheduler, which this is, about a result before it tells anyone else. early_stop returns why a trial
     ends by itself after its reports, or None; trials that repeat another one are not judged by the scheduler. The
-    models_kept best trials keep their weights. `failure` is set if the log cannot be written, which ends the search.
+    models_kept best trials keep their weights. `failure` is why the search cannot go on: its log cannot be written, or
+    Ray has died.
     """
 
     def __init__(
@@ -134,16 +133,15 @@ class Referee(FIFOScheduler):
 
     def on_epoch(self, trial: Trial, report: Report) -> None:
         """Decide whether a trial ends, pauses or continues after an epoch; record and show that."""
-        decision = STOP
-        end = self.early_stop([*trial.reports, report])
-        if not end:
-            decision = self.CONTINUE if trial.repeats else self.scheduler.judge(trial, report)
-            end = STOPPED if decision == STOP else None
-        self.search.record("reported", report, trial=trial.name, end=end, paused=decision == PAUSE)
+        end, paused = self.early_stop([*trial.reports, report]), False
+        if not end and not trial.repeats:
+            decision = self.scheduler.judge(trial, report)
+            end, paused = STOPPED if decision == STOP else None, decision == PAUSE
+        self.search.record("reported", report, trial=trial.name, end=end, paused=paused)
         self.display.reported(trial)
         if end:
             self.end(trial)
-        elif trial.paused:  # Tune stops it before it could delete them
+        elif paused:  # Tune stops the worker before it could delete older weights
             prune_weights(self.search.folder / trial.name, {trial.best.epoch} if trial.best else set())
         if report.epoch in self.scheduler.rungs:
             self.end_beaten()
@@ -158,7 +156,6 @@ class Referee(FIFOScheduler):
         """Do what is due when a trial has ended."""
         if not trial.repeats:
             self.scheduler.ended(trial)
-        remove(self.search.folder / trial.name / ERROR_FILE)
         prune(self.search, [trial], self.models_kept)
         self.display.ended(trial)
 
@@ -179,12 +176,12 @@ class Referee(FIFOScheduler):
 class Watcher(tune.Callback):
     """Notices what no result tells: that a trial starts or fails, that Ray dies, and that the search is to end.
 
-    Once `interrupted` is set, Tune's thread ends and leaves the trials as they are.
+    Once `stop` is set, Tune's thread ends and leaves the trials as they are.
     """
 
     def __init__(self, referee: Referee) -> None:
         self.referee, self.search, self.display = referee, referee.search, referee.display
-        self.interrupted = threading.Event()
+        self.stop = threading.Event()
         self.checked = time.monotonic()
 
     def __getstate__(self) -> dict:
@@ -194,7 +191,7 @@ class Watcher(tune.Callback):
     def setup(self, **info: object) -> None:
         """Do what a process that was killed left undone."""
         self.referee.end_beaten()
-        prune(self.search, self.search.ended(), self.referee.models_kept)
+        prune(self.search, [trial for trial in self.search.trials.values() if trial.end], self.referee.models_kept)
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: object) -> None:
         self.display.started(trial)
@@ -213,7 +210,7 @@ class Watcher(tune.Callback):
                 self.referee.failure = ConnectionError(
                     "Ray died on this machine, perhaps out of memory; resume the search"
                 )
-        if self.referee.failure or self.interrupted.is_set():
+        if self.referee.failure or self.stop.is_set():
             self.display.close()
             raise self.referee.failure or SystemExit
 
@@ -232,31 +229,12 @@ class Watcher(tune.Callback):
         self.display.close()
 
 
-def prune(search: Search, trials: list[Trial], models_kept: int | None) -> None:
-    """Delete what these ended trials no longer need: training states, and weights except those of the best trials.
-
-    Of the ended trials with weights (taken ones may have none), the models_kept best (None: all) keep those of their
-    best epoch.
-    """
-    ranking = [
-        trial
-        for trial in search.ranking()
-        if trial.end and weights_path(search.folder / trial.name, trial.best.epoch).exists()
-    ]
-    for trial in (*trials, *ranking):
-        folder = search.folder / trial.name
-        remove(folder / TRAINING_FILE)
-        if (output := folder / OUTPUT_FILE).exists() and not output.stat().st_size:
-            remove(output)
-        prune_weights(folder, {trial.best.epoch} if trial in ranking[:models_kept] else set())
-
-
 def error_sentence(text: str, config: dict) -> str:
     """Summarize a trial's traceback in one sentence, with a remedy if one is known."""
     last = text.split("Failure #")[-1].splitlines()[1:]  # the last attempt; the rest of that line is its time
     lines = [line.strip() for line in last if line.strip()] or ["the reason is unknown"]
-    if any(words in text for words in OUT_OF_MEMORY):
-        sizes = ", ".join(f"{key} {config[key]}" for key in ("batch_size", "h_1", "h_2"))
+    if any(words in line for words in OUT_OF_MEMORY for line in last):
+        sizes = ", ".join(f"{key} {config[key]}" for key in ("batch_size", "h_1", "h_2") if key in config)
         return (
             f"out of memory with {sizes}; reduce these, or run fewer trials at once (--gpus-per-trial 1 if they share "
             "a GPU, otherwise a higher --cpus-per-trial)"

@@ -85,7 +85,7 @@ def recap(search: Search) -> str:
 def best_so_far(search: Search) -> str:
     """Return a line about the best trial so far."""
     if not (ranking := search.ranking()):
-        return "No trial has reported yet."
+        return "No trial has a result yet."
     best, metric = ranking[0], search.objective.metric
     return f"Best so far: {best.name}, {metric} {getattr(best.best, metric):.4f} after epoch {best.best.epoch}."
 

@@ -25,7 +25,6 @@ def draw_configs(
     seed: int,
     first_trials: Sequence[dict] = (),
     tpe: bool = False,
-    taken: int = 0,
     stream: int = 0,
 ) -> list[dict]:
     """Return the configs of all trials: the first trials, then num_samples random draws per grid point.
@@ -33,7 +32,7 @@ def draw_configs(
     The first trials give plain values to searched hyperparameters; omitted ones are drawn, and change no other draw.
     With TPE, the configs of the others hold only the fixed values: suggest_config draws the rest. Each stream
     (0 to 2**32 - 1) gives different draws. Raises InputError if a config is invalid, or if TPE cannot draw from the
-    space, of which `taken` trials have been drawn before.
+    space.
     """
     if not (isinstance(first_trials, Sequence) and all(isinstance(values, dict) for values in first_trials)):
         raise InputError(f"first_trials is {first_trials!r}; make it a list of dicts")
@@ -54,7 +53,7 @@ def draw_configs(
         configs += [fixed] * num_samples * points if tpe else draw_at_random(space, num_samples, random)
     except Exception as error:  # raised by a user's function
         raise InputError(f"param_space cannot be drawn from ({type(error).__name__}: {error}); correct it") from error
-    if tpe and (count := count_configs(space)) < taken + len(configs):
+    if tpe and (count := count_configs(space)) < len(configs):
         raise InputError(f"param_space has only {count:g} configs for TPE; use --sampler random, or fewer samples")
     configs = [to_plain(config) for config in configs]
     for config in configs:

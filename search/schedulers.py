@@ -156,11 +156,11 @@ class Promotion(Scheduler):
         rung = report.epoch
         if rung not in self.rungs:
             return CONTINUE
-        others = [each for each in self.contenders(rung) if each is not trial]
+        others = self.contenders(rung)
         better = sum((each.reports[rung - 1].loss, each.name) < (report.loss, trial.name) for each in others)
         if better >= self.rungs[rung]:
             return STOP
-        others_to_come = self.to_come(rung) - (len(trial.reports) < rung)
+        others_to_come = self.to_come(rung) - 1
         return CONTINUE if better + others_to_come < self.rungs[rung] else PAUSE
 
     def beaten(self) -> list[Trial]:
@@ -185,6 +185,6 @@ class Promotion(Scheduler):
                 if trial.paused and len(trial.reports) == rung:
                     (sure if rank < places else others).append(trial)
         paused, waiting = {*sure, *others}, set(trials)
-        interrupted = [trial for trial in trials if trial.reports and trial not in paused]
+        begun = [trial for trial in trials if trial.reports and trial not in paused]
         new = [trial for trial in trials if not trial.reports]
-        return next((trial for trial in (*interrupted, *sure, *new, *others) if trial in waiting), None)
+        return next((trial for trial in (*begun, *sure, *new, *others) if trial in waiting), None)

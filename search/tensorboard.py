@@ -44,14 +44,19 @@ class Board:
         self.writers: dict[str, Any] = {}  # a trial's name, or "" for the search → SummaryWriter
 
     def write(self, trial: Trial) -> None:
-        """Write a trial's latest report, and the search's progress; raise OSError if they cannot be written."""
-        report, writer = trial.reports[-1], self.trial_writer(trial, len(trial.reports))
-        for metric in METRICS[1:]:
-            writer.add_scalar(TAGS.get(metric, f"training/{metric}"), getattr(report, metric), report.epoch)
-        if trial.best:
-            for key in self.search.objective.shown:
-                writer.add_scalar(f"trial/best_{key}", getattr(trial.best, key), report.epoch)
-        writer.add_scalar("trial/epochs", report.epoch, report.epoch)
+        """Write a trial's latest report, and the search's progress; raise OSError if they cannot be written.
+
+        A new file gets all reports: a killed process may have recorded more of them than it wrote here.
+        """
+        is_new = trial.name not in self.writers
+        writer = self.trial_writer(trial, 1)
+        for report in trial.reports if is_new else trial.reports[-1:]:
+            for metric in METRICS[1:]:
+                writer.add_scalar(TAGS.get(metric, f"training/{metric}"), getattr(report, metric), report.epoch)
+            if best := self.search.objective.best(trial.reports[: report.epoch]):
+                for key in self.search.objective.shown:
+                    writer.add_scalar(f"trial/best_{key}", getattr(best, key), report.epoch)
+            writer.add_scalar("trial/epochs", report.epoch, report.epoch)
         writer.flush()
 
         trials, ranking = self.search.trials.values(), self.search.ranking()
@@ -72,7 +77,7 @@ class Board:
     def trial_writer(self, trial: Trial, step: int) -> Any:
         """Return the writer of a trial's events of this epoch and later ones, which begin with its hyperparameters."""
         if trial.name not in self.writers:
-            # TensorBoard hides what was written for these epochs before a restart.
+            # TensorBoard hides what earlier files have for these epochs.
             writer: Any = SummaryWriter(str(self.search.folder / trial.name), purge_step=step)
             self.writers[trial.name] = writer
             values = {key: to_hparam(trial.config[key], entry) for key, entry in self.search.searched.items()}

@@ -53,7 +53,11 @@ class Trackers:
         if not (shown := self.trials.get(trial.name)):
             return
         for report in trial.reports[self.told[trial.name] :]:
-            about = {"trial_id": shown.trial_id, "config": trial.config, "done": bool(trial.end)}
+            about = {
+                "trial_id": shown.trial_id,
+                "config": trial.config,
+                "done": bool(trial.end and report is trial.reports[-1]),
+            }
             self.call("on_trial_result", **self.step, trial=shown, result=as_result(report) | about)
         self.told[trial.name] = max(self.told[trial.name], len(trial.reports))  # fewer after a restart
 

@@ -1,8 +1,9 @@
-"""What a trial does besides training: restore, save and report, in a process that Ray starts.
+"""What a trial does besides training: restore, save and report, in a process that Ray starts; and its files.
 
 <trial>/weights_<epoch>.pt   the weights of its best epoch, a state_dict
 <trial>/training.pt          the training state: everything needed to continue
 <trial>/output.txt           what its process printed, if anything
+<trial>/error.txt            the traceback if it failed
 """
 
 import contextlib
@@ -17,10 +18,10 @@ from torch import nn
 
 from data import Dataset, InputError, map_dataset
 from search.files import load_tensors, remove, save_tensors
-from search.records import SEARCH_FILE, Objective, new_report
+from search.records import SEARCH_FILE, Objective, Search, Trial, new_report
 from train import DEFAULTS, Report, Training, best_device, new_training, train_epochs
 
-TRAINING_FILE, OUTPUT_FILE = "training.pt", "output.txt"
+TRAINING_FILE, OUTPUT_FILE, ERROR_FILE = "training.pt", "output.txt", "error.txt"
 
 
 def weights_path(folder: Path, epoch: int) -> Path:
@@ -52,6 +53,26 @@ def prune_weights(folder: Path, epochs: set[int]) -> None:
     for path in (*folder.glob("weights_*"), *folder.glob(".*.tmp")):
         if path not in kept:
             remove(path)
+
+
+def prune(search: Search, trials: list[Trial], models_kept: int | None) -> None:
+    """Delete what these ended trials no longer need: training states, errors, and weights except those of the best.
+
+    Of the ended trials with weights (taken ones may have none), the models_kept best (None: all) keep those of their
+    best epoch.
+    """
+    ranking = [
+        trial
+        for trial in search.ranking()
+        if trial.end and weights_path(search.folder / trial.name, trial.best.epoch).exists()
+    ]
+    for trial in (*trials, *ranking):
+        folder = search.folder / trial.name
+        remove(folder / TRAINING_FILE)
+        remove(folder / ERROR_FILE)
+        if (output := folder / OUTPUT_FILE).exists() and not output.stat().st_size:
+            remove(output)
+        prune_weights(folder, {trial.best.epoch} if trial in ranking[:models_kept] else set())
 
 
 def save_training(training: Training, config: dict, path: Path) -> None:

@@ -19,7 +19,7 @@ from train import CONFIG_KEYS
 def earlier_search(folder: Path) -> Iterator[Search]:
     """Yield the search in a folder, which others can meanwhile read but not run.
 
-    Raises InputError if it is running, damaged or from another version.
+    Raises InputError if it is running or from another version.
     """
     with lock_folder(folder, shared=True):
         yield open_search(folder, {})
@@ -78,7 +78,7 @@ def take_trial(search: Search, board: Board, earlier: Search, trial: Trial) -> s
         is_last = report is trial.reports[-1]
         state = {"end": trial.end if is_last else None, "paused": trial.paused and is_last}
         search.record("reported", report, trial=name, **state)
-        board.write(search.trials[name])
+    board.write(search.trials[name])
     if trial.end:
         board.end(search.trials[name])
     board.close(name)

@@ -11,10 +11,10 @@ from ray.tune.schedulers import MedianStoppingRule
 from hparam_search import new_scheduler
 from search.display import Display
 from search.records import Search, open_search
-from search.referee import Referee, Watcher, error_sentence, prune
+from search.referee import Referee, Watcher, error_sentence
 from search.schedulers import Promotion, RayScheduler, Scheduler, early_stop
 from search.trackers import Trackers
-from search.trial import TRAINING_FILE, weights_path
+from search.trial import TRAINING_FILE, prune, weights_path
 from tests.helpers import CONFIG, END, NAN, add, report, search_in, tell
 
 
