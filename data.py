@@ -217,7 +217,7 @@ def read_picture(path: str | Path) -> Tensor:
 
     16-bit grey levels are scaled to 8 bits, transparency becomes white (except a PNG's transparent grey level of 1, 2,
     4 or 16 bits), and EXIF orientation is applied. Raises InputError if it is not an image, has over 50 million pixels,
-    or floats or 32-bit integers of unknown range.
+    12-bit values, or floats or 32-bit integers of unknown range.
     """
     read = _read_picture(str(path))
     if isinstance(read, InputError):
@@ -249,12 +249,13 @@ def _to_rgb(picture: Any) -> Image.Image:
     is_16_bit = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM"))
     if picture.mode in ("I", "F") and not is_16_bit:
         raise InputError(f"{picture.filename} has 32-bit values of unknown range; convert it to 8 or 16 bits")
+    if getattr(picture, "tag_v2", {}).get(258) == (12,):  # BitsPerSample of a TIFF; Pillow does not scale it to 16 bits
+        raise InputError(f"{picture.filename} has 12-bit values; convert it to 8 or 16 bits")
     picture.load()  # not within the next block, which would hide damage
     with contextlib.suppress(Exception):  # ignore damaged EXIF
         ImageOps.exif_transpose(picture, in_place=True)
     if is_16_bit:
-        bits = getattr(picture, "tag_v2", {}).get(258, (16,))[0]  # BitsPerSample, 12 in some TIFFs
-        picture = Image.fromarray((np.asarray(picture) * (255 / (2**bits - 1))).round().astype(np.uint8))
+        picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))  # 65535 / 255
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
