@@ -2,13 +2,14 @@
 
 import contextlib
 import itertools
+import logging
 import os
 import random
 import re
 import shutil
 import signal
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -22,17 +23,24 @@ from hparam_search import main
 from search import best_model, records
 from search.files import append_line, explain_failure, read_lines
 from search.records import LOG_FILE, open_search, script_command
-from search.trial import TRAINING_FILE, train_cifar, weights_path
+from search.trial import OUTPUT_FILE, TRAINING_FILE, run_trial, train_cifar, weights_path
 from tests import conftest
-from tests.conftest import EXAMPLE, Finished, epochs_saved, figures, read_csv, run_search
+from tests.conftest import Finished, figures, read_csv, run_search
 from tests.helpers import CPU, disk_full_after
 from train import evaluate, evaluation_batches
 
 pytestmark = pytest.mark.usefixtures("small_search")
 
 
+def aloud(*args: object) -> None:
+    print("printed", os.environ["CUDA_VISIBLE_DEVICES"] or "without GPUs")
+    logging.warning("logged")
+    os.system("echo from another program")
+    run_trial(*args)
+
+
 def faulty(config: dict, **others: object) -> None:
-    """Train as train_cifar does, with a fault of its own in each trial but the first."""
+    """Train as train_cifar does; the first two trials print something, and all but the first have a fault."""
     number, report_to_ray = tune.get_context().get_trial_name()[-1], tune.report
 
     def killed_in_epoch_3(news: dict) -> None:
@@ -42,6 +50,8 @@ def faulty(config: dict, **others: object) -> None:
 
     no_room = disk_full_after(1000) if number == "3" else contextlib.nullcontext()
     with pytest.MonkeyPatch.context() as patch, no_room:
+        if number in "01":
+            patch.setattr("search.trial.run_trial", aloud)
         if number == "2":
             patch.setattr(tune, "report", killed_in_epoch_3)
         train_cifar(config | ({"lr": 1e4} if number == "1" else {}), **others)
@@ -56,12 +66,12 @@ def curve(folder: Path, number: int) -> list[tuple]:
 def test_trials_that_fail_leave_the_others_alone_and_are_tried_again_on_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
+    folder, names = tmp_path / "it", [f"train_cifar_0000{i}" for i in range(4)]
     monkeypatch.setattr(hparam_search, "MAX_FAILURES_PER_TRIAL", 0)
     monkeypatch.setattr(hparam_search, "callbacks", [tracker := conftest.Tracker()])
     # Trials that differ only in what has no effect, so that their figures must be the same.
     space = hparam_search.QUICK_SPACE | {"h_2": 16, "lr": 0.02, "p_drop": 0.1, "bias_lr": tune.uniform(0.0, 0.02)}
     monkeypatch.setattr(hparam_search, "QUICK_SPACE", space)
-    folder = tmp_path / "it"
     with monkeypatch.context() as patch:
         patch.setattr(hparam_search, "train_cifar", faulty)
         assert run_search(folder, "--num-samples", 4, "--scheduler", "none") == 0
@@ -73,12 +83,14 @@ def test_trials_that_fail_leave_the_others_alone_and_are_tried_again_on_resume(
     because = [row["ended_because"] for row in read_csv(folder)]
     assert because[:2] == ["all epochs done", "loss became NaN or infinite"]
     assert because[2].startswith("The actor died unexpectedly")
-    path = folder / "train_cifar_00003" / "weights_000001.pt"
-    assert because[3].startswith(f"OSError: cannot write {path} (")
-    assert all(f"train_cifar_0000{i} failed: {because[i]}.\n" in printed.err for i in (2, 3))
-    assert because[3] in (path.parent / "error.txt").read_text()
-    assert not list(folder.glob("train_cifar_00001/*.pt"))
-    assert sorted(tracker.ended) == [(f"train_cifar_0000{i}", i > 1) for i in range(4)]
+    error_file = folder / names[3] / "error.txt"
+    assert because[3].startswith(f"OSError: cannot write {error_file.with_name('weights_000001.pt')} (")
+    assert all(f"{names[i]} failed: {because[i]}.\n" in printed.err for i in (2, 3))
+    assert because[3] in error_file.read_text()
+    assert not list(folder.glob(f"{names[1]}/*.pt"))
+    texts = [path.read_text() for path in sorted(folder.glob(f"*/{OUTPUT_FILE}")) if path.parent.name in names[:2]]
+    assert texts == ["printed without GPUs\nWARNING:root:logged\nfrom another program\n"] * 2
+    assert sorted(tracker.ended) == [(name, i > 1) for i, name in enumerate(names)]
     assert [len(trial.reports) for trial in open_search(folder, {}).trials.values()] == [4, 1, 2, 0]
 
     before = read_lines(folder / LOG_FILE)[0]
@@ -88,12 +100,11 @@ def test_trials_that_fail_leave_the_others_alone_and_are_tried_again_on_resume(
     assert "Trial status: 3 TERMINATED | 1 DIVERGED" in printed.out
     assert "failed" not in printed.out
     assert curve(folder, 0) == curve(folder, 2) == curve(folder, 3)
-    assert not (path.parent / "error.txt").exists()
+    assert not error_file.exists()
     new = [(event.get("trial"), event.get("epoch")) for event in read_lines(folder / LOG_FILE)[0][len(before) :]]
-    killed, starved = ([(f"train_cifar_0000{i}", epoch) for epoch in range(first, 5)] for i, first in ((2, 3), (3, 1)))
-    retried = [("train_cifar_00002", 2), ("train_cifar_00003", 0)]
-    begun = [[(f"train_cifar_0000{i}", None)] for i in (2, 3)]
-    assert new == [(None, None), *retried, *begun[0], *killed, *begun[1], *starved, (None, None)]
+    # Both restart; then each begins, and reports the epochs that it lacks.
+    killed, starved = ([(names[i], epoch) for epoch in (None, *range(first, 5))] for i, first in ((2, 3), (3, 1)))
+    assert new == [(None, None), (names[2], 2), (names[3], 0), *killed, *starved, (None, None)]
 
 
 @pytest.mark.usefixtures("trials_here")
@@ -123,51 +134,6 @@ def test_log_on_a_full_disk_ends_the_search_which_continues_on_resume(
     assert [event["event"] for event in read_lines(folder / LOG_FILE)[0]].count("reported") == 4
 
 
-@pytest.fixture(scope="session", autouse=True)
-def killed(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Future]:
-    """Start a search like `finished`, beside the other tests, which is killed again and again; yield its folder."""
-    with ThreadPoolExecutor(1) as executor:
-        yield executor.submit(search_killed_at_random_moments, cluster, tmp_path_factory.mktemp("killed") / "it")
-
-
-def save_every(seconds: float) -> None:
-    hparam_search.SAVE_PERIOD = seconds
-
-
-def trains_after_event(folder: Path, number: int) -> bool:
-    """Return whether the log has so many events, the last of which reports an epoch without a saved state."""
-    events, _ = read_lines(folder / LOG_FILE)
-    return len(events) >= number and events[-1].get("epoch", 2) not in (2, 4, 8, 10)
-
-
-def search_killed_at_random_moments(address: str, folder: Path) -> Path:
-    """Kill a search ten times, start or resume it each time, and return its folder."""
-    output, generator = folder.parent / "output.txt", random.Random(0)
-    for moment in range(11):
-        saved, before = epochs_saved(folder), read_lines(folder / LOG_FILE)[0]
-        command = conftest.quick(folder, *EXAMPLE, "--or-resume")
-        process = conftest.start(address, command, output, save_every, 1000 * (moment % 2))
-        if moment == 10:
-            process.join(120)
-        elif moment % 2:  # as it trains
-            goal = len(before) + generator.randint(2, 5)  # one event is that it has started
-            conftest.wait_for(lambda goal=goal: trains_after_event(folder, goal), process)
-            process.join(generator.uniform(0, 0.05))
-        else:  # as it starts
-            process.join(generator.uniform(0, 1.5))
-        assert process.exitcode == (0 if moment == 10 else None), output.read_text()
-        process.kill()
-        process.join()
-        # The log has only grown, and no trial has lost what was saved.
-        events, damaged = read_lines(folder / LOG_FILE)
-        assert (events[: len(before)], damaged) == (before, 0)
-        for event in events[len(before) :]:
-            assert event["event"] != "restarted" or event["epoch"] >= saved.get(event["trial"], 0)
-    assert any(event["event"] == "restarted" for event in events)  # a trial, from an earlier epoch
-    assert "Traceback" not in output.read_text()
-    return folder
-
-
 @pytest.mark.waits_for_searches
 def test_search_killed_at_random_moments_ends_as_if_undisturbed(finished: Finished, killed: Future) -> None:
     folder = killed.result()
@@ -192,11 +158,10 @@ def kill_at(moment: int) -> None:
 
         return call
 
-    for owner, name in (
-        (Path, "replace"), (Path, "unlink"), (Path, "write_text"), (Path, "open"), (Path, "mkdir"), (torch, "save"),
-        (shutil, "rmtree"),
-    ):  # fmt: skip
-        setattr(owner, name, deadly(getattr(owner, name)))
+    owners = {Path: ("replace", "unlink", "write_text", "open", "mkdir"), torch: ("save",), shutil: ("rmtree",)}
+    for owner, names in owners.items():
+        for name in names:
+            setattr(owner, name, deadly(getattr(owner, name)))
 
 
 def test_search_killed_as_it_ends_does_so_on_resume(finished: Finished, ray_started: str, tmp_path: Path) -> None:
@@ -224,20 +189,19 @@ def test_search_killed_as_it_ends_does_so_on_resume(finished: Finished, ray_star
     assert [event["event"] for event in read_lines(folder / LOG_FILE)[0]][-2:] == ["tested", "shown"]
 
 
-def flip(content: bytes, generator: random.Random) -> bytes:
-    i = generator.randrange(len(content))
-    return content[:i] + bytes([content[i] ^ 1 << generator.randrange(8)]) + content[i + 1 :]
-
-
 # What may happen to a file's bytes.
 ODD = [b"", b"[]", b"{}", b"null", b'{"epoch": "x"}\n', b"[" * 10_000, b"\xff\xfe", b"NaN"]
 DAMAGES: dict[str, Callable[[bytes, random.Random], bytes | None]] = {
-    "flipped": flip,
+    "flipped": lambda content, generator: flip(content, generator.randrange(8 * len(content))),
     "cut": lambda content, generator: content[: generator.randrange(len(content))],
     "without a line": lambda content, generator: content.replace(generator.choice(content.splitlines(True)), b""),
     "of another kind": lambda content, generator: generator.choice(ODD),
     "gone": lambda content, generator: None,
 }
+
+
+def flip(content: bytes, bit: int) -> bytes:
+    return content[: bit // 8] + bytes([content[bit // 8] ^ 1 << bit % 8]) + content[bit // 8 + 1 :]
 
 
 @pytest.mark.parametrize("ended", [True, False])

@@ -8,14 +8,14 @@ import signal
 import socket
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
 
 import hparam_search
 from hparam_search import main
-from tests.conftest import has_reported, kill_all, processes_with, quick, read_csv, run_search, start, wait_for
+from search.records import LOG_FILE
+from tests.conftest import kill_all, processes_with, quick, read_csv, start, wait_for
 
 LONG = ["--num-samples", "1", "--scheduler", "none", "--max-epochs", "500"]
 
@@ -38,16 +38,6 @@ def become_a_job(mark: str, ray_folder: str) -> None:
     os.environ |= {"MARK": mark, "RAY_TMPDIR": ray_folder}
 
 
-def check_left_alone(folder: Path, capsys: pytest.CaptureFixture) -> None:
-    """Check that no other process takes a search that is running."""
-    assert main(["--resume", str(folder)]) == 2
-    assert "another process is using the search in " in capsys.readouterr().err
-    assert run_search(folder.parent / "new", "--warm-start", folder) == 2
-    assert f"another process is using the search in {folder}; wait" in capsys.readouterr().err
-    assert run_search(folder) == 2
-    assert f"{folder} already exists" in capsys.readouterr().err
-
-
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
 def test_search_that_runs_is_left_alone_until_it_or_all_its_processes_are_stopped_and_says_how_to_resume(
     ray_started: str, tmp_path: Path, capsys: pytest.CaptureFixture
@@ -61,14 +51,19 @@ def test_search_that_runs_is_left_alone_until_it_or_all_its_processes_are_stoppe
             output = tmp_path / f"{name}.txt"
             processes[name] = start(address, quick(folder, *LONG), output, become_a_job, str(folder), parent)
         for name, process in processes.items():
-            wait_for(partial(has_reported, tmp_path / name), process)
-            check_left_alone(tmp_path / name, capsys)
-            others = processes_with(f"MARK={tmp_path / name}")
+            folder = tmp_path / name
+            wait_for(lambda log=folder / LOG_FILE: log.exists() and '"reported"' in log.read_text(), process)
+            for command, words in (
+                (["--resume", str(folder)], "another process is using the search in "),
+                (quick(tmp_path / "new", "--warm-start", folder), f"another process is using the search in {folder}; "),
+                (quick(folder), f"{folder} already exists"),
+            ):
+                assert main(command) == 2
+                assert words in capsys.readouterr().err
             if name != "it alone":
-                assert listening([process.pid, *others]) == {"127.0.0.1"}
-            for pid in others if name == "ray_first" else []:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+                assert listening([process.pid, *processes_with(str(folder))]) == {"127.0.0.1"}
+            if name == "ray_first":
+                kill_all(str(folder))
             time.sleep(0.3)
             os.killpg(process.pid, signals[name])
         for name, process in processes.items():
@@ -81,7 +76,7 @@ def test_search_that_runs_is_left_alone_until_it_or_all_its_processes_are_stoppe
             assert printed.strip().splitlines()[-1].endswith(resume)
             assert {row["status"] for row in read_csv(tmp_path / name)} <= {"UNFINISHED", "PENDING"}
             assert not (tmp_path / name / "best_model").exists()
-        wait_for(lambda: not processes_with(f"MARK={tmp_path}/"))  # no orphans
+        wait_for(lambda: not processes_with(f"{tmp_path}/"))  # no orphans
         assert len(list(Path(parent).iterdir())) <= 1  # the logs of the Ray that died, at most
     finally:
         kill_all(f"{tmp_path}/")
