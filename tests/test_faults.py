@@ -1,4 +1,4 @@
-"""Searches that are killed, starved and damaged: nothing that was reported may be lost, and no figure may be wrong."""
+"""Searches that are stopped, killed, starved and damaged: no report may be lost, and no figure may be wrong."""
 
 import contextlib
 import itertools
@@ -6,8 +6,12 @@ import logging
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
+import socket
+import tempfile
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -20,16 +24,30 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import hparam_search
 from data import make_synthetic
 from hparam_search import main
-from search import best_model, records
-from search.files import append_line, explain_failure, read_lines
+from search import best_model
+from search.files import read_lines
 from search.records import LOG_FILE, open_search, script_command
 from search.trial import OUTPUT_FILE, TRAINING_FILE, run_trial, train_cifar, weights_path
-from tests import conftest
-from tests.conftest import Finished, figures, read_csv, run_search
+from tests.conftest import (
+    SMALL_IMAGES,
+    Finished,
+    Tracker,
+    copy_before_the_end,
+    figures,
+    kill_all,
+    make_trials_here,
+    processes_with,
+    quick,
+    read_csv,
+    run_search,
+    start,
+    wait_for,
+)
 from tests.helpers import CPU, disk_full_after
 from train import evaluate, evaluation_batches
 
 pytestmark = pytest.mark.usefixtures("small_search")
+LONG = ["--num-samples", "1", "--scheduler", "none", "--max-epochs", "500"]
 
 
 def aloud(*args: object) -> None:
@@ -68,7 +86,7 @@ def test_trials_that_fail_leave_the_others_alone_and_are_tried_again_on_resume(
 ) -> None:
     folder, names = tmp_path / "it", [f"train_cifar_0000{i}" for i in range(4)]
     monkeypatch.setattr(hparam_search, "MAX_FAILURES_PER_TRIAL", 0)
-    monkeypatch.setattr(hparam_search, "callbacks", [tracker := conftest.Tracker()])
+    monkeypatch.setattr(hparam_search, "callbacks", [tracker := Tracker()])
     # Trials that differ only in what has no effect, so that their figures must be the same.
     space = hparam_search.QUICK_SPACE | {"h_2": 16, "lr": 0.02, "p_drop": 0.1, "bias_lr": tune.uniform(0.0, 0.02)}
     monkeypatch.setattr(hparam_search, "QUICK_SPACE", space)
@@ -88,13 +106,13 @@ def test_trials_that_fail_leave_the_others_alone_and_are_tried_again_on_resume(
     assert all(f"{names[i]} failed: {because[i]}.\n" in printed.err for i in (2, 3))
     assert because[3] in error_file.read_text()
     assert not list(folder.glob(f"{names[1]}/*.pt"))
-    texts = [path.read_text() for path in sorted(folder.glob(f"*/{OUTPUT_FILE}")) if path.parent.name in names[:2]]
+    texts = [(folder / name / OUTPUT_FILE).read_text() for name in names[:2]]
     assert texts == ["printed without GPUs\nWARNING:root:logged\nfrom another program\n"] * 2
     assert sorted(tracker.ended) == [(name, i > 1) for i, name in enumerate(names)]
     assert [len(trial.reports) for trial in open_search(folder, {}).trials.values()] == [4, 1, 2, 0]
 
     before = read_lines(folder / LOG_FILE)[0]
-    conftest.make_trials_here(monkeypatch.setattr)
+    make_trials_here(monkeypatch.setattr)
     assert main(["--resume", str(folder)]) == 0
     printed = capsys.readouterr()
     assert "Trial status: 3 TERMINATED | 1 DIVERGED" in printed.out
@@ -105,33 +123,6 @@ def test_trials_that_fail_leave_the_others_alone_and_are_tried_again_on_resume(
     # Both restart; then each begins, and reports the epochs that it lacks.
     killed, starved = ([(names[i], epoch) for epoch in (None, *range(first, 5))] for i, first in ((2, 3), (3, 1)))
     assert new == [(None, None), (names[2], 2), (names[3], 0), *killed, *starved, (None, None)]
-
-
-@pytest.mark.usefixtures("trials_here")
-def test_log_on_a_full_disk_ends_the_search_which_continues_on_resume(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    folder, writable = tmp_path / "it", 5  # two trials are drawn; one begins, and reports once
-
-    def append_unless_full(path: Path, content: dict, durable: bool) -> None:
-        with explain_failure(path):
-            if len(path.read_bytes().splitlines() if path.exists() else []) >= writable:
-                raise OSError(28, "No space left on device")
-        append_line(path, content, durable)
-
-    full = f"hparam_search.py: cannot write {folder / LOG_FILE} (No space left on device); make room there.\n"
-    with monkeypatch.context() as patch:
-        patch.setattr(records, "append_line", append_unless_full)
-        assert run_search(folder, "--num-samples", 1, "--max-epochs", 2, "--scheduler", "none") == 1
-        assert capsys.readouterr().err.endswith(full)
-        writable = 10  # all but the last report
-        assert main(["--resume", str(folder)]) == 1
-    printed = capsys.readouterr()
-    assert printed.err.endswith(full)
-    assert f"--resume {folder}\n" in printed.out
-    assert main(["--resume", str(folder)]) == 0
-    assert [(row["status"], row["epochs"]) for row in read_csv(folder)] == [("TERMINATED", "2")] * 2
-    assert [event["event"] for event in read_lines(folder / LOG_FILE)[0]].count("reported") == 4
 
 
 @pytest.mark.waits_for_searches
@@ -165,13 +156,13 @@ def kill_at(moment: int) -> None:
 
 
 def test_search_killed_as_it_ends_does_so_on_resume(finished: Finished, ray_started: str, tmp_path: Path) -> None:
-    folder, output = conftest.copy_before_the_end(finished.folder, tmp_path / "it"), tmp_path / "output.txt"
+    folder, output = copy_before_the_end(finished.folder, tmp_path / "it"), tmp_path / "output.txt"
     for path in folder.glob("*/weights_*.pt"):  # what pruning deletes
         (path.parent / TRAINING_FILE).touch()
         shutil.copyfile(path, weights_path(path.parent, 99))
     files = [Path("best_model", name) for name in ("config.json", "metrics.json", "weights.pt")]
     for moment in itertools.count():
-        process = conftest.start(ray_started, ["--resume", str(folder)], output, kill_at, moment)
+        process = start(ray_started, ["--resume", str(folder)], output, kill_at, moment)
         process.join(60)
         if (folder / "results.csv").exists():
             assert figures(folder) == figures(finished.folder)
@@ -208,7 +199,7 @@ def flip(content: bytes, bit: int) -> bytes:
 def test_any_damage_ends_in_a_sentence_and_in_no_figure_that_was_not_reported(
     ended: bool, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    generator, dataset, tested = random.Random(0), make_synthetic(**conftest.SMALL_IMAGES), set()
+    generator, dataset, tested, codes = random.Random(0), make_synthetic(**SMALL_IMAGES), set(), set()
     monkeypatch.setattr(hparam_search, "read_images", lambda **source: dataset)
     monkeypatch.setattr(tune.Tuner, "fit", lambda tuner: None)  # all but the training
     whole = shutil.copytree(finished.folder, tmp_path / "whole", ignore=shutil.ignore_patterns("events.*"))
@@ -224,7 +215,7 @@ def test_any_damage_ends_in_a_sentence_and_in_no_figure_that_was_not_reported(
 
     undamaged = shutil.copytree(whole, tmp_path / "undamaged")
     assert main(["--resume", str(undamaged)]) == 0
-    expected, codes = figures(undamaged, "seconds images_per_second weights"), []
+    expected = figures(undamaged, "seconds images_per_second weights")
     for file in sorted(path.relative_to(whole) for path in whole.rglob("*") if path.is_file()):
         for damage, change in list(DAMAGES.items()) * (3 if file.name == LOG_FILE else 1):
             folder, what = tmp_path / "it", f"{file} {damage}"
@@ -236,8 +227,7 @@ def test_any_damage_ends_in_a_sentence_and_in_no_figure_that_was_not_reported(
                 shutil.rmtree(folder / "best_model")  # which would make up for it
             code = main(["--resume", str(folder)])
             printed = capsys.readouterr()
-            codes.append(code)
-            assert code in (0, 1, 2), what
+            codes.add(code)
             assert code == 0 or printed.err.strip().endswith("."), what
             if code == 2:
                 assert printed.err.splitlines()[-1].startswith("hparam_search.py: "), what
@@ -247,4 +237,69 @@ def test_any_damage_ends_in_a_sentence_and_in_no_figure_that_was_not_reported(
             for row in read_csv(folder):
                 columns = ("loss", "accuracy", "best_loss", "best_accuracy", "seconds", "lr", "p_drop", "epochs")
                 assert {row[column] for column in columns} <= reported, what
-    assert set(codes) == {0, 1, 2}
+    assert codes == {0, 1, 2}
+
+
+def listening(pids: list[int]) -> set[str]:
+    """Return the addresses on which processes listen for TCP connections."""
+    sockets = set()
+    for path in (path for pid in pids for path in Path(f"/proc/{pid}/fd").glob("*")):
+        with contextlib.suppress(OSError):
+            sockets.add(str(path.readlink()))
+    lines = [line.split() for table in ("tcp", "tcp6") for line in Path(f"/proc/net/{table}").read_text().splitlines()]
+    listening = [line[1].split(":")[0][-8:] for line in lines if line[3] == "0A" and f"socket:[{line[9]}]" in sockets]
+    return {socket.inet_ntoa(bytes.fromhex(address)[::-1]) for address in listening}
+
+
+def become_a_job(mark: str, ray_folder: str) -> None:
+    """Put this process into a group of its own, as a shell does; what it starts has the mark in its environment."""
+    hparam_search.tuner.usable_cpus = lambda: 1
+    os.setsid()
+    os.environ |= {"MARK": mark, "RAY_TMPDIR": ray_folder}
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
+def test_search_that_runs_is_left_alone_until_it_or_all_its_processes_are_stopped_and_says_how_to_resume(
+    ray_started: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    signals = {"it alone": signal.SIGINT, "all_at_once": signal.SIGTERM, "ray_first": signal.SIGUSR1}
+    ray_folder = Path(tempfile.mkdtemp(prefix="t", dir="/tmp"))  # short, for the paths of sockets
+    processes = {}
+    try:
+        for name in signals:  # the first joins a Ray; the others have Rays of their own, as a user's search has
+            address, command = ray_started if name == "it alone" else None, quick(tmp_path / name, *LONG)
+            marks = str(tmp_path / name), str(ray_folder)
+            processes[name] = start(address, command, tmp_path / f"{name}.txt", become_a_job, *marks)
+        for name, process in processes.items():
+            folder = tmp_path / name
+            wait_for(lambda log=folder / LOG_FILE: log.exists() and '"reported"' in log.read_text(), process)
+            in_use = f"another process is using the search in {folder}; wait"
+            warm_start = quick(tmp_path / "new", "--warm-start", folder)
+            for command, words in (
+                (["--resume", str(folder)], in_use),
+                (warm_start, in_use),
+                (quick(folder), "exists"),
+            ):
+                assert main(command) == 2
+                assert words in capsys.readouterr().err
+            if name != "it alone":
+                assert listening([process.pid, *processes_with(str(folder))]) == {"127.0.0.1"}
+            if name == "ray_first":
+                kill_all(str(folder))
+            time.sleep(0.3)
+            os.killpg(process.pid, signals[name])
+        for name, process in processes.items():
+            process.join(30)
+            printed = Path(process.name).read_text()
+            assert process.exitcode == 128 + signals[name], printed
+            assert "Traceback" not in printed
+            assert "Trial status: " in printed
+            resume = f"hparam_search.py --resume {shlex.quote(str(tmp_path / name))}"
+            assert printed.strip().splitlines()[-1].endswith(resume)
+            assert {row["status"] for row in read_csv(tmp_path / name)} <= {"UNFINISHED", "PENDING"}
+            assert not (tmp_path / name / "best_model").exists()
+        wait_for(lambda: not processes_with(f"{tmp_path}/"))  # no orphans
+        assert len(list(ray_folder.iterdir())) <= 1  # the logs of the Ray that died, at most
+    finally:
+        kill_all(f"{tmp_path}/")
+        shutil.rmtree(ray_folder)

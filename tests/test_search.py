@@ -23,7 +23,8 @@ from model import SmallResNet
 from search import best_model, predict
 from search.best_model import load_model, read_best_model, read_model
 from search.cost import model_cost
-from search.records import open_search, script_command
+from search.files import append_line, explain_failure
+from search.records import LOG_FILE, open_search, script_command
 from search.sampler import suggest_config
 from search.trial import weights_path
 from tests.conftest import (
@@ -268,10 +269,10 @@ def for_the_lowest_loss(ray_started: str, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.usefixtures("trials_here")
-def test_search_grown_step_by_step_ends_as_if_asked_for_everything_at_first(
+def test_search_interrupted_and_grown_step_by_step_ends_as_if_asked_for_everything_at_first(
     for_the_lowest_loss: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    folder = tmp_path / "it"
+    folder, log = tmp_path / "it", tmp_path / "it" / LOG_FILE
     for name, value in LOWEST_LOSS.items():
         monkeypatch.setattr(hparam_search, name, value)
     # A budget that is spent at once: nothing has been trained.
@@ -292,10 +293,26 @@ def test_search_grown_step_by_step_ends_as_if_asked_for_everything_at_first(
     assert "test accuracy: " in out
     assert [row["status"] for row in read_csv(folder)] == ["UNFINISHED", "PENDING"]
 
+    # Then the disk is full after the first epoch of the next trial.
+    writable = len(log.read_text().splitlines()) + 5
+
+    def append_unless_full(path: Path, content: dict, durable: bool) -> None:
+        with explain_failure(path):
+            if len(path.read_text().splitlines()) >= writable:
+                raise OSError(28, "No space left on device")
+        append_line(path, content, durable)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("search.records.append_line", append_unless_full)
+        assert main(["--resume", str(folder)]) == 1
+    printed = capsys.readouterr()
+    assert printed.err.endswith(f"hparam_search.py: cannot write {log} (No space left on device); make room there.\n")
+    assert f"--resume {folder}\n" in printed.out
+
     assert main(["--resume", str(folder), "--cpus-per-trial", "2"]) == 2
     assert "--cpus-per-trial 2 exceeds the 1 available; use at most that" in capsys.readouterr().err
 
-    # With time enough and more samples, it is as if there had been no budget.
+    # With time, room and more samples, it is as if nothing had happened.
     more = ["--time-budget", "2h", "--num-samples", "2", "--repeats", "2", "--cpus-per-trial", "1"]
     assert main(["--resume", str(folder), *more]) == 0
     out, rows = capsys.readouterr().out, read_csv(folder)
