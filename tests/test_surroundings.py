@@ -132,21 +132,21 @@ def test_node_may_die_or_see_another_disk(
 # What README says under "Add a hyperparameter", done between two commands.
 ADDED = """
 import sys
-sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+search, picture, in_space = Path(sys.argv[1]), *sys.argv[2:]
+sys.path.insert(0, "project")
 import hparam_search
 from ray import tune
 from search import predict
 from tests.conftest import make_small, make_trials_here, quick
-from pathlib import Path
 make_small(setattr)
 make_trials_here(setattr)
-space, in_space, search, picture = hparam_search.param_space, sys.argv[2], Path(sys.argv[3]), sys.argv[4]
-space["dampening"] = 0.0
+hparam_search.param_space["dampening"] = 0.0
 assert predict.main([str(search / "best_model"), picture]) == 0
 assert hparam_search.main(["--resume", str(search), "--num-samples", "3"]) == 0
-space |= eval("{" + in_space + "\\n}")
+hparam_search.param_space |= eval("{" + in_space + "\\n}")
 assert hparam_search.main(["--resume", str(search), "--num-samples", "4"]) == 2
-space["nesterov"] = False
+hparam_search.param_space["nesterov"] = False
 assert hparam_search.main(quick(search.parent / "new", "--num-samples", "1", "--max-epochs", "1")) == 0
 """
 
@@ -156,24 +156,19 @@ def test_readme_adds_a_hyperparameter_and_earlier_models_and_searches_keep_worki
 ) -> None:
     readme = (REPOSITORY / "README.md").read_text()
     in_train, in_space = re.search(r"```python\n(.*in OPTIMIZER.*\n)(.*)\n```", readme).groups()
-    project, folder = tmp_path / "project", shutil.copytree(finished.folder, tmp_path / "it")
-    shutil.copytree(REPOSITORY, project, ignore=shutil.ignore_patterns(".*", "outputs", "data", "docs"))
-    train = (project / "train.py").read_text().replace("\nOPTIMIZER = {", "\nOPTIMIZER = {\n" + in_train)
-    (project / "train.py").write_text(train)
-    Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
-    command = [sys.executable, "-c", ADDED, str(project), in_space, str(folder), str(tmp_path / "red.png")]
-    result = subprocess.run(
-        command, env=os.environ | {"RAY_ADDRESS": ray_started}, cwd=tmp_path, text=True, capture_output=True
-    )
+    folder, picture = shutil.copytree(finished.folder, tmp_path / "it"), tmp_path / "red.png"
+    shutil.copytree(REPOSITORY, tmp_path / "project", ignore=shutil.ignore_patterns(".*", "outputs", "data", "docs"))
+    train = tmp_path / "project" / "train.py"
+    train.write_text(train.read_text().replace("\nOPTIMIZER = {", "\nOPTIMIZER = {\n" + in_train))
+    Image.new("RGB", (32, 32), "red").save(picture)
+    command = [sys.executable, "-c", ADDED, str(folder), str(picture), in_space]
+    environment = os.environ | {"RAY_ADDRESS": ray_started}
+    result = subprocess.run(command, env=environment, cwd=tmp_path, text=True, capture_output=True)
     assert result.returncode == 0, result.stderr
     assert "'dampening' is {'tune': 'uniform', 'lower': 0.0, 'upper': 0.5}, but was 0.0 when" in result.stderr
     assert "damaged" not in result.stdout + result.stderr
-    rows = read_csv(folder)
-    assert [row["dampening"] for row in rows] == ["0.0"] * 6
-    assert [row["status"] for row in rows] == ["TERMINATED"] * 6
-    assert figures(folder, "seconds images_per_second dampening weights")[:4] == figures(
-        finished.folder, "seconds images_per_second weights"
-    )
-    assert all(
-        0 < float(row["dampening"]) < 0.5 and row["status"] == "TERMINATED" for row in read_csv(tmp_path / "new")
-    )
+    rows, new = read_csv(folder), read_csv(tmp_path / "new")
+    assert [(row["dampening"], row["status"]) for row in rows] == [("0.0", "TERMINATED")] * 6
+    without = "seconds images_per_second dampening weights"
+    assert figures(folder, without)[:4] == figures(finished.folder, without)
+    assert all(0 < float(row["dampening"]) < 0.5 and row["status"] == "TERMINATED" for row in new)
