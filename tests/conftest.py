@@ -41,7 +41,7 @@ from tests.helpers import CONFIG, RECIPE
 torch.set_num_threads(1)  # of two, one may wait for the other if the machine is busy
 model_cost(CONFIG, 5)  # takes a second the first time: here, once for all processes that are forked
 REPOSITORY = Path(hparam_search.__file__).parent
-SMALL_IMAGES = {"num_train": 250, "num_test": 100, "num_classes": 5}
+SMALL_IMAGES = {"num_train": 125, "num_test": 50, "num_classes": 5}
 EXAMPLE = ["--num-samples", "2", "--max-epochs", "10"]  # the flags of `finished`
 # Runs a command in its own mount namespace, if allowed.
 NAMESPACE = ["unshare", "-rm"]

@@ -47,7 +47,7 @@ from tests.helpers import CPU, disk_full_after
 from train import evaluate, evaluation_batches
 
 pytestmark = pytest.mark.usefixtures("small_search")
-LONG = ["--num-samples", "1", "--scheduler", "none", "--max-epochs", "500"]
+LONG = ["--num-samples", "1", "--scheduler", "none", "--max-epochs", "1000"]
 
 
 def aloud(*args: object) -> None:

@@ -51,9 +51,9 @@ def evaluated(model: nn.Module, split: str) -> tuple[float, float]:
     return evaluate(model, evaluation_batches(DATA, split, torch.device("cpu")))
 
 
-def test_results_have_a_row_per_trial_with_its_best_epoch(finished: Finished) -> None:
-    trials, ends = list(finished.search.trials.values()), {"10": "all epochs done", "2": "stopped by the scheduler"}
-    for trial, h_2, row in zip(trials, (16, 32, 16, 32), finished.rows, strict=True):
+def test_results_and_best_model_have_the_figures_that_were_reported(finished: Finished) -> None:
+    trials, ends = finished.search.trials, {"10": "all epochs done", "2": "stopped by the scheduler"}
+    for trial, h_2, row in zip(trials.values(), (16, 32, 16, 32), finished.rows, strict=True):
         last, best = trial.reports[-1], max(trial.reports, key=lambda report: report.accuracy)
         assert [report.epoch for report in trial.reports] == list(range(1, int(row["epochs"]) + 1))
         expected = model_cost(trial.config, 5) | {"images_per_second": last.images_per_second}
@@ -62,24 +62,23 @@ def test_results_have_a_row_per_trial_with_its_best_epoch(finished: Finished) ->
         expected |= {"status": "TERMINATED", "max_epochs": 10, "ended_because": ends[row["epochs"]]}
         assert {key: row[key] for key in expected} == {key: str(value) for key, value in expected.items()}
     assert {row["ended_because"] for row in finished.rows} == set(ends.values())
-    assert pandas.read_csv(finished.folder / "results.csv")["trial"].tolist() == list(finished.search.trials)
+    assert pandas.read_csv(finished.folder / "results.csv")["trial"].tolist() == list(trials)
     # The two best models are on the disk, and no training states.
     kept = sorted(str(path.relative_to(finished.folder)) for path in finished.folder.glob("*/weights_*.pt"))
     assert kept == sorted(row["weights"] for row in finished.rows if row["weights"])
     assert len(kept) == 2
     assert not [*finished.folder.glob("*/training*"), *finished.folder.rglob(".*")]
 
-
-def test_best_model_has_the_figures_that_were_reported(finished: Finished) -> None:
     (model, about), metrics = read_model(finished.folder / "best_model"), finished.metrics
     best = max(finished.rows, key=lambda row: (float(row["best_accuracy"]), -float(row["best_loss"])))
+    assert best["trial"] == f"train_cifar_{metrics['trial_id']}"
     shown = [str(metrics[key]) for key in ("epoch", "val_loss", "val_accuracy")]
     assert shown == [best[key] for key in ("best_epoch", "best_loss", "best_accuracy")]
-    assert best["trial"] == f"train_cifar_{metrics['trial_id']}"
-    assert about["hyperparameters"] == finished.search.trials[best["trial"]].config
+    assert about["hyperparameters"] == trials[best["trial"]].config
     assert (about["classes"], about["mean"]) == (list(DATA.classes), list(DATA.mean))
-    assert evaluated(model, "val") == pytest.approx((metrics["val_loss"], metrics["val_accuracy"]), rel=0.001)
-    assert evaluated(model, "test") == pytest.approx((metrics["test_loss"], metrics["test_accuracy"]), rel=0.001)
+    for split in ("val", "test"):
+        reported = metrics[f"{split}_loss"], metrics[f"{split}_accuracy"]
+        assert evaluated(model, split) == pytest.approx(reported, rel=0.001)
 
 
 def test_guide_classifies_a_picture_with_the_best_model(
@@ -239,16 +238,16 @@ def test_weights_that_model_py_no_longer_fits_are_not_called_damaged(
 
 
 class OverInTheFirstTrial(tune.Stopper):
-    """A time budget that is spent in the middle of a trial, however fast this machine is."""
+    """A time budget that is spent after the first trial's first epoch, however fast this machine is."""
 
-    epochs = 0
+    over = False
 
     def __call__(self, trial_id: str, result: dict) -> bool:
-        self.epochs = max([each["epoch"] for each in result["reports"]], default=0)
+        self.over = bool(result["reports"])
         return False
 
     def stop_all(self) -> bool:
-        return self.epochs == 3
+        return self.over
 
 
 LOWEST_LOSS = {"METRIC": "loss", "MODE": "min", "STARTUP_TRIALS": 1}
@@ -291,10 +290,13 @@ def test_search_interrupted_and_grown_step_by_step_ends_as_if_asked_for_everythi
     out = capsys.readouterr().out
     assert "The time budget is spent." in out
     assert "test accuracy: " in out
-    assert [row["status"] for row in read_csv(folder)] == ["UNFINISHED", "PENDING"]
+    assert [(row["status"], row["epochs"]) for row in read_csv(folder)] == [("UNFINISHED", "1"), ("PENDING", "")]
 
-    # Then the disk is full after the first epoch of the next trial.
-    writable = len(log.read_text().splitlines()) + 5
+    assert main(["--resume", str(folder), "--cpus-per-trial", "2"]) == 2
+    assert "--cpus-per-trial 2 exceeds the 1 available; use at most that" in capsys.readouterr().err
+
+    # With more samples and time, the disk is soon full.
+    writable = len(log.read_text().splitlines()) + 8
 
     def append_unless_full(path: Path, content: dict, durable: bool) -> None:
         with explain_failure(path):
@@ -304,17 +306,15 @@ def test_search_interrupted_and_grown_step_by_step_ends_as_if_asked_for_everythi
 
     with monkeypatch.context() as patch:
         patch.setattr("search.records.append_line", append_unless_full)
-        assert main(["--resume", str(folder)]) == 1
+        more = ["--time-budget", "2h", "--num-samples", "2", "--cpus-per-trial", "1"]
+        assert main(["--resume", str(folder), *more]) == 1
     printed = capsys.readouterr()
     assert printed.err.endswith(f"hparam_search.py: cannot write {log} (No space left on device); make room there.\n")
     assert f"--resume {folder}\n" in printed.out
+    assert "UNFINISHED" in {row["status"] for row in read_csv(folder)}
 
-    assert main(["--resume", str(folder), "--cpus-per-trial", "2"]) == 2
-    assert "--cpus-per-trial 2 exceeds the 1 available; use at most that" in capsys.readouterr().err
-
-    # With time, room and more samples, it is as if nothing had happened.
-    more = ["--time-budget", "2h", "--num-samples", "2", "--repeats", "2", "--cpus-per-trial", "1"]
-    assert main(["--resume", str(folder), *more]) == 0
+    # With room, it is as if nothing had happened.
+    assert main(["--resume", str(folder), "--repeats", "2"]) == 0
     out, rows = capsys.readouterr().out, read_csv(folder)
     assert "budget is spent" not in out
     assert figures(folder) == figures(for_the_lowest_loss)

@@ -102,7 +102,7 @@ def test_node_may_die_or_see_another_disk(
     files = " ".join(f"{REPOSITORY / name}.py" for name in ("hparam_search", "train", "model", "data"))
     hide = f'mount -t tmpfs none {REPOSITORY}/search; for f in {files}; do mount --bind /dev/null $f; done; exec "$@"'
     folder, output, mark = tmp_path / "it", tmp_path / "output.txt", str(tmp_path)
-    flags = ["--num-samples", "1", "--max-epochs", "24", "--scheduler", "none"]
+    flags = ["--num-samples", "1", "--max-epochs", "48", "--scheduler", "none"]
     with second_node(ray_started, mark, [*NAMESPACE, "sh", "-c", hide, "sh"] if NAMESPACE else []):
         process = conftest.start(ray_started, quick(folder, *flags), output, see_two_cpus)
         conftest.wait_for(lambda: len(conftest.epochs_saved(folder)) == 2, process)
@@ -112,7 +112,7 @@ def test_node_may_die_or_see_another_disk(
     assert process.exitcode == 0, output.read_text()
     restarts = [event for event in read_lines(folder / "log.jsonl")[0] if event["event"] == "restarted"]
     assert all(event["epoch"] >= saved[event["trial"]] for event in restarts)
-    assert [(row["status"], row["epochs"]) for row in read_csv(folder)] == [("TERMINATED", "24")] * 2
+    assert [(row["status"], row["epochs"]) for row in read_csv(folder)] == [("TERMINATED", "48")] * 2
 
     if not NAMESPACE:
         pytest.skip("no mount namespaces here, for a node that sees another disk")
