@@ -102,7 +102,7 @@ def test_tensorboard_shows_trials_search_and_best_model(finished: Finished) -> N
         for tag, key in (("accuracy/validation", "accuracy"), ("loss/train", "train_loss"), ("training/lr", "lr")):
             curve = {report.epoch: getattr(report, key) for report in trial.reports}
             assert {event.step: event.value for event in events.Scalars(tag)} == pytest.approx(curve)
-        final = {"best_loss": trial.best.loss, "best_accuracy": trial.best.accuracy, "epochs": len(trial.reports)}
+        final = {"best_accuracy": trial.best.accuracy, "best_loss": trial.best.loss, "epochs": len(trial.reports)}
         final |= model_cost(trial.config, 5)
         assert {key: events.Scalars(f"trial/{key}")[-1].value for key in final} == pytest.approx(final)
         start, end = (hparams_of(events, f"session_{key}_info") for key in ("start", "end"))
@@ -141,7 +141,7 @@ def test_terminal_shows_the_recap_and_why_each_trial_ended(finished: Finished) -
     assert f'    "h_2": {config["h_2"]},\n    "p_drop": {config["p_drop"]!r},\n    "lr": {config["lr"]!r},\n' in out
     assert f"test accuracy: {finished.metrics['test_accuracy']:.4f}\n" in out
     saved = 40 - sum(int(row["epochs"]) for row in finished.rows)
-    assert f"Early stopping saved {saved} of 40 epochs.\n" in out
+    assert f"The scheduler saved {saved} of 40 epochs.\n" in out
     ends = re.findall(r"^(train_cifar_\w+): (.+), at epoch (\d+); best accuracy (0\.\d+)\.$", finished.err, re.M)
     assert sorted(ends) == [
         (row["trial"], row["ended_because"], row["epochs"], f"{float(row['best_accuracy']):.4f}")
