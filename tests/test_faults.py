@@ -202,6 +202,7 @@ def test_any_damage_ends_in_a_sentence_and_in_no_figure_that_was_not_reported(
     generator, dataset, tested, codes = random.Random(0), make_synthetic(**SMALL_IMAGES), set(), set()
     monkeypatch.setattr(hparam_search, "read_images", lambda **source: dataset)
     monkeypatch.setattr(tune.Tuner, "fit", lambda tuner: None)  # all but the training
+    monkeypatch.setattr(best_model, "show_best_model", lambda *_: None)  # and the pictures, which take half of the time
     whole = shutil.copytree(finished.folder, tmp_path / "whole", ignore=shutil.ignore_patterns("events.*"))
     reported = {"", *re.findall(r"-?\d[\d.e-]*", (whole / LOG_FILE).read_text())}
     if not ended:
