@@ -14,7 +14,7 @@ from search.records import LOG_FILE, METRICS, Trial
 from search.referee import TrialQueue
 from search.schedulers import CONTINUE, PAUSE, STOP, Promotion, early_stop, new_rungs
 from search.trial import TRAINING_FILE
-from tests import conftest
+from tests.conftest import read_csv, run_search
 from tests.helpers import END, NAN, add, report, search_in, tell
 
 
@@ -145,10 +145,8 @@ def scripted(config: dict, images: Path, search_folder: Path, rungs: dict[int, i
             os.kill(os.getpid(), signal.SIGKILL)
         if epoch in rungs and epoch > restored:
             state.write_text(str(epoch))
-        states = len(list(search_folder.glob(f"*/{TRAINING_FILE}")))
-        (search_folder / f"{name}.{epoch}.states").write_text(str(states))
-        report = dict.fromkeys(METRICS, 0.5) | {"epoch": epoch, "loss": 10 * config["lr"] + 1 / epoch}
-        tune.report({"reports": [report]})
+        metrics = dict.fromkeys(METRICS, 0.5) | {"epoch": epoch, "loss": 10 * config["lr"] + 1 / epoch}
+        tune.report({"reports": [metrics]})
 
 
 @pytest.mark.usefixtures("small_search")
@@ -158,16 +156,14 @@ def test_search_with_several_trials_at_once_promotes_the_best_though_the_last_fa
     at_once, folder = 2, tmp_path / "it"
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": at_once})
     monkeypatch.setattr(hparam_search, "train_cifar", scripted)
-    flags = ["--num-samples", 6, "--max-epochs", 10, "--time-budget", "1h"]
-    assert conftest.run_search(folder, *flags) == 1  # there are no weights
-    rows = conftest.read_csv(folder)
+    assert run_search(folder, "--num-samples", 6, "--max-epochs", 10, "--time-budget", "1h") == 1  # without weights
+    rows = read_csv(folder)
     assert [row["status"] for row in rows] == ["TERMINATED"] * 11 + ["ERROR"]
     by_loss = sorted(rows[:11], key=lambda row: float(row["lr"]))
     for epoch, places in {4: 6, 8: 3, 10: 2}.items():
         passed = [row for row in rows if int(row["epochs"] or 0) >= epoch]
         assert all(row in passed for row in by_loss[:places])
         assert len(passed) <= places + at_once - 1
-    assert max(int(path.read_text()) for path in folder.glob("*.states")) <= 6 + at_once
     assert not list(folder.glob(f"*/{TRAINING_FILE}"))
     assert "train_cifar_00005 failed; restarting it." in capsys.readouterr().err
     events = read_lines(folder / LOG_FILE)[0]

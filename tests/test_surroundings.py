@@ -17,7 +17,9 @@ from ray import tune
 from ray.util import placement_group
 
 import hparam_search
+import train
 from hparam_search import main
+from search import predict
 from search.best_model import read_best_model
 from search.files import read_lines
 from search.records import open_search
@@ -129,44 +131,27 @@ def test_node_may_die_or_see_another_disk(
     assert f"{failed.name} failed: OSError: {sentence}.\n" in capsys.readouterr().err
 
 
-# What README says under "Add a hyperparameter", done between two commands.
-ADDED = """
-import sys
-from pathlib import Path
-search, picture, in_space = Path(sys.argv[1]), *sys.argv[2:]
-sys.path.insert(0, "project")
-import hparam_search
-from ray import tune
-from search import predict
-from tests.conftest import make_small, make_trials_here, quick
-make_small(setattr)
-make_trials_here(setattr)
-hparam_search.param_space["dampening"] = 0.0
-assert predict.main([str(search / "best_model"), picture]) == 0
-assert hparam_search.main(["--resume", str(search), "--num-samples", "3"]) == 0
-hparam_search.param_space |= eval("{" + in_space + "\\n}")
-assert hparam_search.main(["--resume", str(search), "--num-samples", "4"]) == 2
-hparam_search.param_space["nesterov"] = False
-assert hparam_search.main(quick(search.parent / "new", "--num-samples", "1", "--max-epochs", "1")) == 0
-"""
-
-
+@pytest.mark.usefixtures("trials_here")
 def test_readme_adds_a_hyperparameter_and_earlier_models_and_searches_keep_working(
-    finished: Finished, ray_started: str, tmp_path: Path
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     readme = (REPOSITORY / "README.md").read_text()
-    in_train, in_space = re.search(r"```python\n(.*in OPTIMIZER.*\n)(.*)\n```", readme).groups()
+    in_train, in_space = re.search(r"```python\n(.*in OPTIMIZER.*\n)(.*\n)```", readme).groups()
+    for key, values in eval("{" + in_train + "}", vars(train)).items():
+        for table, value in ((train.OPTIMIZER, values), (train.CONFIG_KEYS, values), (train.DEFAULTS, values.default)):
+            monkeypatch.setitem(table, key, value)
+    monkeypatch.setattr(hparam_search, "param_space", space := hparam_search.param_space | {"dampening": 0.0})
     folder, picture = shutil.copytree(finished.folder, tmp_path / "it"), tmp_path / "red.png"
-    shutil.copytree(REPOSITORY, tmp_path / "project", ignore=shutil.ignore_patterns(".*", "outputs", "data", "docs"))
-    train = tmp_path / "project" / "train.py"
-    train.write_text(train.read_text().replace("\nOPTIMIZER = {", "\nOPTIMIZER = {\n" + in_train))
     Image.new("RGB", (32, 32), "red").save(picture)
-    command = [sys.executable, "-c", ADDED, str(folder), str(picture), in_space]
-    environment = os.environ | {"RAY_ADDRESS": ray_started}
-    result = subprocess.run(command, env=environment, cwd=tmp_path, text=True, capture_output=True)
-    assert result.returncode == 0, result.stderr
-    assert "'dampening' is {'tune': 'uniform', 'lower': 0.0, 'upper': 0.5}, but was 0.0 when" in result.stderr
-    assert "damaged" not in result.stdout + result.stderr
+    assert predict.main([str(folder / "best_model"), str(picture)]) == 0
+    assert main(["--resume", str(folder), "--num-samples", "3"]) == 0
+    space |= eval("{" + in_space + "}", vars(hparam_search))
+    assert main(["--resume", str(folder), "--num-samples", "4"]) == 2
+    printed = capsys.readouterr()
+    assert "'dampening' is {'tune': 'uniform', 'lower': 0.0, 'upper': 0.5}, but was 0.0 when" in printed.err
+    assert "damaged" not in printed.out + printed.err
+    space["nesterov"] = False
+    assert run_search(tmp_path / "new", "--num-samples", "1", "--max-epochs", "1") == 0
     rows, new = read_csv(folder), read_csv(tmp_path / "new")
     assert [(row["dampening"], row["status"]) for row in rows] == [("0.0", "TERMINATED")] * 6
     without = "seconds images_per_second dampening weights"
