@@ -1,4 +1,4 @@
-"""Ray, started once; small sets of images; and searches, here or as processes of their own."""
+"""Ray, started once; small sets of images; and searches: here, as processes of their own, and beside the tests."""
 
 import csv
 import io
@@ -6,24 +6,32 @@ import json
 import multiprocessing
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from PIL import Image
+
+import hparam_search  # before Ray: it sets what Ray reads at its import
+
+# isort: split
+import ray
 from ray import tune
 from ray.tune.logger import LoggerCallback
 
-import hparam_search  # before Ray: it sets what Ray reads at its import
 from search.cost import model_cost
 from search.files import load_tensors, read_lines
 from search.records import LOG_FILE, Search, open_search
@@ -33,7 +41,8 @@ from tests.helpers import CONFIG, RECIPE
 torch.set_num_threads(1)  # of two, one may wait for the other if the machine is busy
 model_cost(CONFIG, 5)  # takes a second the first time: here, once for all processes that are forked
 REPOSITORY = Path(hparam_search.__file__).parent
-SMALL_IMAGES = {"num_train": 250, "num_test": 100, "num_classes": 5}
+SMALL_IMAGES = {"num_train": 125, "num_test": 50, "num_classes": 5}
+EXAMPLE = ["--num-samples", "2", "--max-epochs", "10"]  # the flags of `finished`
 # Runs a command in its own mount namespace, if allowed.
 NAMESPACE = ["unshare", "-rm"]
 if shutil.which("unshare") is None or subprocess.run([*NAMESPACE, "true"], check=False).returncode != 0:
@@ -41,7 +50,7 @@ if shutil.which("unshare") is None or subprocess.run([*NAMESPACE, "true"], check
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: "waits_for_searches" in item.keywords)  # which run beside the other tests
+    items.sort(key=lambda item: "waits_for_searches" in item.keywords)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
@@ -67,14 +76,21 @@ def make_folder(tmp_path: Path) -> Callable:
 
 @pytest.fixture(scope="session")
 def ray_started() -> Iterator[str]:
-    """Start Ray with one CPU, and return its address: one trial at a time, on one thread, gives the same each time."""
+    """Start Ray with three CPUs, one of which is for `killed`, and return its address."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hparam_search.tuner, "usable_cpus", lambda: 1)
+        patch.setattr(hparam_search.tuner, "usable_cpus", lambda: 3)
         with hparam_search.tuner.running_ray(Settings()):
-            yield hparam_search.tuner.ray.get_runtime_context().gcs_address
+            yield ray.get_runtime_context().gcs_address
 
 
-EXAMPLE = ["--num-samples", "2", "--max-epochs", "10"]  # the flags of `finished`
+def make_small(setattr: Callable) -> None:
+    """Let --quick search a smaller space on fewer images, one trial at a time: so the results are always the same."""
+    space = hparam_search.QUICK_SPACE | RECIPE | {"h_1": 4, "h_2": tune.grid_search([16, 32])}
+    values = {"QUICK_IMAGES": SMALL_IMAGES, "QUICK_SPACE": space, "MODELS_KEPT": 2, "REPEATED_TRIALS": 1}
+    values |= {"PATIENCE": 1000, "SAVE_PERIOD": 0}  # the loss on few images is rough; as if epochs were long
+    for name, value in values.items():
+        setattr(hparam_search, name, value)
+    setattr(ray, "cluster_resources", lambda: {"CPU": 1})
 
 
 @pytest.fixture
@@ -82,62 +98,37 @@ def small_search(ray_started: str, monkeypatch: pytest.MonkeyPatch) -> None:
     make_small(monkeypatch.setattr)
 
 
-def make_small(setattr: Callable) -> None:
-    space = hparam_search.QUICK_SPACE | RECIPE | {"h_1": 4, "h_2": hparam_search.tune.grid_search([16, 32])}
-    values = {"QUICK_IMAGES": SMALL_IMAGES, "QUICK_SPACE": space, "MODELS_KEPT": 2, "REPEATED_TRIALS": 1}
-    values |= {"PATIENCE": 1000, "SAVE_PERIOD": 0}  # the loss on few images is rough; as if epochs were long
-    for name, value in values.items():
-        setattr(hparam_search, name, value)
-
-
-class TrialHere:
-    """Stands for one of Tune's trials."""
-
-    status, ERROR, trial_id = "RUNNING", "ERROR", "here"
-
-    def __init__(self, config: dict, name: Callable) -> None:
-        self.config = config
-        self.name = name(self)
-
-    def __str__(self) -> str:
-        return self.name
-
-    def get_trial_name(self) -> str:
-        return self.name
-
-    def get_trial_resources(self) -> SimpleNamespace:
-        return SimpleNamespace(head_cpus=1, required_resources={})
-
-
 class TunerHere:
     """Stands for Ray Tune where processes are not the point: it runs one trial at a time, in this process."""
 
     def __init__(self, trainable: Callable, tune_config: tune.TuneConfig, run_config: tune.RunConfig) -> None:
-        self.trainable, self.queue, self.referee = trainable, tune_config.search_alg, tune_config.scheduler
-        self.name, self.stopper, (self.watcher,) = tune_config.trial_name_creator, run_config.stop, run_config.callbacks
+        self.trainable, self.config, self.stopper = trainable, tune_config, run_config.stop
+        (self.watcher,) = run_config.callbacks
 
     def fit(self) -> None:
         self.watcher.setup()
-        while not self.stopper.stop_all() and isinstance(config := self.queue.suggest(""), dict):
-            trial = TrialHere(config, self.name)
-            about = {"iteration": 1, "trials": [trial]}
-            self.watcher.on_trial_start(**about, trial=trial)
-
-            def report(result: dict, trial: TrialHere = trial, about: dict = about) -> None:
-                self.stopper("", result)
-                decision = self.referee.on_trial_result(None, trial, result)
-                self.watcher.on_step_end(**about)
-                if decision == "STOP" or self.stopper.stop_all():
-                    raise StopIteration
-
-            with pytest.MonkeyPatch.context() as patch, suppress(StopIteration):
-                patch.setattr(
-                    "search.trial.tune", SimpleNamespace(report=report, get_context=lambda trial=trial: trial)
-                )
-                patch.setattr("search.trial.best_device", lambda name: torch.device("cpu"))
-                patch.setattr("search.trial.print_into", lambda path: None)
-                self.trainable(trial.config)
+        while not self.stopper.stop_all() and isinstance(config := self.config.search_alg.suggest(""), dict):
+            self.run(MagicMock(config=config, status="RUNNING", ERROR="ERROR"))
         self.watcher.on_experiment_end([])
+
+    def run(self, trial: MagicMock) -> None:
+        about = {"iteration": 1, "trials": [trial]}
+        trial.__str__.return_value = trial.get_trial_name.return_value = self.config.trial_name_creator(trial)
+        trial.get_trial_resources.return_value = SimpleNamespace(head_cpus=1, required_resources={})
+
+        def report(result: dict) -> None:
+            self.stopper("", result)
+            decision = self.config.scheduler.on_trial_result(None, trial, result)
+            self.watcher.on_step_end(**about)
+            if decision == "STOP" or self.stopper.stop_all():
+                raise StopIteration
+
+        self.watcher.on_trial_start(**about, trial=trial)
+        with pytest.MonkeyPatch.context() as patch, suppress(StopIteration):
+            patch.setattr("search.trial.tune", SimpleNamespace(report=report, get_context=lambda: trial))
+            patch.setattr("search.trial.best_device", lambda name: torch.device("cpu"))
+            patch.setattr("search.trial.print_into", lambda path: None)
+            self.trainable(trial.config)
 
 
 def make_trials_here(setattr: Callable) -> None:
@@ -230,33 +221,10 @@ def copy_before_the_end(folder: Path, target: Path) -> Path:
     return target
 
 
-def has_reported(folder: Path) -> bool:
-    return any(event["event"] == "reported" for event in read_lines(folder / LOG_FILE)[0])
-
-
 def epochs_saved(folder: Path) -> dict[str, int]:
     """Return, for each training state, its epoch."""
     states = {path.parent.name: load_tensors(path) for path in folder.glob("*/training.pt")}
     return {name: len(state["history"]) for name, state in states.items() if state}  # None: pruned just now
-
-
-def wait_for(condition: Callable, process: multiprocessing.Process | None = None, seconds: float = 120) -> None:
-    """Wait until a condition holds, while a process runs."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process is None or process.exitcode is None, Path(process.name).read_text()
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
-
-
-def processes_with(mark: str) -> list[int]:
-    """Return the processes that have a mark in their environment."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        with suppress(OSError):  # it has ended, or is another user's
-            if mark.encode() in path.read_bytes():
-                found.append(int(path.parent.name))
-    return found
 
 
 def start(
@@ -290,30 +258,118 @@ def in_a_process(
     os._exit(hparam_search.main(arguments))
 
 
-@pytest.fixture(scope="session")
-def cluster(ray_started: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Start a cluster of one node with one CPU, for searches beside the other tests, and return its address."""
-    port, mark = random.SystemRandom().randrange(20_000, 30_000), f"head_of_{tmp_path_factory.getbasetemp()}"
-    options = ["--head", "--port", str(port), "--include-dashboard", "false", "--node-ip-address", "127.0.0.1"]
-    with node(mark, *options):
-        wait_for(lambda: len(processes_with(f"MARK={mark}")) > 3)
-        time.sleep(2)
-        yield f"127.0.0.1:{port}"
+def wait_for(condition: Callable, process: multiprocessing.Process | None = None, seconds: float = 120) -> None:
+    """Wait until a condition holds, while a process runs."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process is None or process.exitcode is None, Path(process.name).read_text()
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def processes_with(mark: str) -> list[int]:
+    """Return the processes that have MARK=mark… in their environment."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):  # it has ended, or is another user's
+            if f"MARK={mark}".encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+    return found
+
+
+def kill_all(mark: str) -> None:
+    for pid in processes_with(mark):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 @contextmanager
-def node(mark: str, *arguments: str, within: Sequence[str] = ()) -> Iterator[None]:
-    """Run a node of a cluster, of one CPU, until the block ends; its processes have the mark in their environment."""
+def second_node(address: str, mark: str, within: Sequence[str]) -> Iterator[None]:
+    """Let a Ray have a second node, of one CPU, until the block ends.
+
+    The command `within` runs the node's, and its processes have the mark in their environment.
+    """
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": os.environ["RAY_AUTH_TOKEN"], "MARK": mark}
-    command = [*within, sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus", "1", *arguments]
+    command = [*within, sys.executable, "-m", "ray.scripts.scripts", "start", "--address", address, "--block"]
+    command += ["--num-cpus", "1"]
     subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
+        wait_for(lambda: sum(each["Alive"] for each in ray.nodes()) == 2)
         yield
     finally:
         kill_all(mark)
 
 
-def kill_all(mark: str) -> None:
-    for pid in processes_with(f"MARK={mark}"):
-        os.kill(pid, signal.SIGKILL)
+@pytest.fixture(scope="session", autouse=True)
+def searches_beside(request: pytest.FixtureRequest) -> None:
+    """Start the searches that run beside all tests, if one that waits for them is to run."""
+    for name in ("quick_run", "killed"):
+        if any(name in item.fixturenames for item in request.session.items):
+            request.getfixturevalue(name)
+
+
+@pytest.fixture(scope="session")
+def quick_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.Popen, Path]:
+    """Start README's first command where it is hardest; return its process and the folder in which it was called.
+
+    That is another project's folder, for one core, without a home, and with an output that is soon closed.
+    """
+    folder = tmp_path_factory.mktemp("elsewhere")
+    for name in ("train", "data", "model", "search"):
+        (folder / f"{name}.py").write_text("raise SystemExit('another project')")
+    scratch = folder / ("a_batch_system_has_long_names_for_" * 3)
+    scratch.mkdir()
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    environment |= {"RAY_ADDRESS": " ", "TMPDIR": str(scratch), "PYTHONPATH": str(folder)}
+    environment |= {"PYTHONIOENCODING": "ascii", "HOME": "~"}
+    script = str(REPOSITORY / "hparam_search.py")
+    command = shlex.join([sys.executable, script, "--quick", "--output-dir", "~/my outputs", "--name", "it"])
+    command = ["bash", "-o", "pipefail", "-c", f"{command} 2> err | head -1 > out"]
+    if hasattr(os, "sched_setaffinity"):
+        command = ["taskset", "-c", str(min(os.sched_getaffinity(0))), *command]
+    return subprocess.Popen(command, cwd=folder, env=environment), folder
+
+
+@pytest.fixture(scope="session")
+def killed(ray_started: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Future]:
+    """Start a search like `finished` which is killed again and again; yield its folder, once it has ended."""
+    with ThreadPoolExecutor(1) as executor:
+        yield executor.submit(search_killed_at_random_moments, ray_started, tmp_path_factory.mktemp("killed") / "it")
+
+
+def search_killed_at_random_moments(address: str, folder: Path) -> Path:
+    """Kill a search ten times, start or resume it each time, and return its folder."""
+    output, generator = folder.parent / "output.txt", random.Random(0)
+
+    def trains_after_event(number: int) -> bool:
+        """Return whether the log has so many events, the last of which reports an epoch without a saved state."""
+        events, _ = read_lines(folder / LOG_FILE)
+        return len(events) >= number and events[-1].get("epoch", 2) not in (2, 4, 8, 10)
+
+    for moment in range(11):
+        saved, before = epochs_saved(folder), read_lines(folder / LOG_FILE)[0]
+        process = start(address, quick(folder, *EXAMPLE, "--or-resume"), output, save_every, 1000 * (moment % 2))
+        if moment == 10:
+            process.join(120)
+        elif moment % 2:  # as it trains
+            goal = len(before) + generator.randint(2, 5)  # one event is that it has started
+            wait_for(partial(trains_after_event, goal), process)
+            process.join(generator.uniform(0, 0.05))
+        else:  # as it starts
+            process.join(generator.uniform(0, 1.5))
+        assert process.exitcode == (0 if moment == 10 else None), output.read_text()
+        process.kill()
+        process.join()
+        # The log has only grown, and no trial has lost what was saved.
+        events, damaged = read_lines(folder / LOG_FILE)
+        assert (events[: len(before)], damaged) == (before, 0)
+        for event in events[len(before) :]:
+            assert event["event"] != "restarted" or event["epoch"] >= saved.get(event["trial"], 0)
+    assert any(event["event"] == "restarted" for event in events)  # a trial, from an earlier epoch
+    assert "Traceback" not in output.read_text()
+    return folder
+
+
+def save_every(seconds: float) -> None:
+    hparam_search.SAVE_PERIOD = seconds

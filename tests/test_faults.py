@@ -1,14 +1,19 @@
-"""Searches that are killed, starved and damaged: nothing that was reported may be lost, and no figure may be wrong."""
+"""Searches that are stopped, killed, starved and damaged: no report may be lost, and no figure may be wrong."""
 
 import contextlib
 import itertools
+import logging
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+import socket
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -19,20 +24,41 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import hparam_search
 from data import make_synthetic
 from hparam_search import main
-from search import best_model, records
-from search.files import append_line, explain_failure, read_lines
+from search import best_model
+from search.files import read_lines
 from search.records import LOG_FILE, open_search, script_command
-from search.trial import TRAINING_FILE, train_cifar, weights_path
-from tests import conftest
-from tests.conftest import EXAMPLE, Finished, epochs_saved, figures, read_csv, run_search
+from search.trial import OUTPUT_FILE, TRAINING_FILE, run_trial, train_cifar, weights_path
+from tests.conftest import (
+    SMALL_IMAGES,
+    Finished,
+    Tracker,
+    copy_before_the_end,
+    figures,
+    kill_all,
+    make_trials_here,
+    processes_with,
+    quick,
+    read_csv,
+    run_search,
+    start,
+    wait_for,
+)
 from tests.helpers import CPU, disk_full_after
 from train import evaluate, evaluation_batches
 
 pytestmark = pytest.mark.usefixtures("small_search")
+LONG = ["--num-samples", "1", "--scheduler", "none", "--max-epochs", "1000"]
+
+
+def aloud(*args: object) -> None:
+    print("printed", os.environ["CUDA_VISIBLE_DEVICES"] or "without GPUs")
+    logging.warning("logged")
+    os.system("echo from another program")
+    run_trial(*args)
 
 
 def faulty(config: dict, **others: object) -> None:
-    """Train as train_cifar does, with a fault of its own in each trial but the first."""
+    """Train as train_cifar does; the first two trials print something, and all but the first have a fault."""
     number, report_to_ray = tune.get_context().get_trial_name()[-1], tune.report
 
     def killed_in_epoch_3(news: dict) -> None:
@@ -42,6 +68,8 @@ def faulty(config: dict, **others: object) -> None:
 
     no_room = disk_full_after(1000) if number == "3" else contextlib.nullcontext()
     with pytest.MonkeyPatch.context() as patch, no_room:
+        if number in "01":
+            patch.setattr("search.trial.run_trial", aloud)
         if number == "2":
             patch.setattr(tune, "report", killed_in_epoch_3)
         train_cifar(config | ({"lr": 1e4} if number == "1" else {}), **others)
@@ -56,12 +84,12 @@ def curve(folder: Path, number: int) -> list[tuple]:
 def test_trials_that_fail_leave_the_others_alone_and_are_tried_again_on_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
+    folder, names = tmp_path / "it", [f"train_cifar_0000{i}" for i in range(4)]
     monkeypatch.setattr(hparam_search, "MAX_FAILURES_PER_TRIAL", 0)
-    monkeypatch.setattr(hparam_search, "callbacks", [tracker := conftest.Tracker()])
+    monkeypatch.setattr(hparam_search, "callbacks", [tracker := Tracker()])
     # Trials that differ only in what has no effect, so that their figures must be the same.
     space = hparam_search.QUICK_SPACE | {"h_2": 16, "lr": 0.02, "p_drop": 0.1, "bias_lr": tune.uniform(0.0, 0.02)}
     monkeypatch.setattr(hparam_search, "QUICK_SPACE", space)
-    folder = tmp_path / "it"
     with monkeypatch.context() as patch:
         patch.setattr(hparam_search, "train_cifar", faulty)
         assert run_search(folder, "--num-samples", 4, "--scheduler", "none") == 0
@@ -73,99 +101,28 @@ def test_trials_that_fail_leave_the_others_alone_and_are_tried_again_on_resume(
     because = [row["ended_because"] for row in read_csv(folder)]
     assert because[:2] == ["all epochs done", "loss became NaN or infinite"]
     assert because[2].startswith("The actor died unexpectedly")
-    path = folder / "train_cifar_00003" / "weights_000001.pt"
-    assert because[3].startswith(f"OSError: cannot write {path} (")
-    assert all(f"train_cifar_0000{i} failed: {because[i]}.\n" in printed.err for i in (2, 3))
-    assert because[3] in (path.parent / "error.txt").read_text()
-    assert not list(folder.glob("train_cifar_00001/*.pt"))
-    assert sorted(tracker.ended) == [(f"train_cifar_0000{i}", i > 1) for i in range(4)]
+    error_file = folder / names[3] / "error.txt"
+    assert because[3].startswith(f"OSError: cannot write {error_file.with_name('weights_000001.pt')} (")
+    assert all(f"{names[i]} failed: {because[i]}.\n" in printed.err for i in (2, 3))
+    assert because[3] in error_file.read_text()
+    assert not list(folder.glob(f"{names[1]}/*.pt"))
+    texts = [(folder / name / OUTPUT_FILE).read_text() for name in names[:2]]
+    assert texts == ["printed without GPUs\nWARNING:root:logged\nfrom another program\n"] * 2
+    assert sorted(tracker.ended) == [(name, i > 1) for i, name in enumerate(names)]
     assert [len(trial.reports) for trial in open_search(folder, {}).trials.values()] == [4, 1, 2, 0]
 
     before = read_lines(folder / LOG_FILE)[0]
-    conftest.make_trials_here(monkeypatch.setattr)
+    make_trials_here(monkeypatch.setattr)
     assert main(["--resume", str(folder)]) == 0
     printed = capsys.readouterr()
     assert "Trial status: 3 TERMINATED | 1 DIVERGED" in printed.out
     assert "failed" not in printed.out
     assert curve(folder, 0) == curve(folder, 2) == curve(folder, 3)
-    assert not (path.parent / "error.txt").exists()
+    assert not error_file.exists()
     new = [(event.get("trial"), event.get("epoch")) for event in read_lines(folder / LOG_FILE)[0][len(before) :]]
-    killed, starved = ([(f"train_cifar_0000{i}", epoch) for epoch in range(first, 5)] for i, first in ((2, 3), (3, 1)))
-    retried = [("train_cifar_00002", 2), ("train_cifar_00003", 0)]
-    begun = [[(f"train_cifar_0000{i}", None)] for i in (2, 3)]
-    assert new == [(None, None), *retried, *begun[0], *killed, *begun[1], *starved, (None, None)]
-
-
-@pytest.mark.usefixtures("trials_here")
-def test_log_on_a_full_disk_ends_the_search_which_continues_on_resume(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    folder, writable = tmp_path / "it", 5  # two trials are drawn; one begins, and reports once
-
-    def append_unless_full(path: Path, content: dict, durable: bool) -> None:
-        with explain_failure(path):
-            if len(path.read_bytes().splitlines() if path.exists() else []) >= writable:
-                raise OSError(28, "No space left on device")
-        append_line(path, content, durable)
-
-    full = f"hparam_search.py: cannot write {folder / LOG_FILE} (No space left on device); make room there.\n"
-    with monkeypatch.context() as patch:
-        patch.setattr(records, "append_line", append_unless_full)
-        assert run_search(folder, "--num-samples", 1, "--max-epochs", 2, "--scheduler", "none") == 1
-        assert capsys.readouterr().err.endswith(full)
-        writable = 10  # all but the last report
-        assert main(["--resume", str(folder)]) == 1
-    printed = capsys.readouterr()
-    assert printed.err.endswith(full)
-    assert f"--resume {folder}\n" in printed.out
-    assert main(["--resume", str(folder)]) == 0
-    assert [(row["status"], row["epochs"]) for row in read_csv(folder)] == [("TERMINATED", "2")] * 2
-    assert [event["event"] for event in read_lines(folder / LOG_FILE)[0]].count("reported") == 4
-
-
-@pytest.fixture(scope="session", autouse=True)
-def killed(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Future]:
-    """Start a search like `finished`, beside the other tests, which is killed again and again; yield its folder."""
-    with ThreadPoolExecutor(1) as executor:
-        yield executor.submit(search_killed_at_random_moments, cluster, tmp_path_factory.mktemp("killed") / "it")
-
-
-def save_every(seconds: float) -> None:
-    hparam_search.SAVE_PERIOD = seconds
-
-
-def trains_after_event(folder: Path, number: int) -> bool:
-    """Return whether the log has so many events, the last of which reports an epoch without a saved state."""
-    events, _ = read_lines(folder / LOG_FILE)
-    return len(events) >= number and events[-1].get("epoch", 2) not in (2, 4, 8, 10)
-
-
-def search_killed_at_random_moments(address: str, folder: Path) -> Path:
-    """Kill a search ten times, start or resume it each time, and return its folder."""
-    output, generator = folder.parent / "output.txt", random.Random(0)
-    for moment in range(11):
-        saved, before = epochs_saved(folder), read_lines(folder / LOG_FILE)[0]
-        command = conftest.quick(folder, *EXAMPLE, "--or-resume")
-        process = conftest.start(address, command, output, save_every, 1000 * (moment % 2))
-        if moment == 10:
-            process.join(120)
-        elif moment % 2:  # as it trains
-            goal = len(before) + generator.randint(2, 5)  # one event is that it has started
-            conftest.wait_for(lambda goal=goal: trains_after_event(folder, goal), process)
-            process.join(generator.uniform(0, 0.05))
-        else:  # as it starts
-            process.join(generator.uniform(0, 1.5))
-        assert process.exitcode == (0 if moment == 10 else None), output.read_text()
-        process.kill()
-        process.join()
-        # The log has only grown, and no trial has lost what was saved.
-        events, damaged = read_lines(folder / LOG_FILE)
-        assert (events[: len(before)], damaged) == (before, 0)
-        for event in events[len(before) :]:
-            assert event["event"] != "restarted" or event["epoch"] >= saved.get(event["trial"], 0)
-    assert any(event["event"] == "restarted" for event in events)  # a trial, from an earlier epoch
-    assert "Traceback" not in output.read_text()
-    return folder
+    # Both restart; then each begins, and reports the epochs that it lacks.
+    killed, starved = ([(names[i], epoch) for epoch in (None, *range(first, 5))] for i, first in ((2, 3), (3, 1)))
+    assert new == [(None, None), (names[2], 2), (names[3], 0), *killed, *starved, (None, None)]
 
 
 @pytest.mark.waits_for_searches
@@ -192,21 +149,20 @@ def kill_at(moment: int) -> None:
 
         return call
 
-    for owner, name in (
-        (Path, "replace"), (Path, "unlink"), (Path, "write_text"), (Path, "open"), (Path, "mkdir"), (torch, "save"),
-        (shutil, "rmtree"),
-    ):  # fmt: skip
-        setattr(owner, name, deadly(getattr(owner, name)))
+    owners = {Path: ("replace", "unlink", "write_text", "open", "mkdir"), torch: ("save",), shutil: ("rmtree",)}
+    for owner, names in owners.items():
+        for name in names:
+            setattr(owner, name, deadly(getattr(owner, name)))
 
 
 def test_search_killed_as_it_ends_does_so_on_resume(finished: Finished, ray_started: str, tmp_path: Path) -> None:
-    folder, output = conftest.copy_before_the_end(finished.folder, tmp_path / "it"), tmp_path / "output.txt"
+    folder, output = copy_before_the_end(finished.folder, tmp_path / "it"), tmp_path / "output.txt"
     for path in folder.glob("*/weights_*.pt"):  # what pruning deletes
         (path.parent / TRAINING_FILE).touch()
         shutil.copyfile(path, weights_path(path.parent, 99))
     files = [Path("best_model", name) for name in ("config.json", "metrics.json", "weights.pt")]
     for moment in itertools.count():
-        process = conftest.start(ray_started, ["--resume", str(folder)], output, kill_at, moment)
+        process = start(ray_started, ["--resume", str(folder)], output, kill_at, moment)
         process.join(60)
         if (folder / "results.csv").exists():
             assert figures(folder) == figures(finished.folder)
@@ -224,15 +180,10 @@ def test_search_killed_as_it_ends_does_so_on_resume(finished: Finished, ray_star
     assert [event["event"] for event in read_lines(folder / LOG_FILE)[0]][-2:] == ["tested", "shown"]
 
 
-def flip(content: bytes, generator: random.Random) -> bytes:
-    i = generator.randrange(len(content))
-    return content[:i] + bytes([content[i] ^ 1 << generator.randrange(8)]) + content[i + 1 :]
-
-
 # What may happen to a file's bytes.
 ODD = [b"", b"[]", b"{}", b"null", b'{"epoch": "x"}\n', b"[" * 10_000, b"\xff\xfe", b"NaN"]
 DAMAGES: dict[str, Callable[[bytes, random.Random], bytes | None]] = {
-    "flipped": flip,
+    "flipped": lambda content, generator: flip(content, generator.randrange(8 * len(content))),
     "cut": lambda content, generator: content[: generator.randrange(len(content))],
     "without a line": lambda content, generator: content.replace(generator.choice(content.splitlines(True)), b""),
     "of another kind": lambda content, generator: generator.choice(ODD),
@@ -240,13 +191,18 @@ DAMAGES: dict[str, Callable[[bytes, random.Random], bytes | None]] = {
 }
 
 
+def flip(content: bytes, bit: int) -> bytes:
+    return content[: bit // 8] + bytes([content[bit // 8] ^ 1 << bit % 8]) + content[bit // 8 + 1 :]
+
+
 @pytest.mark.parametrize("ended", [True, False])
 def test_any_damage_ends_in_a_sentence_and_in_no_figure_that_was_not_reported(
     ended: bool, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    generator, dataset, tested = random.Random(0), make_synthetic(**conftest.SMALL_IMAGES), set()
+    generator, dataset, tested, codes = random.Random(0), make_synthetic(**SMALL_IMAGES), set(), set()
     monkeypatch.setattr(hparam_search, "read_images", lambda **source: dataset)
     monkeypatch.setattr(tune.Tuner, "fit", lambda tuner: None)  # all but the training
+    monkeypatch.setattr(best_model, "show_best_model", lambda *_: None)  # and the pictures, which take half of the time
     whole = shutil.copytree(finished.folder, tmp_path / "whole", ignore=shutil.ignore_patterns("events.*"))
     reported = {"", *re.findall(r"-?\d[\d.e-]*", (whole / LOG_FILE).read_text())}
     if not ended:
@@ -260,7 +216,7 @@ def test_any_damage_ends_in_a_sentence_and_in_no_figure_that_was_not_reported(
 
     undamaged = shutil.copytree(whole, tmp_path / "undamaged")
     assert main(["--resume", str(undamaged)]) == 0
-    expected, codes = figures(undamaged, "seconds images_per_second weights"), []
+    expected = figures(undamaged, "seconds images_per_second weights")
     for file in sorted(path.relative_to(whole) for path in whole.rglob("*") if path.is_file()):
         for damage, change in list(DAMAGES.items()) * (3 if file.name == LOG_FILE else 1):
             folder, what = tmp_path / "it", f"{file} {damage}"
@@ -272,8 +228,7 @@ def test_any_damage_ends_in_a_sentence_and_in_no_figure_that_was_not_reported(
                 shutil.rmtree(folder / "best_model")  # which would make up for it
             code = main(["--resume", str(folder)])
             printed = capsys.readouterr()
-            codes.append(code)
-            assert code in (0, 1, 2), what
+            codes.add(code)
             assert code == 0 or printed.err.strip().endswith("."), what
             if code == 2:
                 assert printed.err.splitlines()[-1].startswith("hparam_search.py: "), what
@@ -283,4 +238,69 @@ def test_any_damage_ends_in_a_sentence_and_in_no_figure_that_was_not_reported(
             for row in read_csv(folder):
                 columns = ("loss", "accuracy", "best_loss", "best_accuracy", "seconds", "lr", "p_drop", "epochs")
                 assert {row[column] for column in columns} <= reported, what
-    assert set(codes) == {0, 1, 2}
+    assert codes == {0, 1, 2}
+
+
+def listening(pids: list[int]) -> set[str]:
+    """Return the addresses on which processes listen for TCP connections."""
+    sockets = set()
+    for path in (path for pid in pids for path in Path(f"/proc/{pid}/fd").glob("*")):
+        with contextlib.suppress(OSError):
+            sockets.add(str(path.readlink()))
+    lines = [line.split() for table in ("tcp", "tcp6") for line in Path(f"/proc/net/{table}").read_text().splitlines()]
+    listening = [line[1].split(":")[0][-8:] for line in lines if line[3] == "0A" and f"socket:[{line[9]}]" in sockets]
+    return {socket.inet_ntoa(bytes.fromhex(address)[::-1]) for address in listening}
+
+
+def become_a_job(mark: str, ray_folder: str) -> None:
+    """Put this process into a group of its own, as a shell does; what it starts has the mark in its environment."""
+    hparam_search.tuner.usable_cpus = lambda: 1
+    os.setsid()
+    os.environ |= {"MARK": mark, "RAY_TMPDIR": ray_folder}
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
+def test_search_that_runs_is_left_alone_until_it_or_all_its_processes_are_stopped_and_says_how_to_resume(
+    ray_started: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    signals = {"it alone": signal.SIGINT, "all_at_once": signal.SIGTERM, "ray_first": signal.SIGUSR1}
+    ray_folder = Path(tempfile.mkdtemp(prefix="t", dir="/tmp"))  # short, for the paths of sockets
+    processes = {}
+    try:
+        for name in signals:  # the first joins a Ray; the others have Rays of their own, as a user's search has
+            address, command = ray_started if name == "it alone" else None, quick(tmp_path / name, *LONG)
+            marks = str(tmp_path / name), str(ray_folder)
+            processes[name] = start(address, command, tmp_path / f"{name}.txt", become_a_job, *marks)
+        for name, process in processes.items():
+            folder = tmp_path / name
+            wait_for(lambda log=folder / LOG_FILE: log.exists() and '"reported"' in log.read_text(), process)
+            in_use = f"another process is using the search in {folder}; wait"
+            warm_start = quick(tmp_path / "new", "--warm-start", folder)
+            for command, words in (
+                (["--resume", str(folder)], in_use),
+                (warm_start, in_use),
+                (quick(folder), "exists"),
+            ):
+                assert main(command) == 2
+                assert words in capsys.readouterr().err
+            if name != "it alone":
+                assert listening([process.pid, *processes_with(str(folder))]) == {"127.0.0.1"}
+            if name == "ray_first":
+                kill_all(str(folder))
+            time.sleep(0.3)
+            os.killpg(process.pid, signals[name])
+        for name, process in processes.items():
+            process.join(30)
+            printed = Path(process.name).read_text()
+            assert process.exitcode == 128 + signals[name], printed
+            assert "Traceback" not in printed
+            assert "Trial status: " in printed
+            resume = f"hparam_search.py --resume {shlex.quote(str(tmp_path / name))}"
+            assert printed.strip().splitlines()[-1].endswith(resume)
+            assert {row["status"] for row in read_csv(tmp_path / name)} <= {"UNFINISHED", "PENDING"}
+            assert not (tmp_path / name / "best_model").exists()
+        wait_for(lambda: not processes_with(f"{tmp_path}/"))  # no orphans
+        assert len(list(ray_folder.iterdir())) <= 1  # the logs of the Ray that died, at most
+    finally:
+        kill_all(f"{tmp_path}/")
+        shutil.rmtree(ray_folder)

@@ -1,11 +1,8 @@
 """Whole searches through the command line: what they leave, and how they are resumed and grown."""
 
 import io
-import json
-import logging
 import os
 import re
-import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,12 +21,12 @@ from data import Batches, Dataset, make_synthetic
 from hparam_search import main
 from model import SmallResNet
 from search import best_model, predict
-from search import trial as trial_module
 from search.best_model import load_model, read_best_model, read_model
 from search.cost import model_cost
-from search.records import open_search, script_command
+from search.files import append_line, explain_failure
+from search.records import LOG_FILE, open_search, script_command
 from search.sampler import suggest_config
-from search.trial import run_trial, weights_path
+from search.trial import weights_path
 from tests.conftest import (
     EXAMPLE,
     REPOSITORY,
@@ -39,6 +36,7 @@ from tests.conftest import (
     figures,
     make_small,
     make_trials_here,
+    quick,
     read_csv,
     run_search,
 )
@@ -53,42 +51,34 @@ def evaluated(model: nn.Module, split: str) -> tuple[float, float]:
     return evaluate(model, evaluation_batches(DATA, split, torch.device("cpu")))
 
 
-def test_results_have_a_row_per_trial_with_its_best_epoch(finished: Finished) -> None:
-    trials = list(finished.search.trials.values())
-    assert [row["trial"] for row in finished.rows] == [trial.name for trial in trials]
-    assert [row["h_2"] for row in finished.rows] == ["16", "32", "16", "32"]
-    for trial, row in zip(trials, finished.rows, strict=True):
+def test_results_and_best_model_have_the_figures_that_were_reported(finished: Finished) -> None:
+    trials, ends = finished.search.trials, {"10": "all epochs done", "2": "stopped by the scheduler"}
+    for trial, h_2, row in zip(trials.values(), (16, 32, 16, 32), finished.rows, strict=True):
+        last, best = trial.reports[-1], max(trial.reports, key=lambda report: report.accuracy)
         assert [report.epoch for report in trial.reports] == list(range(1, int(row["epochs"]) + 1))
-        best = max(trial.reports, key=lambda report: report.accuracy)
-        assert row["best_epoch"] == str(best.epoch)
-        assert (row["best_accuracy"], row["best_loss"]) == (str(best.accuracy), str(best.loss))
-        assert (row["loss"], row["accuracy"]) == (str(trial.reports[-1].loss), str(trial.reports[-1].accuracy))
-        assert (row["lr"], row["status"], row["max_epochs"]) == (str(trial.config["lr"]), "TERMINATED", "10")
-        cost = {key: float(row[key]) for key in ("parameters", "gflop_per_image", "images_per_second")}
-        speed = {"images_per_second": trial.reports[-1].images_per_second}
-        assert cost == model_cost(trial.config, 5) | speed
-        assert row["ended_because"] == ("all epochs done" if row["epochs"] == "10" else "stopped by the scheduler")
-    assert {row["ended_because"] for row in finished.rows} == {"all epochs done", "stopped by the scheduler"}
+        expected = model_cost(trial.config, 5) | {"images_per_second": last.images_per_second}
+        expected |= {"best_epoch": best.epoch, "best_accuracy": best.accuracy, "best_loss": best.loss}
+        expected |= {"lr": trial.config["lr"], "h_2": h_2, "loss": last.loss, "accuracy": last.accuracy}
+        expected |= {"status": "TERMINATED", "max_epochs": 10, "ended_because": ends[row["epochs"]]}
+        assert {key: row[key] for key in expected} == {key: str(value) for key, value in expected.items()}
+    assert {row["ended_because"] for row in finished.rows} == set(ends.values())
+    assert pandas.read_csv(finished.folder / "results.csv")["trial"].tolist() == list(trials)
     # The two best models are on the disk, and no training states.
     kept = sorted(str(path.relative_to(finished.folder)) for path in finished.folder.glob("*/weights_*.pt"))
     assert kept == sorted(row["weights"] for row in finished.rows if row["weights"])
     assert len(kept) == 2
     assert not [*finished.folder.glob("*/training*"), *finished.folder.rglob(".*")]
 
-
-def test_best_model_has_the_figures_that_were_reported(finished: Finished) -> None:
-    model, about = read_model(finished.folder / "best_model")
+    (model, about), metrics = read_model(finished.folder / "best_model"), finished.metrics
     best = max(finished.rows, key=lambda row: (float(row["best_accuracy"]), -float(row["best_loss"])))
-    metrics = finished.metrics
-    shown = [
-        f"train_cifar_{metrics['trial_id']}",
-        *(str(metrics[key]) for key in ("epoch", "val_loss", "val_accuracy")),
-    ]
-    assert shown == [best[key] for key in ("trial", "best_epoch", "best_loss", "best_accuracy")]
-    assert about["hyperparameters"] == finished.search.trials[best["trial"]].config
+    assert best["trial"] == f"train_cifar_{metrics['trial_id']}"
+    shown = [str(metrics[key]) for key in ("epoch", "val_loss", "val_accuracy")]
+    assert shown == [best[key] for key in ("best_epoch", "best_loss", "best_accuracy")]
+    assert about["hyperparameters"] == trials[best["trial"]].config
     assert (about["classes"], about["mean"]) == (list(DATA.classes), list(DATA.mean))
-    assert evaluated(model, "val") == pytest.approx((metrics["val_loss"], metrics["val_accuracy"]), rel=0.001)
-    assert evaluated(model, "test") == pytest.approx((metrics["test_loss"], metrics["test_accuracy"]), rel=0.001)
+    for split in ("val", "test"):
+        reported = metrics[f"{split}_loss"], metrics[f"{split}_accuracy"]
+        assert evaluated(model, split) == pytest.approx(reported, rel=0.001)
 
 
 def test_guide_classifies_a_picture_with_the_best_model(
@@ -112,7 +102,7 @@ def test_tensorboard_shows_trials_search_and_best_model(finished: Finished) -> N
         for tag, key in (("accuracy/validation", "accuracy"), ("loss/train", "train_loss"), ("training/lr", "lr")):
             curve = {report.epoch: getattr(report, key) for report in trial.reports}
             assert {event.step: event.value for event in events.Scalars(tag)} == pytest.approx(curve)
-        final = {"best_loss": trial.best.loss, "best_accuracy": trial.best.accuracy, "epochs": len(trial.reports)}
+        final = {"best_accuracy": trial.best.accuracy, "best_loss": trial.best.loss, "epochs": len(trial.reports)}
         final |= model_cost(trial.config, 5)
         assert {key: events.Scalars(f"trial/{key}")[-1].value for key in final} == pytest.approx(final)
         start, end = (hparams_of(events, f"session_{key}_info") for key in ("start", "end"))
@@ -151,7 +141,7 @@ def test_terminal_shows_the_recap_and_why_each_trial_ended(finished: Finished) -
     assert f'    "h_2": {config["h_2"]},\n    "p_drop": {config["p_drop"]!r},\n    "lr": {config["lr"]!r},\n' in out
     assert f"test accuracy: {finished.metrics['test_accuracy']:.4f}\n" in out
     saved = 40 - sum(int(row["epochs"]) for row in finished.rows)
-    assert f"Early stopping saved {saved} of 40 epochs.\n" in out
+    assert f"The scheduler saved {saved} of 40 epochs.\n" in out
     ends = re.findall(r"^(train_cifar_\w+): (.+), at epoch (\d+); best accuracy (0\.\d+)\.$", finished.err, re.M)
     assert sorted(ends) == [
         (row["trial"], row["ended_because"], row["epochs"], f"{float(row['best_accuracy']):.4f}")
@@ -159,34 +149,35 @@ def test_terminal_shows_the_recap_and_why_each_trial_ended(finished: Finished) -
     ]
 
 
-def test_finished_search_is_resumed_and_listed_without_training_or_refused(
+def test_finished_search_is_shown_again_or_refused_without_ray_and_images(
     finished: Finished, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     before = {path: path.read_bytes() for path in finished.folder.rglob("*") if path.is_file()}
     monkeypatch.setattr(hparam_search.tuner, "running_ray", lambda _: pytest.fail("Ray was started"))
     monkeypatch.setattr(hparam_search, "read_images", lambda **_: pytest.fail("images were read"))
-    assert main(["--resume", str(finished.folder)]) == 0
 
-    def without_clock(text: str) -> list[str]:
-        return [line for line in text[text.index("Trial status") :].splitlines() if "Current time" not in line]
+    def without_clock(text: str) -> str:
+        return re.sub("Current time.*", "", text[text.index("Trial status") :])
 
-    assert without_clock(capsys.readouterr().out) == without_clock(finished.out)
-    assert {path: path.read_bytes() for path in finished.folder.rglob("*") if path.is_file()} == before
+    relative = Path(os.path.relpath(finished.folder))
+    for command in (["--resume", str(finished.folder)], quick(relative, *EXAMPLE, "--or-resume")):
+        assert main(command) == 0
+        assert without_clock(capsys.readouterr().out) == without_clock(finished.out)
+        assert {path: path.read_bytes() for path in finished.folder.rglob("*") if path.is_file()} == before
+    with pytest.raises(pytest.fail.Exception, match="images were read"):
+        run_search(finished.folder.with_name("new"), *EXAMPLE, "--or-resume")
 
     assert main(["--list", "--output-dir", str(finished.folder.parent)]) == 0
-    validation, test = finished.metrics["val_accuracy"], finished.metrics["test_accuracy"]
-    best = next(row for row in finished.rows if row["trial"].endswith(finished.metrics["trial_id"]))
-    millions, *cost = (float(best[key]) for key in ("parameters", "gflop_per_image", "images_per_second"))
-    cells = [f"{validation:.4f}", f"{test:.4f}", f"{millions / 1e6:.3g}M", f"{cost[0]:.3g}", f"{cost[1]:.0f}"]
-    assert ["it", "finished", "4/4", *cells] in [line.split() for line in capsys.readouterr().out.splitlines()]
+    accuracies = (f"{finished.metrics[key]:.4f}" for key in ("val_accuracy", "test_accuracy"))
+    lines = [line.split()[:5] for line in capsys.readouterr().out.splitlines()]
+    assert ["it", "finished", "4/4", *accuracies] in lines
 
-    # It is not continued with another space or objective.
+    # It is not continued with another seed, space or objective.
+    assert run_search(finished.folder, *EXAMPLE, "--or-resume", "--seed", 1) == 2
+    assert "--seed is 1, but was 0 when the search began; remove it, or use another --name" in capsys.readouterr().err
+    space = hparam_search.QUICK_SPACE | {"lr": tune.loguniform(1e-3, 1e-1)}
     for name, value, words in (
-        (
-            "QUICK_SPACE",
-            {**hparam_search.QUICK_SPACE, "lr": tune.loguniform(1e-3, 1e-1)},
-            "'lr' is {'tune': 'loguniform', 'lower': 0.001",
-        ),
+        ("QUICK_SPACE", space, "'lr' is {'tune': 'loguniform', 'lower': 0.001"),
         ("MODE", "min", "'mode' is min, but was max when the search began"),
     ):
         with monkeypatch.context() as patch:
@@ -232,89 +223,59 @@ def test_failing_display_does_not_cost_the_model(
     assert figures(folder) == figures(finished.folder)
 
 
-class Deeper(SmallResNet):
-    def __init__(self, *args: object, **options: object) -> None:
-        super().__init__(*args, **options)
-        self.extra = nn.Conv2d(3, 3, kernel_size=1)
-
-
 def test_weights_that_model_py_no_longer_fits_are_not_called_damaged(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    folder = shutil.copytree(finished.folder, tmp_path / "it")
-    shutil.rmtree(folder / "best_model")
-    monkeypatch.setattr("train.SmallResNet", Deeper)
+    folder = copy_before_the_end(finished.folder, tmp_path / "it")
+    monkeypatch.setattr("train.SmallResNet", lambda h_1, h_2, **options: SmallResNet(h_1, 2 * h_2, **options))
     assert predict.main([str(finished.folder / "best_model"), "any.png"]) == 2
     assert main(["--resume", str(folder)]) == 2
     err = capsys.readouterr().err
-    assert err.count("do not fit model.py, where 'extra.weight' was changed, added or removed; restore model.py") == 2
+    words = "do not fit model.py, where 'stage_2.0.weight' was changed, added or removed; restore model.py"
+    assert err.count(words) == 2
     assert "damaged" not in err
     assert list(folder.glob("*/weights_*.pt"))  # they are still there
-    monkeypatch.setattr("train.SmallResNet", lambda h_1, h_2, **options: SmallResNet(h_1, 2 * h_2, **options))
-    assert predict.main([str(finished.folder / "best_model"), "any.png"]) == 2
-    assert "do not fit model.py, where 'stage_2.0.weight' was changed" in capsys.readouterr().err
-
-
-def test_search_is_started_or_resumed_by_the_same_command(
-    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    folder = shutil.copytree(finished.folder, tmp_path / "it")
-    monkeypatch.setattr(hparam_search.tuner, "running_ray", lambda _: pytest.fail("Ray was started"))
-    monkeypatch.chdir(tmp_path.parent)
-    assert run_search(Path(tmp_path.name, "it"), *EXAMPLE, "--or-resume") == 0
-    assert "Best trial: " in capsys.readouterr().out
-    assert run_search(folder, *EXAMPLE, "--or-resume", "--seed", 1) == 2
-    assert "--seed is 1, but was 0 when the search began; remove it, or use another --name" in capsys.readouterr().err
-    with pytest.raises(pytest.fail.Exception, match="Ray was started"):
-        run_search(tmp_path / "new", *EXAMPLE, "--or-resume")
-
-
-def test_pandas_reads_the_names_of_the_trials_folders(finished: Finished) -> None:
-    assert pandas.read_csv(finished.folder / "results.csv")["trial"].tolist() == list(finished.search.trials)
-
-
-def print_and_train(*args: object) -> None:
-    print("printed", os.environ["CUDA_VISIBLE_DEVICES"] or "without GPUs")
-    logging.warning("logged")
-    os.system("echo from another program")
-    run_trial(*args)
-
-
-def train_aloud(config: dict, **others: object) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trial_module, "run_trial", print_and_train)
-        trial_module.train_cifar(config, **others)
-
-
-def test_what_a_trial_prints_is_in_its_folder_and_it_sees_no_gpu(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(hparam_search, "train_cifar", train_aloud)
-    assert run_search(tmp_path / "it", "--num-samples", 1, "--max-epochs", 1) == 0
-    texts = [path.read_text() for path in sorted(tmp_path.glob("it/*/output.txt"))]
-    assert texts == ["printed without GPUs\nWARNING:root:logged\nfrom another program\n"] * 2
 
 
 class OverInTheFirstTrial(tune.Stopper):
-    """A time budget that is spent in the middle of a trial, however fast this machine is."""
+    """A time budget that is spent after the first trial's first epoch, however fast this machine is."""
 
-    epochs = 0
+    over = False
 
     def __call__(self, trial_id: str, result: dict) -> bool:
-        self.epochs = max([each["epoch"] for each in result["reports"]], default=0)
+        self.over = bool(result["reports"])
         return False
 
     def stop_all(self) -> bool:
-        return self.epochs == 3
+        return self.over
+
+
+LOWEST_LOSS = {"METRIC": "loss", "MODE": "min", "STARTUP_TRIALS": 1}
+BY_TPE = ["--max-epochs", 4, "--sampler", "tpe" if find_spec("optuna") else "random"]
+
+
+@pytest.fixture(scope="module")
+def for_the_lowest_loss(ray_started: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a search for the lowest loss, by TPE if possible, with repeats."""
+    folder = tmp_path_factory.mktemp("loss") / "it"
+    with pytest.MonkeyPatch.context() as patch:
+        make_small(patch.setattr)
+        make_trials_here(patch.setattr)
+        for name, value in LOWEST_LOSS.items():
+            patch.setattr(hparam_search, name, value)
+        assert run_search(folder, *BY_TPE, "--num-samples", 2, "--repeats", 2) == 0
+    return folder
 
 
 @pytest.mark.usefixtures("trials_here")
-def test_search_grown_step_by_step_ends_as_if_asked_for_everything_at_first(
-    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+def test_search_interrupted_and_grown_step_by_step_ends_as_if_asked_for_everything_at_first(
+    for_the_lowest_loss: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    folder = tmp_path / "it"
+    folder, log = tmp_path / "it", tmp_path / "it" / LOG_FILE
+    for name, value in LOWEST_LOSS.items():
+        monkeypatch.setattr(hparam_search, name, value)
     # A budget that is spent at once: nothing has been trained.
-    assert run_search(folder, "--max-epochs", 10, "--num-samples", 1, "--time-budget", "0.001s") == 1
+    assert run_search(folder, *BY_TPE, "--num-samples", 1, "--time-budget", "0.001s") == 1
     printed = capsys.readouterr()
     assert re.search(rf"budget is spent\. To resume: .* --resume {folder} --time-budget ", printed.out)
     assert printed.err.endswith("No trial has a model, so there is no best model.\n")
@@ -329,66 +290,51 @@ def test_search_grown_step_by_step_ends_as_if_asked_for_everything_at_first(
     out = capsys.readouterr().out
     assert "The time budget is spent." in out
     assert "test accuracy: " in out
-    assert [row["status"] for row in read_csv(folder)] == ["UNFINISHED", "PENDING"]
+    assert [(row["status"], row["epochs"]) for row in read_csv(folder)] == [("UNFINISHED", "1"), ("PENDING", "")]
 
     assert main(["--resume", str(folder), "--cpus-per-trial", "2"]) == 2
     assert "--cpus-per-trial 2 exceeds the 1 available; use at most that" in capsys.readouterr().err
 
-    # With time enough and more samples, it is as if there had been no budget.
-    assert (
-        main(
-            [
-                "--resume",
-                str(folder),
-                "--time-budget",
-                "2h",
-                "--num-samples",
-                "2",
-                "--repeats",
-                "2",
-                "--cpus-per-trial",
-                "1",
-            ]
-        )
-        == 0
-    )
+    # With more samples and time, the disk is soon full.
+    writable = len(log.read_text().splitlines()) + 8
+
+    def append_unless_full(path: Path, content: dict, durable: bool) -> None:
+        with explain_failure(path):
+            if len(path.read_text().splitlines()) >= writable:
+                raise OSError(28, "No space left on device")
+        append_line(path, content, durable)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("search.records.append_line", append_unless_full)
+        more = ["--time-budget", "2h", "--num-samples", "2", "--cpus-per-trial", "1"]
+        assert main(["--resume", str(folder), *more]) == 1
+    printed = capsys.readouterr()
+    assert printed.err.endswith(f"hparam_search.py: cannot write {log} (No space left on device); make room there.\n")
+    assert f"--resume {folder}\n" in printed.out
+    assert "UNFINISHED" in {row["status"] for row in read_csv(folder)}
+
+    # With room, it is as if nothing had happened.
+    assert main(["--resume", str(folder), "--repeats", "2"]) == 0
     out, rows = capsys.readouterr().out, read_csv(folder)
     assert "budget is spent" not in out
-    assert figures(folder)[:4] == figures(finished.folder)
-    assert json.loads((folder / "best_model" / "metrics.json").read_text()) == finished.metrics
+    assert figures(folder) == figures(for_the_lowest_loss)
+    assert read_best_model(open_search(folder, {})) == read_best_model(open_search(for_the_lowest_loss, {}))
 
     # The best config is trained again with two other seeds, whatever the scheduler thinks of them.
-    best = f"train_cifar_{finished.metrics['trial_id']}"
+    best = min(rows[:4], key=lambda row: float(row["best_loss"]))["trial"]
     repeats = [(row["trial"], row["repeats"], row["seed"], row["epochs"]) for row in rows[4:]]
-    assert repeats == [(f"{best}_seed_{seed}", best, seed, "10") for seed in "12"]
-    one, other = (float(row["best_accuracy"]) for row in rows[4:])
+    assert repeats == [(f"{best}_seed_{seed}", best, seed, "4") for seed in "12"]
+    one, other = (float(row["best_loss"]) for row in rows[4:])
     assert f"\n  {best}  {(one + other) / 2:.4f} ± {abs(one - other) / 2**0.5:.4f} (2 seeds)\n" in out
-
-
-@pytest.fixture(scope="module")
-def for_the_lowest_loss(ray_started: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a search for the lowest loss, by TPE if possible, that was interrupted and grown."""
-    folder, sampler = tmp_path_factory.mktemp("loss") / "it", "tpe" if find_spec("optuna") else "random"
-    flags = ["--sampler", sampler, "--scheduler", "none", "--time-budget", "1h", "--max-epochs", 4]
-    with pytest.MonkeyPatch.context() as patch:
-        make_small(patch.setattr)
-        make_trials_here(patch.setattr)
-        for name, value in {"METRIC": "loss", "MODE": "min", "STARTUP_TRIALS": 1}.items():
-            patch.setattr(hparam_search, name, value)
-        with patch.context() as budget:
-            budget.setattr(hparam_search, "TimeBudget", lambda search: OverInTheFirstTrial())
-            assert run_search(folder, *flags, "--num-samples", 1) == 0
-        assert main(["--resume", str(folder), "--time-budget", "2h", "--num-samples", "2"]) == 0
-    return folder
 
 
 @pytest.mark.skipif(not find_spec("optuna"), reason="optuna is not installed")
 def test_tpe_draws_each_trial_by_the_outcomes_before_it(for_the_lowest_loss: Path) -> None:
     search, outcomes = open_search(for_the_lowest_loss, {}), []
     space = hparam_search.search_space(search.settings)
-    for i, trial in enumerate(search.trials.values()):
+    for i, trial in enumerate(search.own_trials()):
         assert trial.config == suggest_config(space, 0, i, outcomes, startup=1)
-        outcomes.append((trial.config, -min(report.loss for report in trial.reports)))
+        outcomes.append((trial.config, -min(report.loss for report in trial.reports[:2])))  # at the first rung
     assert len(outcomes) == 4
     # Another outcome would have given another trial.
     assert suggest_config(space, 0, 3, [(config, -score) for config, score in outcomes[:3]], 1) != outcomes[3][0]
@@ -396,11 +342,11 @@ def test_tpe_draws_each_trial_by_the_outcomes_before_it(for_the_lowest_loss: Pat
 
 def test_models_are_those_of_the_lowest_losses(for_the_lowest_loss: Path) -> None:
     search, rows = open_search(for_the_lowest_loss, {}), read_csv(for_the_lowest_loss)
-    trials = sorted(search.trials.values(), key=lambda trial: min(report.loss for report in trial.reports))
+    trials = sorted(search.own_trials(), key=lambda trial: min(report.loss for report in trial.reports))
     most_accurate = [max(trial.reports, key=lambda report: report.accuracy).loss for trial in trials]
     lowest = [min(report.loss for report in trial.reports) for trial in trials]
     assert lowest != most_accurate
-    assert sorted(float(row["best_loss"]) for row in rows) == lowest
+    assert sorted(float(row["best_loss"]) for row in rows[:4]) == lowest
     for trial in trials[:2]:
         model = load_model(weights_path(search.folder / trial.name, trial.best.epoch), trial.config, DATA.classes)
         assert evaluated(model, "val")[0] == pytest.approx(trial.best.loss, rel=0.001)

@@ -7,69 +7,55 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 import ray
 from PIL import Image
 from ray import tune
+from ray.util import placement_group
 
 import hparam_search
+import train
 from hparam_search import main
+from search import predict
+from search.best_model import read_best_model
 from search.files import read_lines
 from search.records import open_search
 from tests import conftest
-from tests.conftest import EXAMPLE, NAMESPACE, REPOSITORY, Finished, figures, node, quick, read_csv, run_search
-
-# A notebook somewhere else, or a script, that calls the search.
-CALLER = """
-import os
-import sys
-if hasattr(os, "sched_setaffinity"):
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-sys.path.insert(0, %r)
-import hparam_search
-from tests.conftest import make_small
-make_small(setattr)
-sys.exit(hparam_search.main(sys.argv[1:]))
-"""
+from tests.conftest import NAMESPACE, REPOSITORY, Finished, figures, quick, read_csv, run_search, second_node
 
 
-def test_search_from_another_folder_and_without_an_output_finds_the_same(finished: Finished, tmp_path: Path) -> None:
-    for name in ("train", "data", "model", "search"):  # another project's, in the folder that it is called from
-        (tmp_path / f"{name}.py").write_text("raise SystemExit('another project')")
-    (tmp_path / "caller.py").write_text(CALLER % str(REPOSITORY))
-    scratch = tmp_path / ("a_batch_system_has_long_names_for_" * 3)
-    scratch.mkdir()
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    environment |= {"RAY_ADDRESS": " ", "TMPDIR": str(scratch), "PYTHONIOENCODING": "ascii", "HOME": str(tmp_path)}
-    process = subprocess.Popen(
-        [sys.executable, "caller.py", *quick(Path("~", "my outputs", "it"), *EXAMPLE)],
-        cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    assert process.stdout.readline().startswith("5 classes")
-    process.stdout.close()  # as `| head -1` does
-    err = process.communicate(timeout=120)[1]
-    assert process.returncode == 0, err
+@pytest.mark.waits_for_searches
+def test_readmes_first_command_succeeds_where_it_is_hardest(quick_run: tuple[subprocess.Popen, Path]) -> None:
+    process, called_from = quick_run
+    code, err = process.wait(timeout=300), (called_from / "err").read_text()
+    assert code == 0, err
     assert "Traceback" not in err
     assert "BrokenPipe" not in err
-    folder = tmp_path / "my outputs" / "it"
-    assert figures(folder) == figures(finished.folder)
-    if hasattr(os, "sched_setaffinity"):
-        assert open_search(folder, {}).resources == "1/1 CPUs, 0/0 GPUs"
-    assert not (tmp_path / "~").exists()
+    assert (called_from / "out").read_text().startswith("10 classes")
+    (folder,) = called_from.glob("*/my outputs/it")  # the home is replaced by the temporary folder
+    assert not (called_from / "~").exists()
     assert not list(folder.glob(".*"))
+    search, rows = open_search(folder, {}), read_csv(folder)
+    assert sorted((row["status"], row["epochs"]) for row in rows) == [("TERMINATED", n) for n in "2244"]
+    assert read_best_model(search)["test_accuracy"] > 0.6  # of ten classes
+    if hasattr(os, "sched_setaffinity"):
+        assert search.resources.startswith("1/1 CPUs, ")
 
 
 def test_ray_that_cannot_be_joined_is_refused(ray_started: str, tmp_path: Path) -> None:
+    processes = {}
     for i, address in enumerate(("nonsense", "http://there", "127.0.0.1:1", "127.0.0.1:99999")):
-        output = tmp_path / f"output_{i}.txt"
-        process = conftest.start(address, quick(tmp_path / "it"), output)
+        processes[address] = conftest.start(address, quick(tmp_path / "it"), tmp_path / f"output_{i}.txt")
+    for address, process in processes.items():
         process.join(30)  # Ray alone would wait for minutes
         process.kill()
-        assert process.exitcode == 2, output.read_text()
+        printed = Path(process.name).read_text()
+        assert process.exitcode == 2, printed
         sentence = f"no Ray cluster answers at RAY_ADDRESS {address!r}; start one there, or unset it."
-        assert output.read_text().endswith(f"\nhparam_search.py: {sentence}\n")
+        assert printed.endswith(f"\nhparam_search.py: {sentence}\n")
 
 
 @pytest.mark.usefixtures("small_search")
@@ -77,12 +63,6 @@ def test_sigterm_while_ray_starts_is_a_signal_like_any_other(tmp_path: Path, mon
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda **options: sys.exit(15))  # as the handler that Ray has set by then
     assert run_search(tmp_path / "it") == 143
-
-
-def test_home_is_replaced_in_a_container_without_one() -> None:
-    command = [sys.executable, "-c", "import search; from pathlib import Path; print(Path.home())"]
-    home = subprocess.check_output(command, cwd=REPOSITORY, env=os.environ | {"HOME": "~"}, text=True)
-    assert Path(home.strip()).is_dir()
 
 
 @pytest.mark.usefixtures("trials_here")
@@ -108,22 +88,25 @@ def test_images_may_move_between_two_jobs(
     assert config["images"]["data_dir"] == str(tmp_path / "job_2")
 
 
-def wait_for_node(resource: str, count: int, max_failures: int) -> None:
-    hparam_search.MAX_FAILURES_PER_TRIAL = max_failures
-    ray.init(os.environ["RAY_ADDRESS"], log_to_driver=False)
-    conftest.wait_for(lambda: ray.cluster_resources().get(resource) == count)
-    ray.shutdown()  # for the search to join it
+def see_two_cpus() -> None:
+    hparam_search.tuner.ray.cluster_resources = lambda: {"CPU": 2}
 
 
 @pytest.mark.waits_for_searches
-def test_trials_of_a_node_that_dies_continue_on_another(cluster: str, tmp_path: Path) -> None:
-    folder, output, mark = tmp_path / "it", tmp_path / "output.txt", f"second_of_{tmp_path}"
-    # If possible, this node has nothing of the program: Ray brings it along.
+@pytest.mark.usefixtures("small_search")
+def test_node_may_die_or_see_another_disk(
+    ray_started: str, killed: Future, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Trials of a node that dies continue on another; one that does not see the folder fails them with a sentence."""
+    killed.result()  # and its CPU is free
+    assert placement_group([{"CPU": 2}]).wait(60)  # the first node has one left
+    # If possible, the second has nothing of the program: Ray brings it along.
     files = " ".join(f"{REPOSITORY / name}.py" for name in ("hparam_search", "train", "model", "data"))
     hide = f'mount -t tmpfs none {REPOSITORY}/search; for f in {files}; do mount --bind /dev/null $f; done; exec "$@"'
-    flags = ["--num-samples", "1", "--max-epochs", "24", "--scheduler", "none"]
-    with node(mark, "--address", cluster, within=[*NAMESPACE, "sh", "-c", hide, "sh"] if NAMESPACE else []):
-        process = conftest.start(cluster, quick(folder, *flags), output, wait_for_node, "CPU", 2, 2)
+    folder, output, mark = tmp_path / "it", tmp_path / "output.txt", str(tmp_path)
+    flags = ["--num-samples", "1", "--max-epochs", "48", "--scheduler", "none"]
+    with second_node(ray_started, mark, [*NAMESPACE, "sh", "-c", hide, "sh"] if NAMESPACE else []):
+        process = conftest.start(ray_started, quick(folder, *flags), output, see_two_cpus)
         conftest.wait_for(lambda: len(conftest.epochs_saved(folder)) == 2, process)
         saved = conftest.epochs_saved(folder)
         conftest.kill_all(mark)
@@ -131,74 +114,46 @@ def test_trials_of_a_node_that_dies_continue_on_another(cluster: str, tmp_path: 
     assert process.exitcode == 0, output.read_text()
     restarts = [event for event in read_lines(folder / "log.jsonl")[0] if event["event"] == "restarted"]
     assert all(event["epoch"] >= saved[event["trial"]] for event in restarts)
-    assert [(row["status"], row["epochs"]) for row in read_csv(folder)] == [("TERMINATED", "24")] * 2
+    assert [(row["status"], row["epochs"]) for row in read_csv(folder)] == [("TERMINATED", "48")] * 2
 
-
-@pytest.mark.waits_for_searches
-@pytest.mark.skipif(not NAMESPACE, reason="no mount namespaces here, for a node that sees another disk")
-def test_node_that_does_not_see_the_folder_fails_its_trials_with_a_sentence(cluster: str, tmp_path: Path) -> None:
-    folder, output, mark = tmp_path / "disk" / "it", tmp_path / "output.txt", f"blind_of_{tmp_path}"
+    if not NAMESPACE:
+        pytest.skip("no mount namespaces here, for a node that sees another disk")
+    folder = tmp_path / "disk" / "it"
     folder.parent.mkdir()
-    within = [*NAMESPACE, "sh", "-c", f'mount -t tmpfs none {folder.parent} && exec "$@"', "sh"]
-    with node(mark, "--address", cluster, "--resources", '{"blind": 1}', within=within):
-        flags = ["--num-samples", "1", "--max-epochs", "1"]
-        process = conftest.start(cluster, quick(folder, *flags), output, wait_for_node, "blind", 1, 0)
-        process.join(120)
-    assert process.exitcode == 0, output.read_text()
+    monkeypatch.setattr(hparam_search, "MAX_FAILURES_PER_TRIAL", 0)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2})
+    other_disk = f'mount -t tmpfs none {folder.parent} && exec "$@"'
+    with second_node(ray_started, mark, [*NAMESPACE, "sh", "-c", other_disk, "sh"]):
+        assert run_search(folder, "--num-samples", "1", "--max-epochs", "1") == 0
     (failed,) = [trial for trial in open_search(folder, {}).trials.values() if trial.error]
     sentence = f"this machine does not see {folder}; pass an --output-dir on a disk that all machines share"
     assert failed.error == f"OSError: {sentence}"
-    assert f"{failed.name} failed: OSError: {sentence}.\n" in output.read_text()
+    assert f"{failed.name} failed: OSError: {sentence}.\n" in capsys.readouterr().err
 
 
-# What README says under "Add a hyperparameter", done between two commands.
-ADDED = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import hparam_search
-from ray import tune
-from search import predict
-from tests.conftest import make_small, make_trials_here, quick
-from pathlib import Path
-make_small(setattr)
-make_trials_here(setattr)
-space, in_space, search, picture = hparam_search.param_space, sys.argv[2], Path(sys.argv[3]), sys.argv[4]
-space["dampening"] = 0.0
-assert predict.main([str(search / "best_model"), picture]) == 0
-assert hparam_search.main(["--resume", str(search), "--num-samples", "3"]) == 0
-space |= eval("{" + in_space + "\\n}")
-assert hparam_search.main(["--resume", str(search), "--num-samples", "4"]) == 2
-space["nesterov"] = False
-assert hparam_search.main(quick(search.parent / "new", "--num-samples", "1", "--max-epochs", "1")) == 0
-"""
-
-
+@pytest.mark.usefixtures("trials_here")
 def test_readme_adds_a_hyperparameter_and_earlier_models_and_searches_keep_working(
-    finished: Finished, ray_started: str, tmp_path: Path
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     readme = (REPOSITORY / "README.md").read_text()
-    in_train, in_space = re.search(r"```python\n(.*in OPTIMIZER.*\n)(.*)\n```", readme).groups()
-    project, folder = tmp_path / "project", shutil.copytree(finished.folder, tmp_path / "it")
-    for name in ("search", "tests"):
-        shutil.copytree(REPOSITORY / name, project / name)
-    for path in REPOSITORY.glob("*.py"):
-        shutil.copy(path, project)
-    text = (project / "train.py").read_text()
-    (project / "train.py").write_text(text.replace("\nOPTIMIZER = {", "\nOPTIMIZER = {\n" + in_train))
-    Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
-    command = [sys.executable, "-c", ADDED, str(project), in_space, str(folder), str(tmp_path / "red.png")]
-    result = subprocess.run(
-        command, env=os.environ | {"RAY_ADDRESS": ray_started}, cwd=tmp_path, text=True, capture_output=True
-    )
-    assert result.returncode == 0, result.stderr
-    assert "'dampening' is {'tune': 'uniform', 'lower': 0.0, 'upper': 0.5}, but was 0.0 when" in result.stderr
-    assert "damaged" not in result.stdout + result.stderr
-    rows = read_csv(folder)
-    assert [row["dampening"] for row in rows] == ["0.0"] * 6
-    assert [row["status"] for row in rows] == ["TERMINATED"] * 6
-    assert figures(folder, "seconds images_per_second dampening weights")[:4] == figures(
-        finished.folder, "seconds images_per_second weights"
-    )
-    assert all(
-        0 < float(row["dampening"]) < 0.5 and row["status"] == "TERMINATED" for row in read_csv(tmp_path / "new")
-    )
+    in_train, in_space = re.search(r"```python\n(.*in OPTIMIZER.*\n)(.*\n)```", readme).groups()
+    for key, values in eval("{" + in_train + "}", vars(train)).items():
+        for table, value in ((train.OPTIMIZER, values), (train.CONFIG_KEYS, values), (train.DEFAULTS, values.default)):
+            monkeypatch.setitem(table, key, value)
+    monkeypatch.setattr(hparam_search, "param_space", space := hparam_search.param_space | {"dampening": 0.0})
+    folder, picture = shutil.copytree(finished.folder, tmp_path / "it"), tmp_path / "red.png"
+    Image.new("RGB", (32, 32), "red").save(picture)
+    assert predict.main([str(folder / "best_model"), str(picture)]) == 0
+    assert main(["--resume", str(folder), "--num-samples", "3"]) == 0
+    space |= eval("{" + in_space + "}", vars(hparam_search))
+    assert main(["--resume", str(folder), "--num-samples", "4"]) == 2
+    printed = capsys.readouterr()
+    assert "'dampening' is {'tune': 'uniform', 'lower': 0.0, 'upper': 0.5}, but was 0.0 when" in printed.err
+    assert "damaged" not in printed.out + printed.err
+    space["nesterov"] = False
+    assert run_search(tmp_path / "new", "--num-samples", "1", "--max-epochs", "1") == 0
+    rows, new = read_csv(folder), read_csv(tmp_path / "new")
+    assert [(row["dampening"], row["status"]) for row in rows] == [("0.0", "TERMINATED")] * 6
+    without = "seconds images_per_second dampening weights"
+    assert figures(folder, without)[:4] == figures(finished.folder, without)
+    assert all(0 < float(row["dampening"]) < 0.5 and row["status"] == "TERMINATED" for row in new)

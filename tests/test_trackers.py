@@ -1,4 +1,5 @@
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -11,34 +12,25 @@ from tests.helpers import add, report, search_in, tell
 
 def test_trackers_are_told_every_epoch_of_every_trial_once(finished: Finished) -> None:
     """Trials pause, and continue as new ones of Tune."""
-    told = {str(trial): epochs for trial, epochs in finished.tracker.told.items()}
-    trials = finished.search.trials
+    tracker, trials = finished.tracker, finished.search.trials
+    told = {str(shown): (shown.config, epochs) for shown, epochs in tracker.told.items()}
     assert told == {
-        trial.name: [(each.epoch, each.loss, trial.config) for each in trial.reports] for trial in trials.values()
+        name: (trial.config, [(each.epoch, each.loss, trial.config) for each in trial.reports])
+        for name, trial in trials.items()
     }
-    assert {str(trial): trial.config for trial in finished.tracker.told} == {name: trials[name].config for name in told}
-    assert sorted(finished.tracker.ended) == [(name, False) for name in trials]
-    assert finished.tracker.over
+    assert sorted(tracker.ended) == [(name, False) for name in trials]
+    assert tracker.over
     sentence = "The callback Broken failed (ConnectionError: no server); it will not be called again.\n"
     assert finished.err.count(sentence) == 1
 
 
-class TunesTrial:
-    def __init__(self, trial_id: str) -> None:
-        self.trial_id = trial_id
-
-    def __str__(self) -> str:
-        return "train_cifar_00000"
-
-
 def test_resumed_trial_is_told_with_its_earlier_epochs_and_one_that_does_not_end_as_failed(tmp_path: Path) -> None:
     search, tracker, sentences = search_in(tmp_path), Tracker(), []
-    trial = search.trials[add(search, 0.1, 0.2, end=None)]
-    trackers = Trackers([Broken(), tracker])
+    trial, trackers = search.trials[add(search, 0.1, 0.2, end=None)], Trackers([Broken(), tracker])
     trackers.begin(sentences.append)
-    shown = TunesTrial("0")
+    shown, again = (MagicMock(__str__=lambda _: trial.name) for _ in range(2))
     trackers.start(shown)
-    trackers.start(TunesTrial("1"))  # after a pause
+    trackers.start(again)  # after a pause
     for epoch in (3, 4):
         tell(search, trial.name, report(epoch))
         trackers.report(trial)
