@@ -2,19 +2,21 @@ from pathlib import Path
 
 import pytest
 
+from model import SmallResNet
 from search.cost import cheaper, model_cost
 from tests.helpers import CONFIG, add, search_in
 
 
-def test_cost_is_that_of_a_count_by_hand() -> None:
-    h_1, h_2, classes = 64, 512, 100
+@pytest.mark.parametrize(("h_1", "h_2"), [(64, 512), (128, 1024)])
+def test_cost_is_that_of_a_count_by_hand_and_of_the_docstring(h_1: int, h_2: int) -> None:
     convolutions = [  # channels in and out, height and width of the output
         (3, 64, 32), (64, h_1, 32), (h_1, h_1, 16), (h_1, h_1, 16), (h_1, h_2, 16), (h_2, h_2, 4), (h_2, h_2, 4),
     ]  # fmt: skip
-    parameters = sum(9 * one * two + 2 * two for one, two, _ in convolutions) + (h_2 + 1) * classes
-    flop = 2 * (sum(9 * one * two * side**2 for one, two, side in convolutions) + h_2 * classes)
-    cost = model_cost(CONFIG | {"h_1": h_1, "h_2": h_2}, classes)
-    assert cost == {"parameters": parameters, "gflop_per_image": pytest.approx(flop / 1e9)}
+    parameters = sum(9 * one * two + 2 * two for one, two, _ in convolutions) + (h_2 + 1) * 100
+    gflop = 2e-9 * (sum(9 * one * two * side**2 for one, two, side in convolutions) + h_2 * 100)
+    cost = model_cost(CONFIG | {"h_1": h_1, "h_2": h_2}, 100)
+    assert cost == {"parameters": parameters, "gflop_per_image": pytest.approx(gflop)}
+    assert all(words in SmallResNet.__doc__ for words in (f" {parameters / 1e6:.1f} M ", f" {gflop:.2f} GFLOP"))
 
 
 def test_cheaper_trial_is_named_if_one_is_within_a_standard_error_of_the_best(tmp_path: Path) -> None:
