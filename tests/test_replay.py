@@ -20,11 +20,14 @@ def curve(loss: float, number: int = 0, epochs: int = 4, pace: float = 1.0) -> l
     return [drawn | {"epoch": e, "accuracy": each, "seconds": pace * e} for e, each in enumerate(accuracies, 1)]
 
 
-def played(curves: list[list[dict]], scheduler: Callable, at_once: int, stop: Callable | None = None) -> list[int]:
-    """Return for how many epochs each trial of a search was trained."""
-    trials = new_trials(len(curves))
-    play(dict(zip(trials, curves, strict=True)), scheduler(trials), stop, at_once)
-    return [len(trial.reports) for trial in trials]
+def played(
+    losses: dict[float, float], scheduler: Callable, at_once: int, stop: Callable | None = None
+) -> tuple[list[int], float, int]:
+    """Simulate a search with these losses → seconds per epoch; return the trials' epochs, idle time and states."""
+    trials = new_trials(len(losses))
+    curves = {trial: curve(loss, pace=losses[loss]) for trial, loss in zip(trials, losses, strict=True)}
+    idle, states = play(curves, scheduler(trials), stop, at_once)
+    return [len(trial.reports) for trial in trials], idle, states
 
 
 def asha(trials: list[Trial]) -> Scheduler:
@@ -36,7 +39,7 @@ def promote(trials: list[Trial]) -> Promotion:
 
 
 def test_schedulers_on_curves_that_can_be_reckoned_by_hand() -> None:
-    curves = [curve(loss, pace=pace) for loss, pace in ((1.0, 1000.0), (2.0, 100.0), (0.5, 10.0), (3.0, 1.0))]
+    losses = {1.0: 1000.0, 2.0: 100.0, 0.5: 10.0, 3.0: 1.0}
     for scheduler, at_once, epochs in (
         # ASHA looks after 1, 2 and 4 epochs, and lets pass what is no worse than the median of those before.
         # The first passes; 2.0 is worse than 1.0; 0.5 is better than 1.5; 3.0 is worse than 1.0.
@@ -45,22 +48,16 @@ def test_schedulers_on_curves_that_can_be_reckoned_by_hand() -> None:
         (promote, 1, [2, 1, 4, 1]),  # the best two continue after epoch 1, and the best one after epoch 2
         (promote, 4, [2, 2, 4, 4]),  # no worker waits for 1.0 and 0.5: 3.0 continues
     ):
-        assert played(curves, scheduler, at_once) == epochs
+        assert played(losses, scheduler, at_once)[0] == epochs
 
 
-def test_without_a_scheduler_all_run_to_their_end_or_stop_by_themselves() -> None:
-    curves = [curve(loss) for loss in (1.0, 2.0, 3.0)]
-    assert played(curves, lambda _: Scheduler(), 2) == [4, 4, 4]
-    assert played(curves, lambda _: Scheduler(), 2, partial(early_stop, 4, 2, 0.1, 100)) == [3, 3, 3]
-
-
-def test_idle_time_and_training_states_are_counted() -> None:
-    curves, trials = [curve(loss, pace=pace) for loss, pace in ((1.0, 2.0), (2.0, 1.0), (3.0, 1.0))], new_trials(3)
-    # 4 epochs of 2 s beside 8 of 1 s: no worker is idle.
-    assert play(dict(zip(trials, curves, strict=True)), Scheduler(), None, 2) == (0, 2)
-    trials = new_trials(3)
-    assert play(dict(zip(trials, curves, strict=True)), promote(trials), None, 1) == (0, 3)
-    assert [len(trial.reports) for trial in trials] == [4, 2, 1]
+def test_idle_time_and_training_states_are_counted_and_trials_may_stop_by_themselves() -> None:
+    losses = {1.0: 2.0, 2.0: 1.0, 3.0: 1.0}
+    # 4 epochs of 2 s beside 8 of 1 s: of two workers none is idle, of three two are for 4 s.
+    assert played(losses, lambda _: Scheduler(), 2) == ([4, 4, 4], 0, 2)
+    assert played(losses, lambda _: Scheduler(), 3) == ([4, 4, 4], 8, 3)
+    assert played(losses, lambda _: Scheduler(), 2, partial(early_stop, 4, 2, 0.1, 100)) == ([3, 3, 3], 0, 2)
+    assert played(losses, promote, 1) == ([4, 2, 1], 0, 3)
 
 
 def test_tables_of_recorded_curves(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -71,8 +68,8 @@ def test_tables_of_recorded_curves(tmp_path: Path, capsys: pytest.CaptureFixture
     main(["--curves", str(path), "--trials", "5", "--searches", "4"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "5 recorded configs, 4 searches per row."
-    assert [line.split(" at ")[1] for line in lines[1:5]] == [
-        f"epoch {i} with the best accuracy: +1.00." for i in (1, 2, 4, 8)
+    assert [line.split(" of the loss at epoch ")[1] for line in lines[1:5]] == [
+        f"{i} with the best accuracy: +1.00." for i in (1, 2, 4, 8)
     ]
     rows = {line.split("|")[1].strip(): line for line in lines[8:]}
     assert rows["none"].split("|")[3:6] == [" 1 ", " 100 ", " 0.9500 "]

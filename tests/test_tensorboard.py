@@ -24,7 +24,7 @@ def test_hparams_have_the_objective_first_and_one_type_each(tmp_path: Path) -> N
         search.space[key] = {"tune": "choice", "values": values}
     search.space["ema_decay"] = {}  # a user's function
     board, name = Board(search), add(search, 0.5)
-    board.write(search.trials[name], 1)
+    board.write(search.trials[name])
     board.close_all()
     content = EventAccumulator(str(tmp_path)).Reload().summary_metadata["_hparams_/experiment"].plugin_data.content
     experiment = HParamsPluginData.FromString(content).experiment
