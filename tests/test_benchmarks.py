@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -6,10 +7,41 @@ import pytest
 from ray.tune.schedulers import ASHAScheduler
 
 from benchmarks import curves as recording
-from benchmarks.curves import read_curves, write_curves
-from benchmarks.replay import main, new_trials, play
+from benchmarks import recipes, replay
 from search.records import Trial
 from search.schedulers import Promotion, RayScheduler, Scheduler, early_stop
+
+
+def test_comparison_is_paired_and_its_p_value_exact() -> None:
+    mean, error, p = recipes.compare([0.1, 0.2, 0.3, 0.4], [0.2, 0.4, 0.4, 0.6])
+    assert (mean, error) == (pytest.approx(0.15), pytest.approx(math.sqrt(0.01 / 3 / 4)))
+    assert p == 2 / 16  # all four are higher: 1 of 16 ways, and 1 for all lower
+    assert recipes.compare([0.1, 0.2, 0.3], [0.2, 0.1, 0.3])[::2] == (pytest.approx(0), 1)
+    assert recipes.compare([0.5], [0.6])[0] == pytest.approx(0.1)
+
+
+def test_recorded_runs_are_not_trained_again(
+    make_folder: Callable, tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, csv = make_folder({"train": {"cat": 60, "dog": 60}, "test": {"cat": 5}}), tmp_path / "runs.csv"
+    flags = ["--data-dir", str(folder), "--output", str(csv), "--widths", "4", "4", "--epochs", "1"]
+    recipes.main([*flags, "--seeds", "1", "bias_lr=0"])
+    recipes.main([*flags, "--seeds", "2", "bias_lr=0"])
+    recorded = csv.read_text()
+    assert len(recorded.splitlines()) == 5
+    capfd.readouterr()
+    monkeypatch.setattr("benchmarks.recipes.read_images", None)  # it would be called to train
+    recipes.main([*flags, "--seeds", "2", "bias_lr=0"])
+    assert csv.read_text() == recorded
+    rows = capfd.readouterr().out.split("\n\n")[1].splitlines()
+    assert [row.split(" | ")[:3] for row in rows[2:]] == [["| default", "0.02", "2"], ["| bias_lr=0", "0.02", "2"]]
+
+
+@pytest.mark.parametrize("recipe", ["momentum=1", "bias_rate=0.1", "momentum"])
+def test_invalid_recipe_is_refused_in_one_sentence(recipe: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        recipes.main(["--data-dir", "nowhere", recipe])
+    assert recipe.split("=")[0] in capsys.readouterr().err.splitlines()[-1]
 
 
 def curve(loss: float, number: int = 0, epochs: int = 4, pace: float = 1.0) -> list[dict]:
@@ -24,9 +56,9 @@ def played(
     losses: dict[float, float], scheduler: Callable, at_once: int, stop: Callable | None = None
 ) -> tuple[list[int], float, int]:
     """Simulate a search with these losses → seconds per epoch; return the trials' epochs, idle time and states."""
-    trials = new_trials(len(losses))
+    trials = replay.new_trials(len(losses))
     curves = {trial: curve(loss, pace=losses[loss]) for trial, loss in zip(trials, losses, strict=True)}
-    idle, states = play(curves, scheduler(trials), stop, at_once)
+    idle, states = replay.play(curves, scheduler(trials), stop, at_once)
     return [len(trial.reports) for trial in trials], idle, states
 
 
@@ -63,9 +95,9 @@ def test_idle_time_and_training_states_are_counted_and_trials_may_stop_by_themse
 def test_tables_of_recorded_curves(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path = tmp_path / "curves.csv"
     curves = {i: curve(0.5 + i, i, epochs=20) for i in range(5)}
-    write_curves(path, curves)
-    assert read_curves(path) == curves
-    main(["--curves", str(path), "--trials", "5", "--searches", "4"])
+    recording.write_curves(path, curves)
+    assert recording.read_curves(path) == curves
+    replay.main(["--curves", str(path), "--trials", "5", "--searches", "4"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "5 recorded configs, 4 searches per row."
     assert [line.split(" of the loss at epoch ")[1] for line in lines[1:5]] == [
@@ -76,7 +108,7 @@ def test_tables_of_recorded_curves(tmp_path: Path, capsys: pytest.CaptureFixture
     assert all("| 0.0% |" in rows[name] for name in ("none", "promote, grace 2, factor 2, keep 2"))
     assert len(rows) == 1 + 9 * 4 + 1
     with pytest.raises(SystemExit):
-        main(["--curves", str(path)])
+        replay.main(["--curves", str(path)])
     assert "5 configs, fewer than the 48 of a search" in capsys.readouterr().err
 
 
@@ -86,11 +118,11 @@ def test_an_interrupted_recording_is_continued(make_folder: Callable, tmp_path: 
     flags += ["--epochs", "2", "--samples", "1", "--output", str(tmp_path)]
     recording.main(flags)
     path = tmp_path / "default.csv"
-    recorded = read_curves(path)
+    recorded = recording.read_curves(path)
     assert [(row["h_2"], row["epoch"]) for i in (0, 1) for row in recorded[i]] == [(4, 1), (4, 2), (8, 1), (8, 2)]
-    write_curves(path, {0: recorded[0]})
+    recording.write_curves(path, {0: recorded[0]})
     recording.main(flags)
-    continued = read_curves(path)
+    continued = recording.read_curves(path)
     assert continued[0] == recorded[0]
     assert continued[1][1]["loss"] == recorded[1][1]["loss"]
     with pytest.raises(SystemExit, match="curves of other configs"):
