@@ -17,7 +17,6 @@ from train import Report, evaluation_batches
 ACCURACY = Objective("accuracy", "max")
 CPU, NAN, END = torch.device("cpu"), float("nan"), "all epochs done"
 IMAGES = make_synthetic(num_train=120, num_test=40, num_classes=5)  # 95 for training, 25 for validation
-SIZES = {"num_classes": 5, "num_val": 25}
 VALIDATION = evaluation_batches(IMAGES, "val", CPU)
 # With a recipe of their own, so that a new default does not change what happens in the tests.
 RECIPE = {"bias_lr": 0.0, "crop_padding": 4}
@@ -39,7 +38,8 @@ def search_in(folder: Path, metric: str = "accuracy", mode: str = "max", **setti
     """Return a new search without trials and images."""
     folder.mkdir(parents=True, exist_ok=True)
     settings = Settings(**{"output_dir": str(folder.parent), "name": folder.name} | settings)
-    search = Search(folder, settings, summarize(SPACE), SIZES, Objective(metric, mode), {})
+    sizes = {"num_classes": 5, "num_val": 25}  # as IMAGES
+    search = Search(folder, settings, summarize(SPACE), sizes, Objective(metric, mode), {})
     search.write()
     return search
 

@@ -2,32 +2,25 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 
-from search.files import (
-    append_line,
-    atomic_write,
-    explain_failure,
-    link,
-    load_tensors,
-    loads,
-    lock,
-    read_lines,
-    write_json,
-)
+from search import files
+from search.files import load_tensors, loads, read_lines, write_json
 from tests.helpers import DAMAGES, NAN, disk_full_after
 
 LINES = [{"epoch": 1, "loss": NAN}, {"name": "ä", "lr": 1e-5}, {"list": [1, 2.0, None, True, {}]}]
 
 
 def write(target: Path, text: str) -> None:
-    with atomic_write(target) as temporary:
+    with files.atomic_write(target) as temporary:
         if target.name == "folder":
             temporary.mkdir()
         (temporary / "file" if target.name == "folder" else temporary).write_text(text)
@@ -79,61 +72,55 @@ def test_json_and_tensors_are_read_back_or_refused(tmp_path: Path) -> None:
 def test_log_cut_anywhere_is_read_up_to_there_and_continued_and_a_full_disk_changes_nothing(tmp_path: Path) -> None:
     log, file = tmp_path / "log.jsonl", tmp_path / "file.json"
     for line in LINES:
-        append_line(log, line)
+        files.append_line(log, line)
     whole = log.read_bytes()
     for size in range(len(whole) + 1):
         log.write_bytes(whole[:size])
         complete = LINES[: whole[:size].count(b"\n")]
         assert str(read_lines(log)) == str((complete, 0))
-        append_line(log, {"next": 1})
+        files.append_line(log, {"next": 1})
         assert str(read_lines(log)) == str(([*complete, {"next": 1}], 0))
     log.write_bytes(whole.replace(b"1e-05", b"1e-") + b"noise\n\xff\n")
     write_json(file, LINES[1])
     with disk_full_after(log.stat().st_size + 20):
-        with pytest.raises(OSError, match=f"cannot write {log} .File too large.$"):
-            append_line(log, LINES[2])
-        with pytest.raises(OSError, match=f"cannot write {file} .File too large.$"):
-            write_json(file, {"long": "x" * 500})
+        for path, put in ((log, files.append_line), (file, write_json)):
+            with pytest.raises(OSError, match=f"cannot write {path} .File too large.$"):
+                put(path, {"long": "x" * 500})
     assert str((read_lines(log), loads(file.read_bytes()))) == str((([LINES[0], LINES[2]], 3), LINES[1]))
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.ENOLCK])
-def test_disks_need_neither_flush_folders_nor_lock(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(descriptor: int, kind: int = 0) -> None:
-        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
-            raise OSError(code, os.strerror(code))
+def test_lock_is_shared_or_not_and_disks_need_neither_it_nor_flush_folders(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, error = tmp_path / "file", OSError(code, os.strerror(code))
 
-    file = tmp_path / "file"
-    with lock(file, shared=True) as first, lock(file, shared=True) as second, lock(file) as third:
-        assert (first, second, third) == (True, True, True)  # nothing was there to share
-    with lock(file, shared=True) as first, lock(file, shared=True) as second, lock(file) as third:
-        assert (first, second, third) == (True, True, False)
-    with lock(file) as first, lock(file) as second, lock(file, shared=True) as third:
-        assert (first, second, third) == (True, False, False)
-    monkeypatch.setattr(os, "fsync", refuse)
+    def locked(*shared: bool) -> list[bool]:
+        """Return for each of these locks whether it is granted while those before it are held."""
+        with contextlib.ExitStack() as held:
+            return [held.enter_context(files.lock(file, each)) for each in shared]
+
+    def refuse_folders(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise error
+
+    assert locked(True, True, False) == [True, True, True]  # nothing was there to share
+    assert locked(True, True, False) == [True, True, False]
+    assert locked(False, False, True) == [True, False, False]
+    monkeypatch.setattr(os, "fsync", refuse_folders)
     write(file, "text")
-    monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(code, os.strerror(code))))
-    with lock(file) as first, lock(file) as second:
-        assert (first, second) == (True, True)
+    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=error))
+    assert locked(False, False) == [True, True]
 
 
 def test_failure_to_write_names_the_file_and_the_reason_and_advises_where_that_is_known_to_help(tmp_path: Path) -> None:
-    room, reasons = (
-        "; make room there",
-        {errno.EROFS: "; make the disk writable", errno.EACCES: "; allow writing there"},
-    )
-    for code in (errno.ENOSPC, errno.EDQUOT, *reasons, errno.EIO, errno.ESTALE, errno.EFBIG, errno.EISDIR):
-        with (
-            pytest.raises(OSError, match=r".") as caught,
-            explain_failure(tmp_path),
-            explain_failure(tmp_path / "a file in it"),
-        ):
+    advice = dict.fromkeys([errno.ENOSPC, errno.EDQUOT], "; make room there")
+    advice |= {errno.EROFS: "; make the disk writable", errno.EACCES: "; allow writing there"}
+    for code in (*advice, errno.EIO, errno.ESTALE, errno.EFBIG, errno.EISDIR):
+        sentence = f"cannot write {tmp_path} ({os.strerror(code)}){advice.get(code, '')}"
+        outer, inner = (files.explain_failure(path) for path in (tmp_path, tmp_path / "a file in it"))
+        with pytest.raises(OSError, match=f"^{re.escape(sentence)}$"), outer, inner:
             raise OSError(code, os.strerror(code))
-        start = f"cannot write {tmp_path} ({os.strerror(code)})"
-        if code in (errno.EIO, errno.ESTALE, errno.EFBIG, errno.EISDIR):
-            assert str(caught.value) == start
-        else:
-            assert str(caught.value).startswith(start + reasons.get(code, room))
 
 
 @pytest.mark.parametrize("other_disk", [False, True])
@@ -142,10 +129,10 @@ def test_linked_file_outlives_and_replaces_others(
 ) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     if other_disk:
-        monkeypatch.setattr(os, "link", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.EXDEV, "another disk")))
+        monkeypatch.setattr(os, "link", Mock(side_effect=OSError(errno.EXDEV, "another disk")))
     for text in ("old", "new"):
         source.write_text(text)
-        link(source, target)
+        files.link(source, target)
         assert target.samefile(source) == (text == "old" and not other_disk)
         write(source, "changed")
         source.unlink()

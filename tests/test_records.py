@@ -6,14 +6,13 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from data import InputError
-from search.files import read_lines
 from search.records import FORMAT, Trial, check_unchanged, config_key, creating_search, open_search
 from search.referee import TimeBudget
 from search.settings import Settings
@@ -38,18 +37,13 @@ def test_replay_gives_the_same_search_and_damage_costs_only_what_follows_in_a_tr
         else:
             search.record(kind, trial=name, epoch=generator.randint(0, len(reports)), error="OSError: why", end=END)
         assert [each.epoch for each in reports] == list(range(1, len(reports) + 1))
-    assert repr(open_search(tmp_path, {})) == repr(search)
+    with disk_full_after(100), pytest.raises(OSError, match="File too large"):
+        tell(search, name, report(len(reports) + 1))
+    assert repr(open_search(tmp_path, {})) == repr(search)  # what is not written has not been
     lines = log.read_text().splitlines(keepends=True)
     for i, (name, epoch) in enumerate(events):
-        log.write_text(
-            "".join(
-                [
-                    *lines[:i],
-                    generator.choice([lines[i][:-9] + "\n", re.sub('"(epoch|error|end|config|ran)"', '"?"', lines[i])]),
-                    *lines[i + 1 :],
-                ]
-            )
-        )
+        damaged = generator.choice([lines[i][:-9] + "\n", re.sub('"(epoch|error|end|config|ran)"', '"?"', lines[i])])
+        log.write_text("".join([*lines[:i], damaged, *lines[i + 1 :]]))
         reopened = open_search(tmp_path, {})
         assert reopened.damaged == 1
         for trial in search.trials.values():
@@ -61,29 +55,27 @@ def test_replay_gives_the_same_search_and_damage_costs_only_what_follows_in_a_tr
                 assert [each.epoch for each in found] == list(range(1, len(found) + 1))
 
 
-def test_restarted_drops_later_epochs_and_the_end_until_they_are_reported_again(tmp_path: Path) -> None:
+def test_each_epoch_exists_once_and_the_state_is_that_of_the_latest_event(tmp_path: Path) -> None:
+    def told(epoch: int, accuracy: float, **state: object) -> dict:
+        return vars(report(epoch, accuracy)) | {"end": None, "paused": False} | state
+
     search = search_in(tmp_path)
     trial = search.trials[add(search, 0.1, 0.2, 0.9, 0.3)]
-    first = trial.reports[:2]
-    search.record("restarted", trial=trial.name, epoch=2)
-    assert (trial.reports, trial.end, trial.best, trial.status) == (first, None, first[1], "UNFINISHED")
-    search.record("failed", trial=trial.name, error="why")
-    assert (trial.status, search.interrupted(), search.unfinished()) == ("ERROR", False, [trial])
-    with disk_full_after(100), pytest.raises(OSError, match=r"cannot write .*log.jsonl .File too large.$"):
-        tell(search, trial.name, report(3, 0.4))
-    assert (trial.reports, repr(open_search(tmp_path, {}))) == (first, repr(search))  # what is not written has not been
-    tell(search, trial.name, report(3, 0.4), END)
-    assert (trial.reports[2:], trial.status) == ([report(3, 0.4)], "TERMINATED")
-    tell(search, trial.name, report(2, 0.5), paused=True)  # an epoch exists once
-    assert (trial.reports, trial.status, search.interrupted()) == ([first[0], report(2, 0.5)], "PAUSED", True)
-    search.record("begun", trial=trial.name)
-    assert (trial.running, trial.waits) == (True, False)
-    assert (trial.reports, trial.status) == ([first[0], report(2, 0.5)], "UNFINISHED")
-    search.record("ended", trial=trial.name, end=END)  # the line that says that it is paused is unreadable
-    assert trial.status == "UNFINISHED"
-    tell(search, trial.name, report(2, 0.5), paused=True)
-    search.record("ended", trial=trial.name, end=END)
-    assert (trial.status, search.unfinished()) == ("TERMINATED", [])
+    for kind, details, accuracies, status, waits in (
+        ("restarted", {"epoch": 2}, [0.1, 0.2], "UNFINISHED", True),
+        ("failed", {"error": "why"}, [0.1, 0.2], "ERROR", False),
+        ("reported", told(3, 0.4, end=END), [0.1, 0.2, 0.4], "TERMINATED", False),
+        ("reported", told(2, 0.5, paused=True), [0.1, 0.5], "PAUSED", True),
+        ("begun", {}, [0.1, 0.5], "UNFINISHED", False),
+        ("ended", {"end": END}, [0.1, 0.5], "UNFINISHED", False),  # the line that says that it is paused is unreadable
+        ("reported", told(2, 0.6, paused=True), [0.1, 0.6], "PAUSED", True),
+        ("ended", {"end": END}, [0.1, 0.6], "TERMINATED", False),
+    ):
+        search.record(kind, trial=trial.name, **details)
+        assert ([each.accuracy for each in trial.reports], trial.status, trial.waits) == (accuracies, status, waits)
+        assert trial.best.accuracy == max(accuracies)
+        assert search.interrupted() == (status in ("UNFINISHED", "PAUSED"))
+        assert search.unfinished() == ([] if status == "TERMINATED" else [trial])
 
 
 @pytest.mark.parametrize(("metric", "mode"), [("accuracy", "max"), ("loss", "min"), ("train_loss", "min")])
@@ -108,8 +100,10 @@ def test_best_epochs_and_trials_are_those_of_the_objective(metric: str, mode: st
     assert {trial.status for trial in trials} == {"TERMINATED", "DIVERGED", "UNFINISHED"}
 
 
-def test_only_an_intact_search_is_resumed_and_settings_only_grow(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    search = search_in(tmp_path, num_samples=3)
+def test_only_a_search_of_this_version_is_resumed_and_settings_only_grow(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    search, log = search_in(tmp_path, num_samples=3), tmp_path / "log.jsonl"
     check_unchanged(search, search.space, search.objective)
     assert re.fullmatch(r"The search began with torch None; with \d.*, results may differ\.\n", capsys.readouterr().err)
     search.versions |= {"torch": importlib.metadata.version("torch")}
@@ -118,23 +112,17 @@ def test_only_an_intact_search_is_resumed_and_settings_only_grow(tmp_path: Path,
     add(search, 0.5)
     changes = {"num_samples": 4, "repeats": 2, "cpus_per_trial": 1, "gpus_per_trial": 0.0, "seed": 0}
     assert open_search(tmp_path, changes).settings == replace(search.settings, **changes)
-    with pytest.raises(InputError, match="--seed is 1, but was 0 when the search began; remove it, or use another"):
-        open_search(tmp_path, {"seed": 1})
-    moved = shutil.copytree(tmp_path, tmp_path / "else" / "where")
-    settings = open_search(moved, {}).settings
+    for change, words in (({"seed": 1}, "--seed is 1, but was 0"), ({"num_samples": 2}, "2 is less .* at least 3")):
+        with pytest.raises(InputError, match=words):
+            open_search(tmp_path, change)
+    settings = open_search(shutil.copytree(tmp_path, tmp_path / "else" / "where"), {}).settings
     assert (settings.output_dir, settings.name) == (str(tmp_path / "else"), "where")
-    with pytest.raises(InputError, match="--num-samples 2 is less than the search has; use at least 3"):
-        open_search(tmp_path, {"num_samples": 2})
-    damaged, log = (tmp_path / "search.json").read_text()[:-9], tmp_path / "log.jsonl"
-    drawn, reported = read_lines(log)[0]
-    del reported["train_loss"]  # as if train.py had not measured it
-    log.write_text(json.dumps(drawn) + "\n" + json.dumps(reported) + "\n")
+    log.write_text(log.read_text().replace("train_loss", "?"))  # as if train.py had not measured it
     (trial,) = open_search(tmp_path, {}).trials.values()
     assert (trial.best.accuracy, str(trial.best.train_loss)) == (0.5, "nan")
-    for text in (json.dumps({"format": FORMAT - 1}), damaged):
-        (tmp_path / "search.json").write_text(text)
-        with pytest.raises(InputError, match=r"json is damaged, or from another version; start a new search"):
-            open_search(tmp_path, {})
+    (tmp_path / "search.json").write_text(json.dumps({"format": FORMAT - 1}))
+    with pytest.raises(InputError, match=r"json is damaged, or from another version; start a new search"):
+        open_search(tmp_path, {})
 
 
 def test_no_config_is_trained_twice(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -157,72 +145,60 @@ def test_no_config_is_trained_twice(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert len(set(keys)) == len(keys) == 9
 
 
-def test_time_is_that_of_the_monotonic_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [100.0, 1e9]  # monotonic, and on the wall
-    monkeypatch.setattr("search.records.time.monotonic", lambda: now[0])
-    monkeypatch.setattr("search.records.time.time", lambda: now[1])
-    search = search_in(tmp_path, time_budget=60.0)
-    names = [add(search) for _ in range(2)]
-    search.record("started", resources="")
-    budget = TimeBudget(search)
-    for name in names:
-        now[:] = now[0] + 20, now[1] + 1e6  # the clock on the wall is set
+def test_time_is_that_of_the_monotonic_clock_while_trials_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    monkeypatch.setattr("time.time", itertools.count(1e9, -1e6).__next__)  # the clock on the wall is set
+    name = add(search_in(tmp_path, time_budget=60.0))
+    for start, ran, seconds in ((100.0, 40.0, 40.0), (9.0, 15.0, 55.0)):  # in two processes
+        now[0] = start
+        search = open_search(tmp_path, {})
+        search.record("started", resources="")
+        budget = TimeBudget(search)
+        now[0] += ran
         tell(search, name, report(1))
-        assert not budget.stop_all()
-    search = open_search(tmp_path, {})
-    now[:] = 1000.0, 0.0  # another process
-    search.record("started", resources="")
-    now[0] += 15
-    tell(search, names[0], report(2))
-    assert (search.seconds, open_search(tmp_path, {}).seconds, search.time_left()) == (55, 55, 5)
-    budget = TimeBudget(search)
-    now[0] += 6
+        assert (search.seconds, search.time_left(), budget.stop_all()) == (seconds, 60 - seconds, False)
+    now[0] += 5
     assert budget.stop_all()
     search.record("stopped")
     now[0] += 100  # while the best model is tested
     search.record("tested")
-    assert open_search(tmp_path, {}).seconds == 61
+    assert open_search(tmp_path, {}).seconds == 60
 
 
-def test_end_of_a_trial_is_on_disk_before_its_files_are_deleted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    flushed = []
+def test_end_of_a_trial_is_flushed_to_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    search, flushed = search_in(tmp_path), []
     monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(os.path.realpath(f"/dev/fd/{descriptor}")))
-    search = search_in(tmp_path)
-    name = add(search)
-    flushed.clear()
-    tell(search, name, report(1))
+    name = add(search, 0.1, end=None)
     assert not flushed
     tell(search, name, report(2), END)
-    assert flushed == [str(tmp_path / "log.jsonl")]
+    assert flushed == [str(tmp_path / "log.jsonl")]  # before the trial's files are deleted
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a copy of this process")
 def test_search_killed_while_it_is_created_does_not_take_the_name(tmp_path: Path) -> None:
-    settings = Settings(output_dir=str(tmp_path / "outputs"), name="it")
+    settings, folder = Settings(output_dir=str(tmp_path / "outputs"), name="it"), tmp_path / "outputs" / "it"
 
     def create() -> None:
         with creating_search(settings, summarize(SPACE), IMAGES, ACCURACY) as search:
             search.draw([Trial("train_cifar_00000", CONFIG)])
 
-    def dying(step: Callable, steps: Iterator[int], moment: int) -> Callable:
-        return lambda *args, **options: os._exit(9) if next(steps) == moment else step(*args, **options)
+    def dying(step: Callable) -> Callable:
+        return lambda *args, **options: os._exit(9) if next(survived, None) is None else step(*args, **options)
 
     for moment in itertools.count():
+        survived = iter(range(moment))
         if (pid := os.fork()) == 0:
-            steps = itertools.count()
             for owner, name in ((os, "fsync"), (Path, "open"), (Path, "mkdir"), (Path, "replace"), (Path, "rename")):
-                setattr(owner, name, dying(getattr(owner, name), steps, moment))
+                setattr(owner, name, dying(getattr(owner, name)))
             create()
             os._exit(0)
         killed = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
-        if (tmp_path / "outputs" / "it").exists():
-            assert len(open_search(tmp_path / "outputs" / "it", {}).trials) == 1  # it is complete
-        else:
+        if not folder.exists():
             create()
-        assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["it"]
-        shutil.rmtree(tmp_path / "outputs")
+        assert len(open_search(folder, {}).trials) == 1  # it is complete
+        assert list(folder.parent.iterdir()) == [folder]
+        shutil.rmtree(folder.parent)
         if not killed:
             break
     assert moment > 5

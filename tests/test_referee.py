@@ -12,7 +12,7 @@ from hparam_search import new_scheduler
 from search.display import Display
 from search.records import Search, open_search
 from search.referee import Referee, Watcher, error_sentence
-from search.schedulers import Promotion, RayScheduler, Scheduler, early_stop
+from search.schedulers import STOPPED, Promotion, RayScheduler, Scheduler, early_stop
 from search.trackers import Trackers
 from search.trial import TRAINING_FILE, prune, weights_path
 from tests.helpers import CONFIG, END, NAN, add, report, search_in, tell
@@ -23,7 +23,9 @@ def referee_of(search: Search, scheduler: Scheduler) -> Referee:
     return Referee(search, scheduler, partial(early_stop, 4, None, 0.0, None), display, 5)
 
 
-def median(search: Search) -> Scheduler:
+def new(kind: str, search: Search) -> Scheduler:
+    if kind != "median":
+        return new_scheduler(search, 4)
     rule = MedianStoppingRule("epoch", "loss", "min", grace_period=2, min_time_slice=math.inf)
     return RayScheduler(rule, search.history)
 
@@ -37,53 +39,46 @@ STORY = [
 
 
 @pytest.mark.parametrize("reopened_before", [None, 6, 7, 10, 12])
-@pytest.mark.parametrize(("kind", "stopped"), [("median", "d"), ("asha", "d"), ("none", "")])
+@pytest.mark.parametrize(("kind", "end_of_d"), [("median", STOPPED), ("asha", STOPPED), ("none", None)])
 def test_no_epoch_is_judged_twice_in_whatever_process(
-    kind: str, stopped: str, reopened_before: int | None, tmp_path: Path
+    kind: str, end_of_d: str | None, reopened_before: int | None, tmp_path: Path
 ) -> None:
     search = search_in(tmp_path, scheduler=kind.replace("median", "none"), grace_period=2, reduction_factor=2.0)
     names = {key: add(search) for key in "abcd"}
     names["repeat"] = add(search, repeats=names["a"])
     for name in names.values():
         search.record("begun", trial=name)
-    new = median if kind == "median" else partial(new_scheduler, max_epochs=4)
-    referee = referee_of(search, new(search))
+    referee = referee_of(search, new(kind, search))
     for i, (key, epoch, loss) in enumerate(STORY):
         if i == reopened_before:  # another process continues
             search = open_search(tmp_path, {})
-            referee = referee_of(search, new(search))
+            referee = referee_of(search, new(kind, search))
         trial = search.trials[names[key]]
         restored = {"restored": epoch - 1} if epoch <= len(trial.reports) else {}
         # The worker tells the earlier epochs again.
         reports = [vars(report(each, loss=loss)) for each in range(1, epoch + 1)]
         decision = referee.on_trial_result(None, trial.name, {"reports": reports} | restored)
         assert (decision == "STOP") == bool(trial.end)
-    ends = {key: search.trials[name].end for key, name in names.items() if search.trials[name].end}
-    assert ends == dict.fromkeys(stopped, "stopped by the scheduler") | {"c": "loss became NaN or infinite"}
+    ends = {key: search.trials[name].end for key, name in names.items()}
+    assert ends == {"a": None, "b": None, "c": "loss became NaN or infinite", "d": end_of_d, "repeat": None}
     assert search.trials[names["b"]].reports[1].loss == 9.0
 
 
-def test_five_best_of_the_ended_trials_keep_their_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize("late", [False, True])
+def test_five_best_of_the_ended_trials_keep_their_weights(late: bool, tmp_path: Path) -> None:
     search, weights = search_in(tmp_path), [weights_path(Path(), epoch).name for epoch in (1, 2, 3)]
-    files = [TRAINING_FILE, *weights]
-    for accuracy in (0.3, 0.5, 0.9, 0.45, 0.2, 0.6, 0.4, -1):
-        name = add(search, accuracy / 2, accuracy, accuracy / 3, end=None if accuracy == 0.9 else "ended")
-        (tmp_path / name).mkdir()
-        for file in files:
-            (tmp_path / name / file).touch()
-    prune(search, search.ended(), 5)
-    left = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in search.trials]
-    expected = [files if i == 2 else weights[1:2] if i in (0, 1, 3, 5, 6) else [] for i in range(8)]
-    assert left == expected
-    better = add(search, 0.1, 0.7)
     add(search, 0.1, 0.8)  # from an earlier search that has not kept its weights
-    (tmp_path / better).mkdir()
-    for file in files:
-        (tmp_path / better / file).touch()
-    prune(search, [search.trials[better]], 5)
-    left = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("train_cifar_00005", better)]
-    assert left == [weights[1:2], weights[1:2]]
-    assert [len(list(tmp_path.glob(f"*/{name}"))) for name in weights] == [1, 6, 1]
+    for accuracy in (0.3, 0.5, 0.9, 0.45, 0.2, 0.6, 0.4, -1, 0.7):
+        name = add(search, accuracy / 2, accuracy, accuracy / 3, end=None if accuracy == 0.9 else END)
+        (tmp_path / name).mkdir()
+        for file in (TRAINING_FILE, *weights):
+            (tmp_path / name / file).touch()
+        if not late:
+            prune(search, search.ended()[-1:], 5)
+    prune(search, search.ended() if late else [], 5)
+    left = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in list(search.trials)[1:]]
+    best = weights[1:2]
+    assert left == [[], best, [TRAINING_FILE, *weights], best, [], best, best, [], best]
 
 
 def test_what_a_killed_process_left_undone_is_done_at_the_start(tmp_path: Path) -> None:

@@ -1,16 +1,15 @@
 import random
 import re
-import shutil
 from pathlib import Path
 
 import pytest
 
+from model import SmallResNet
 from search import report as reports
-from search.cost import model_cost
+from search.cost import cheaper, model_cost
 from search.files import lock
 from search.progress import Progress, block
 from search.records import open_search
-from tests.conftest import Finished
 from tests.helpers import CONFIG, END, add, report, search_in, tell
 
 
@@ -47,19 +46,21 @@ def test_importance_is_a_rank_correlation_at_the_last_epoch_that_all_reached(tmp
 
 
 def test_rungs_and_repeats_are_summarized(tmp_path: Path) -> None:
-    search, names = search_in(tmp_path, grace_period=2), []
+    search, about = search_in(tmp_path, grace_period=2), "Rank agreement between epoch 2 and the end"
     for accuracies in ([0.1, 0.1], [0.1, 0.2], [0.1, 0.3, 0.7], [0.1, 0.4, 0.6], [0.2, 0.1, -1], [0.1, 0.5, 0.8]):
-        names.append(add(search, *accuracies))
-    about = "Rank agreement between epoch 2 and the end"
-    assert reports.rungs(search, search.ended()[:5])[1] == f"{about}: needs 3 surviving trials (2 so far)."
-    assert reports.rungs(search, search.ended()[:1])[0] == "Epochs trained: 2 (1 trial)."
-    lines = ["Epochs trained: 2 (2 trials), 3 (4 trials).", f"{about}: +0.50 (3 trials)."]
-    assert reports.rungs(search, search.ended()) == lines
+        add(search, *accuracies)
+    ended = search.ended()
+    for count, lines in (
+        (1, ["Epochs trained: 2 (1 trial).", f"{about}: needs 3 surviving trials (0 so far)."]),
+        (5, ["Epochs trained: 2 (2 trials), 3 (3 trials).", f"{about}: needs 3 surviving trials (2 so far)."]),
+        (6, ["Epochs trained: 2 (2 trials), 3 (4 trials).", f"{about}: +0.50 (3 trials)."]),
+    ):
+        assert reports.rungs(search, ended[:count]) == lines
     assert reports.repeats(search) == []
     for i, accuracies in ((1, (0.1, -1, -1)), (2, (0.80, 0.82, -1)), (3, (0.79, 0.81, 0.83))):
         for accuracy in accuracies:
-            add(search, accuracy, repeats=names[i])
-    add(search, 0.9, end=None, repeats=names[2])  # has not ended
+            add(search, accuracy, repeats=ended[i].name)
+    add(search, 0.9, end=None, repeats=ended[2].name)  # has not ended
     assert reports.repeats(search)[1:] == [
         "  train_cifar_00002  0.8100 ± 0.0141 (3 seeds, 1 diverged)",
         "  train_cifar_00003  0.8100 ± 0.0200 (3 seeds)",
@@ -67,26 +68,59 @@ def test_rungs_and_repeats_are_summarized(tmp_path: Path) -> None:
     ]
 
 
-def test_list_shows_every_search_and_its_status(finished: Finished, tmp_path: Path) -> None:
-    for name, end in (("one", None), ("two", END), ("three", END)):
-        add(search_in(tmp_path / name), 0.3, end=end)
-    (tmp_path / "three" / "search.json").write_text("{}")
-    failed = search_in(tmp_path / "four")
+@pytest.mark.parametrize(("h_1", "h_2"), [(64, 512), (128, 1024)])
+def test_cost_is_that_of_a_count_by_hand_and_of_the_docstring(h_1: int, h_2: int) -> None:
+    convolutions = [  # channels in and out, height and width of the output
+        (3, 64, 32), (64, h_1, 32), (h_1, h_1, 16), (h_1, h_1, 16), (h_1, h_2, 16), (h_2, h_2, 4), (h_2, h_2, 4),
+    ]  # fmt: skip
+    parameters = sum(9 * one * two + 2 * two for one, two, _ in convolutions) + (h_2 + 1) * 100
+    gflop = 2e-9 * (sum(9 * one * two * side**2 for one, two, side in convolutions) + h_2 * 100)
+    cost = model_cost(CONFIG | {"h_1": h_1, "h_2": h_2}, 100)
+    assert cost == {"parameters": parameters, "gflop_per_image": pytest.approx(gflop)}
+    assert all(words in SmallResNet.__doc__ for words in (f" {parameters / 1e6:.1f} M ", f" {gflop:.2f} GFLOP"))
+
+
+def test_cheaper_trial_is_named_if_one_is_within_a_standard_error_of_the_best(tmp_path: Path) -> None:
+    search, big = search_in(tmp_path), {"h_1": 8, "h_2": 16}
+
+    def named() -> str:
+        return cheaper(search, search.ranking()[0])
+
+    add(search, 0.9, **big)
+    add(search, 0.89, **big, lr=0.02)  # costs as much
+    add(search, 0.79)  # √((0.9 · 0.1 + 0.79 · 0.21) / 25) = 0.1012
+    add(search, 0.88, h_1=64, h_2=16)
+    add(search, 0.899, h_1=1, h_2=1, end=None)  # has not ended
+    assert named() == ""
+    add(search, 0.82, h_1=8, h_2=15)
+    cheapest = add(search, 0.81)  # √((0.9 · 0.1 + 0.81 · 0.19) / 25) = 0.0988
+    share = model_cost(CONFIG, 5)["gflop_per_image"] / model_cost(CONFIG | big, 5)["gflop_per_image"]
+    about = f"{cheapest} (accuracy 0.8100, {share:.0%} of the FLOPs)"
+    assert named() == f"Cheaper, within one standard error of the best: {about}."
+    search.images["num_val"] = 250_000
+    assert named() == ""
+
+
+def test_list_shows_every_search_and_its_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("interrupted", "in use", "finished", "repeated", "damaged"):
+        trial = add(search_in(tmp_path / name), 0.3, end=None if name == "interrupted" else END)
+    (tmp_path / "damaged" / "search.json").write_text("{}")
+    add(open_search(tmp_path / "repeated", {}), 0.3, end=None, repeats=trial)
+    failed = search_in(tmp_path / "failed")
     failed.record("failed", trial=add(failed), error="out of memory")
-    with lock(tmp_path / "two" / "log.jsonl"):
-        parameters, gflop = model_cost(CONFIG, 5).values()
-        rows = [" ".join(line.split()) for line in reports.list_searches(tmp_path).splitlines()[2:6]]
-    cost = f"{parameters / 1e6:.3g}M {gflop:.3g}"
-    assert rows == [
-        f"one unfinished 0/1 0.3000 {cost} 1000",
-        f"two running 1/1 0.3000 {cost} 1000",
-        "three unreadable",
-        "four finished 0/1",
-    ]
-    # A finished search whose repeats have begun.
-    shutil.copytree(finished.folder, tmp_path / "again" / "it")
-    add(open_search(tmp_path / "again" / "it", {}), 0.3, end=None, repeats="train_cifar_00000")
-    assert re.search(r"it +unfinished +4/4", reports.list_searches(tmp_path / "again"))
+    tested = {"finished": {"test_accuracy": 0.25}, "repeated": {"test_accuracy": 0.25}}
+    monkeypatch.setattr(reports, "read_best_model", lambda search: tested.get(search.folder.name))
+    parameters, gflop = model_cost(CONFIG, 5).values()
+    cost = f"{parameters / 1e6:.3g}M {gflop:.3g} 1000"
+    with lock(tmp_path / "in use" / "log.jsonl"):
+        assert [" ".join(line.split()) for line in reports.list_searches(tmp_path).splitlines()[2:-1]] == [
+            f"interrupted unfinished 0/1 0.3000 {cost}",
+            f"in use running 1/1 0.3000 {cost}",
+            f"finished finished 1/1 0.3000 0.2500 {cost}",
+            f"repeated unfinished 1/1 0.3000 0.2500 {cost}",
+            "damaged unreadable",
+            "failed finished 0/1",
+        ]
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -2,13 +2,12 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.recipes import BASELINE_RECIPE
 from data import Batches
 from model import SmallResNet
 from tests.helpers import CONFIG, CPU, IMAGES, VALIDATION
-from train import SCHEDULES, evaluation_batches, new_training, predict, train_epochs
+from train import SCHEDULES, new_training, train_epochs
 
 PLAIN = CONFIG | BASELINE_RECIPE | {"p_drop": 0.0, "lr": 0.01}
 OTHER = PLAIN | {"nesterov": True, "weight_decay": 0.1, "label_smoothing": 0.3, "ema_decay": 0.6, "bias_lr": 0.04}
@@ -18,15 +17,6 @@ OTHER = PLAIN | {"nesterov": True, "weight_decay": 0.1, "label_smoothing": 0.3, 
 def float32_and_small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("train.autocast_dtype", lambda device: None)
     monkeypatch.setattr("train.EVALUATION_BATCH_SIZE", 7)  # the last batch is smaller
-
-
-def test_model_has_the_size_that_its_docstring_names() -> None:
-    for (h_1, h_2), parameters, flops in (((64, 512), 5.2e6, 0.42e9), ((128, 1024), 20.5e6, 1.51e9)):
-        model = SmallResNet(h_1, h_2, 0.1)
-        with FlopCounterMode(display=False) as counter:
-            assert model(torch.randn(1, 3, 32, 32)).shape == (1, 100)
-        assert counter.get_total_flops() == pytest.approx(flops, rel=0.01)
-        assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(parameters, rel=0.01)
 
 
 @pytest.mark.parametrize("config", [PLAIN, OTHER])
@@ -69,22 +59,13 @@ def test_training_is_sgd_on_the_cross_entropy_and_its_average_is_evaluated(confi
 
 
 def test_schedules_peak_at_the_given_rate_and_anneal() -> None:
-    steps = [i / 1000 for i in range(1000)]
     for name, schedule in SCHEDULES.items():
-        rates = [schedule(t) for t in steps]
-        assert max(rates) == pytest.approx(1.0, abs=5e-3), name
-        assert all(0 < rate <= 1 for rate in rates), name
-        assert name == "constant" or rates[-1] < 0.01, name
-    # What the scheduler compares in the first 70 % is trained at one rate.
-    assert all(SCHEDULES["cooldown"](t) == SCHEDULES["constant"](t) == 1 for t in steps if t <= 0.7)
+        rates = [schedule(i / 1000) for i in range(1000)]
+        assert min(rates) > 0, name
+        assert 0.995 < max(rates) <= 1, name
+        assert (rates[-1] < 0.01) == (name != "constant"), name
+        # What the scheduler compares in the first 70 % is trained at one rate.
+        assert (set(rates[:701]) == {1.0}) == (name in ("constant", "cooldown")), name
     config = CONFIG | {"schedule": "one_cycle"}
     rates = [report.lr for report in train_epochs(new_training(config, 5, CPU), config, IMAGES, CPU)]
     assert rates == pytest.approx([0.05 * SCHEDULES["one_cycle"](t) for t in (1 / 8, 3 / 8, 5 / 8, 7 / 8)])
-
-
-def test_each_image_has_one_prediction() -> None:
-    model = new_training(CONFIG, 5, CPU).model
-    predicted = predict(model, evaluation_batches(IMAGES, "val", CPU))
-    with torch.no_grad():
-        logits = torch.cat([model.eval()(image[None]) for image in next(VALIDATION.epoch())[0]])
-    torch.testing.assert_close(predicted, logits.softmax(1), rtol=1e-3, atol=1e-4)

@@ -9,26 +9,26 @@ import torch
 from data import InputError, make_synthetic
 from search.files import load_tensors
 from search.trial import TRAINING_FILE, run_trial, weights_path
-from tests.helpers import ACCURACY, CONFIG, CPU, DAMAGES, IMAGES, VALIDATION, add, disk_full_after, search_in, tell
+from tests.helpers import ACCURACY, CONFIG, CPU, IMAGES, VALIDATION, add, disk_full_after, search_in, tell
 from train import Report, evaluate, new_model
 
 
+def epochs(told: list[dict]) -> list[dict]:
+    return [metrics for news in told for metrics in news["reports"]]
+
+
 def run(config: dict, folder: Path, until: int = -1) -> list[dict]:
-    """Run a trial, which is stopped once it has told an epoch, and return what it told."""
+    """Run a trial, which is stopped once it has told so many epochs, and return what it told."""
     told = []
 
     def report(news: dict) -> None:
         told.append(news)
-        if until == news.get("restored", news["reports"][-1]["epoch"] if news["reports"] else None):
+        if len(epochs(told)) == until:
             raise SystemExit
 
     with contextlib.suppress(SystemExit):
         run_trial(config, IMAGES, folder, ACCURACY, 0, (), report, CPU)
     return told
-
-
-def epochs(told: list[dict]) -> list[dict]:
-    return [metrics for news in told for metrics in news["reports"]]
 
 
 @pytest.mark.parametrize("recipe", [{"bias_lr": 0.5}, {"schedule": "one_cycle", "ema_decay": 0.0, "nesterov": False}])
@@ -50,29 +50,23 @@ def test_stopped_trial_continues_bit_for_bit(recipe: dict, tmp_path: Path) -> No
     assert evaluate(model, VALIDATION) == pytest.approx((best.loss, best.accuracy), rel=1e-2, abs=0.02)
 
 
-def test_damaged_state_restarts_from_scratch_and_one_without_room_leaves_the_earlier_one(tmp_path: Path) -> None:
-    whole, path = run(CONFIG, tmp_path, until=2), tmp_path / TRAINING_FILE
+def test_state_without_room_leaves_the_earlier_one_and_a_damaged_one_restarts_from_scratch(tmp_path: Path) -> None:
+    path, known = tmp_path / TRAINING_FILE, epochs(run(CONFIG, tmp_path, until=2))
     before, state = {path.name: path.read_bytes() for path in tmp_path.iterdir()}, torch.load(path)
     with disk_full_after(1000), pytest.raises(OSError, match=f"cannot write {tmp_path}/.* .File too large.$"):
         run(CONFIG, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    for damage in (*DAMAGES, lambda path: torch.save(state | {"config": CONFIG | {"lr": 1.0}}, path)):
-        torch.save(state, path)
-        assert run(CONFIG, tmp_path, until=2) == [{"restored": 2, "reports": epochs(whole)}]
-        damage(path)
-        note = f"{path} is unreadable; restarting from scratch"
-        assert run(CONFIG, tmp_path, 0) == [{"restored": 0, "reports": [], "note": note}]
+    restored = {"restored": 2, "reports": known}
+    scratch = {"restored": 0, "reports": [], "note": f"{path} is unreadable; restarting from scratch"}
+    without_new_one = {key: CONFIG[key] for key in CONFIG if key != "label_smoothing"}  # it has a default
+    for config, told in ((CONFIG, restored), (without_new_one, restored), (CONFIG | {"lr": 1.0}, scratch)):
+        torch.save(state | {"config": config}, path)
+        assert run(CONFIG, tmp_path, until=told["restored"]) == [told]
+    path.write_bytes(b"")
+    assert run(CONFIG, tmp_path, until=0) == [scratch]
     torch.save(state | {"model": state["model"] | {"extra": torch.zeros(1)}}, path)
-    with pytest.raises(
-        InputError, match=r"training.pt do not fit model.py, where 'extra' was changed, added or removed"
-    ):
+    with pytest.raises(InputError, match=r"training.pt do not fit model.py, where 'extra' was changed, added or rem"):
         run(CONFIG, tmp_path)
-    added = {key: CONFIG[key] for key in CONFIG if key != "label_smoothing"}  # a hyperparameter that is new
-    torch.save(state | {"config": added}, path)
-    assert run(CONFIG, tmp_path, until=2) == [{"restored": 2, "reports": epochs(whole)}]
-    path.unlink()
-    again = run(CONFIG, tmp_path, until=2)
-    assert [metrics["loss"] for metrics in epochs(again)] == [metrics["loss"] for metrics in epochs(whole)]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -106,8 +100,7 @@ def test_best_weights_are_always_on_disk(seed: int, tmp_path: Path, monkeypatch:
     monkeypatch.setattr("train.evaluate", evaluate_at_random)
     while len(known.reports) < config["epochs"]:
         starts += 1
+        period = generator.choice([0, 0, 1e9])
         with contextlib.suppress(SystemExit):
-            run_trial(
-                config, images, tmp_path / known.name, ACCURACY, generator.choice([0, 0, 1e9]), (3, 6), report, CPU
-            )
+            run_trial(config, images, tmp_path / known.name, ACCURACY, period, (3, 6), report, CPU)
     assert starts > 1
