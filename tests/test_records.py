@@ -100,9 +100,7 @@ def test_best_epochs_and_trials_are_those_of_the_objective(metric: str, mode: st
     assert {trial.status for trial in trials} == {"TERMINATED", "DIVERGED", "UNFINISHED"}
 
 
-def test_only_a_search_of_this_version_is_resumed_and_settings_only_grow(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_settings_only_grow_and_other_versions_are_noticed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     search, log = search_in(tmp_path, num_samples=3), tmp_path / "log.jsonl"
     check_unchanged(search, search.space, search.objective)
     assert re.fullmatch(r"The search began with torch None; with \d.*, results may differ\.\n", capsys.readouterr().err)
