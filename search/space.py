@@ -106,7 +106,7 @@ def check_space(space: dict) -> None:
 
 def check_value(name: str, value: object) -> None:
     """Refuse an invalid value of a hyperparameter or of a constant in hparam_search.py."""
-    allowed = (CONFIG_KEYS | CONSTANTS)[name]
+    allowed = CONFIG_KEYS.get(name) or CONSTANTS[name]
     if not allowed.is_valid(value):
         raise InputError(f"{name} cannot be {value!r}; use {allowed.words}")
 
