@@ -291,8 +291,11 @@ def second_node(address: str, mark: str, within: Sequence[str]) -> Iterator[None
     """
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": os.environ["RAY_AUTH_TOKEN"], "MARK": mark}
-    command = [*within, sys.executable, "-m", "ray.scripts.scripts", "start", "--address", address, "--block"]
-    command += ["--num-cpus", "1"]
+    # The first node listens on the loopback interface, which Ray would replace by another one.
+    code = "from ray._private import services; services.resolve_ip_for_localhost = lambda host: host; "
+    code += "from ray.scripts.scripts import main; main()"
+    command = [*within, sys.executable, "-c", code, "start", "--address", address, "--block", "--num-cpus", "1"]
+    command += ["--node-ip-address", "127.0.0.1"]
     subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         wait_for(lambda: sum(each["Alive"] for each in ray.nodes()) == 2)
