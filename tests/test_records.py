@@ -118,7 +118,8 @@ def test_settings_only_grow_and_other_versions_are_noticed(tmp_path: Path, capsy
     log.write_text(log.read_text().replace("train_loss", "?"))  # as if train.py had not measured it
     (trial,) = open_search(tmp_path, {}).trials.values()
     assert (trial.best.accuracy, str(trial.best.train_loss)) == (0.5, "nan")
-    (tmp_path / "search.json").write_text(json.dumps({"format": FORMAT - 1}))
+    content = json.loads((tmp_path / "search.json").read_text())
+    (tmp_path / "search.json").write_text(json.dumps(content | {"format": FORMAT + 1}))
     with pytest.raises(InputError, match=r"json is damaged, or from another version; start a new search"):
         open_search(tmp_path, {})
 
