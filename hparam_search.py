@@ -57,7 +57,7 @@ param_space = {
 # Extra trials to run first, such as {"lr": 0.01, "h_1": 64}; omitted values are drawn.
 first_trials: list[dict] = []
 
-# Ray's callbacks for experiment trackers, such as MLflowLoggerCallback (see README).
+# Ray's callbacks for experiment trackers, such as MLflowLoggerCallback (see docs/guide.md).
 callbacks: list[tune.Callback] = []
 
 # What "best" means, for the epochs of a trial and for trials: the highest validation accuracy.
