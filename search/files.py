@@ -55,15 +55,11 @@ def atomic_write(target: Path) -> Iterator[Path]:
 
 
 def link(source: Path, target: Path) -> None:
-    """Hard-link a file to another path, or copy it if that fails; raise OSError if both fail.
-
-    A link is as good as a copy, because nothing here changes a file in place.
-    """
+    """Hard-link a file to a new path, or copy it where that fails. Nothing here changes a file in place."""
     try:
         target.hardlink_to(source)
     except OSError:  # another file system, or one without hard links
-        with atomic_write(target) as temporary:
-            shutil.copyfile(source, temporary)
+        shutil.copyfile(source, target)
 
 
 def remove(path: Path) -> None:
