@@ -79,6 +79,7 @@ def ray_started() -> Iterator[str]:
     """Start Ray with three CPUs, one of which is for `killed`, and return its address."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hparam_search.tuner, "usable_cpus", lambda: 3)
+        patch.setenv("RAY_health_check_period_ms", "200")  # to notice the death of a node within seconds
         with hparam_search.tuner.running_ray(Settings()):
             yield ray.get_runtime_context().gcs_address
 
@@ -302,6 +303,8 @@ def second_node(address: str, mark: str, within: Sequence[str]) -> Iterator[None
         yield
     finally:
         kill_all(mark)
+        # Until Ray has noticed, it may place the next trial there.
+        wait_for(lambda: sum(each["Alive"] for each in ray.nodes()) == 1)
 
 
 @pytest.fixture(scope="session", autouse=True)
