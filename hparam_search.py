@@ -13,7 +13,6 @@ Edit `param_space` to search something else: Ray Tune's `tune.grid_search`, `tun
 import contextlib
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +27,7 @@ if __name__ == "__main__":
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 
-from data import Dataset, InputError, read_images
+from data import Dataset, read_images
 from search import console, records, report, sampler, schedulers, space, trackers, tuner, warm_start
 from search.display import Display
 from search.finish import finish, write_interim
@@ -64,13 +63,8 @@ callbacks: list[tune.Callback] = []
 METRIC, MODE = "accuracy", "max"
 
 # What --quick overrides, to take one minute on two cores.
-QUICK_SPACE = {
-    "epochs": 4,
-    "h_1": 16,
-    "h_2": tune.grid_search([32, 64]),
-    "lr": tune.loguniform(1e-2, 1e-1),
-    "batch_size": 32,
-}
+QUICK_SPACE = {"epochs": 4, "lr": tune.loguniform(1e-2, 1e-1), "batch_size": 32}
+QUICK_SPACE |= {"h_1": 16, "h_2": tune.grid_search([32, 64])}
 QUICK_IMAGES = {"num_train": 2000, "num_test": 1000, "num_classes": 10}
 
 # The scheduler compares the losses of trials at rungs, here after 2, 4, 8 and 16 epochs. With --scheduler promote, the
@@ -113,22 +107,11 @@ def search_space(settings: Settings) -> dict:
 
 def draw(settings: Settings, entries: dict, stream: int) -> tuple[list[dict], dict]:
     """Return the configs of all drawn trials, in starting order, and a summary of the space (see draw_configs)."""
-    first = [] if settings.quick else space.to_plain(first_trials or [])
-    tpe = settings.sampler == "tpe"
-    configs = sampler.draw_configs(entries, settings.num_samples, settings.seed, first, tpe, stream)
-    return configs, space.summarize(entries) | {"first_trials": first}
-
-
-def with_defaults(settings: Settings, epochs: int) -> Settings:
-    """Return the settings of a new search, with the scheduler's defaults filled in."""
     if settings.quick and first_trials:
         print("--quick ignores first_trials, which are for param_space.", file=sys.stderr)
-    grace_period = settings.grace_period or min(GRACE_PERIOD, epochs)
-    if grace_period > epochs:
-        raise InputError(f"--grace-period {grace_period} exceeds the {epochs} epochs of a trial; use at most that")
-    factor = settings.reduction_factor or REDUCTION_FACTOR
-    keep = (KEEP or 0) if settings.keep is None else settings.keep
-    return replace(settings, grace_period=grace_period, reduction_factor=factor, keep=keep)
+    first, tpe = [] if settings.quick else space.to_plain(first_trials or []), settings.sampler == "tpe"
+    configs = sampler.draw_configs(entries, settings.num_samples, settings.seed, first, tpe, stream)
+    return configs, space.summarize(entries) | {"first_trials": first}
 
 
 def image_source(settings: Settings) -> dict:
@@ -147,7 +130,7 @@ def load_images(search: records.Search) -> Dataset:
 def new_search(settings: Settings, tracking: trackers.Trackers) -> int:
     """Run a new search, and return the exit code."""
     objective, entries = records.Objective(METRIC, MODE), search_space(settings)
-    settings = with_defaults(settings, entries["epochs"])
+    settings = schedulers.with_knobs(settings, entries["epochs"], GRACE_PERIOD, REDUCTION_FACTOR, KEEP)
     records.new_folder(settings)  # refuses a folder before the images are read
     with contextlib.ExitStack() as locks:
         earlier = [locks.enter_context(warm_start.earlier_search(Path(path))) for path in settings.warm_start or ()]
@@ -201,9 +184,8 @@ def fit(
     if not trials:
         return
     resources, at_once, all_resources = tuner.share_resources(search.settings, len(trials))
-    max_epochs = trials[0].config["epochs"]  # the same for all trials
-    early_stop = partial(schedulers.early_stop, max_epochs, PATIENCE, MIN_DELTA, MAX_SECONDS_PER_TRIAL)
-    scheduler = new_scheduler(search, max_epochs)
+    early_stop = partial(schedulers.early_stop, entries["epochs"], PATIENCE, MIN_DELTA, MAX_SECONDS_PER_TRIAL)
+    scheduler = new_scheduler(search, entries["epochs"])
     suggest = partial(sampler.suggest_config, entries, search.settings.seed, startup=STARTUP_TRIALS)
     queue = TrialQueue(search, trials, scheduler, max(1, at_once), suggest)
     display = Display(search, scheduler.rungs, PROGRESS_PERIOD, tracking)
@@ -232,12 +214,8 @@ def fit(
                 verbose=0,  # the search shows the progress
             ),
         )
-        search.start(trials, all_resources)
-        try:
+        with search.session(trials, all_resources):
             console.run_in_thread(tuned.fit, watcher.stop)
-        finally:
-            with contextlib.suppress(OSError):  # a full disk has ended the search, and must not hide why
-                search.record("stopped")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -249,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(report.list_searches(Path(settings.output_dir)))
             return 0
         space.check_constants(globals())
-        folder = Path(settings.resume or Path(settings.output_dir, settings.name or "").absolute())
+        folder = Path(settings.resume or Path(settings.output_dir, settings.name or ""))
         with contextlib.closing(trackers.Trackers(callbacks)) as tracking:
             if settings.resume or (settings.or_resume and (folder / records.SEARCH_FILE).exists()):
                 changes = {key: value for key, value in given.items() if key not in ("resume", "or_resume")}

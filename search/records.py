@@ -228,12 +228,18 @@ class Search:
         append_line(self.folder / LOG_FILE, event, durable=bool(details.get("end")))
         self.apply(event, report)
 
-    def start(self, trials: Iterable[Trial], resources: str) -> None:
-        """Record that these trials begin to run, on these resources; those that failed are tried again."""
+    @contextlib.contextmanager
+    def session(self, trials: Iterable[Trial], resources: str) -> Iterator[None]:
+        """Record that these trials run, on these resources, during the block; those that failed are tried again."""
         self.record("started", resources=resources)
         for trial in trials:
             if trial.error:
                 self.record("restarted", trial=trial.name, epoch=len(trial.reports))
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # a full disk has ended the search, and must not hide why
+                self.record("stopped")
 
     def is_drawn(self, trial: Trial) -> bool:
         """Return whether a trial's config is complete; with TPE, it is drawn when the trial starts."""

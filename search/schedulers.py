@@ -6,13 +6,16 @@ A scheduler answers three questions: what a trial does after an epoch (judge), w
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
 from ray.tune.schedulers import TrialScheduler
 
+from data import InputError
 from search.records import Trial, as_result
+from search.settings import Settings
 from train import Report
 
 CONTINUE, PAUSE, STOP = TrialScheduler.CONTINUE, TrialScheduler.PAUSE, TrialScheduler.STOP
@@ -99,6 +102,23 @@ class RayScheduler(Scheduler):
         if trial not in self.judged:
             self.judged[trial] = 0
             self.scheduler.on_trial_add(self.NO_CONTROLLER, trial)
+
+
+def with_knobs(
+    settings: Settings, max_epochs: int, grace_period: int, reduction_factor: float, keep: int | None
+) -> Settings:
+    """Return settings in which these values stand for the knobs that were not given; keep may be None, for 0.
+
+    Raises InputError if the first rung lies beyond max_epochs.
+    """
+    knobs: dict[str, Any] = {"grace_period": min(grace_period, max_epochs), "reduction_factor": reduction_factor}
+    knobs["keep"] = keep or 0
+    settings = replace(settings, **{key: value for key, value in knobs.items() if getattr(settings, key) is None})
+    if settings.grace_period > max_epochs:
+        raise InputError(
+            f"--grace-period {settings.grace_period} exceeds the {max_epochs} epochs of a trial; use at most that"
+        )
+    return settings
 
 
 def new_rungs(trials: int, first: int, factor: float, keep: int, max_epochs: int) -> dict[int, int]:

@@ -140,7 +140,7 @@ def parse_args(argv: Sequence[str] | None, description: str) -> tuple[Settings, 
 def defaults(quick: bool) -> Settings:
     """Return the settings of a command without other flags than --quick."""
     demo: dict[str, Any] = {"dataset": "synthetic", "num_samples": 2} if quick else {}
-    return Settings(quick=quick, data_dir=absolute_path("data"), **demo)
+    return Settings(quick=quick, data_dir=absolute_path("data"), output_dir=absolute_path("outputs"), **demo)
 
 
 def flag(key: str) -> str:
