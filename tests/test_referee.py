@@ -6,11 +6,11 @@ from pathlib import Path
 from unittest.mock import MagicMock
 
 import pytest
-from ray.tune.schedulers import MedianStoppingRule
+from ray.tune.schedulers import FIFOScheduler, MedianStoppingRule
 
 from hparam_search import new_scheduler
 from search.display import Display
-from search.records import Search, open_search
+from search.records import Search, Trial, open_search
 from search.referee import Referee, Watcher, error_sentence
 from search.schedulers import STOPPED, Promotion, RayScheduler, Scheduler, early_stop
 from search.trackers import Trackers
@@ -23,7 +23,26 @@ def referee_of(search: Search, scheduler: Scheduler) -> Referee:
     return Referee(search, scheduler, partial(early_stop, 4, None, 0.0, None), display, 5)
 
 
+class Noting(FIFOScheduler):
+    """Notes what a scheduler of Ray's is told, and stops trials with a loss of 3 after two epochs."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple] = []
+
+    def on_trial_add(self, controller: object, trial: Trial) -> None:
+        self.told.append((trial.trial_id, "begins"))
+
+    def on_trial_result(self, controller: object, trial: Trial, result: dict) -> str:
+        self.told.append((trial.trial_id, result["epoch"], result["loss"]))
+        return self.STOP if self.told[-1][1:] == (2, 3.0) else self.CONTINUE
+
+    def on_trial_complete(self, controller: object, trial: Trial, result: dict) -> None:
+        self.told.append((trial.trial_id, "ended after", result["epoch"]))
+
+
 def new(kind: str, search: Search) -> Scheduler:
+    if kind == "noting":
+        return RayScheduler(Noting(), search.history)
     if kind != "median":
         return new_scheduler(search, 4)
     rule = MedianStoppingRule("epoch", "loss", "min", grace_period=2, min_time_slice=math.inf)
@@ -35,15 +54,25 @@ STORY = [
     *[("a", 1, 1.0), ("a", 2, 1.0), ("b", 1, 3.0), ("b", 2, 1.0), ("c", 1, 7.0), ("c", 2, 1.0)],
     ("b", 2, 9.0),  # b restarts after epoch 1: told twice, the median rule would find its mean above d's losses
     *[("repeat", 1, 50.0), ("repeat", 2, 50.0), ("d", 1, 3.0), ("d", 2, 3.0), ("a", 3, 1.0), ("c", 3, NAN)],
+    ("a", 4, 1.0),
+]
+# What Ray's schedulers are told of it.
+A, B, C, D = ("00000", "00001", "00002", "00003")
+TOLD = [
+    *[(A, "begins"), (A, 1, 1.0), (A, 2, 1.0), (B, "begins"), (B, 1, 3.0), (B, 2, 1.0), (C, "begins"), (C, 1, 7.0)],
+    *[(C, 2, 1.0), (D, "begins"), (D, 1, 3.0), (D, 2, 3.0), (D, "ended after", 2), (A, 3, 1.0), (C, "ended after", 3)],
+    (A, "ended after", 4),
 ]
 
 
-@pytest.mark.parametrize("reopened_before", [None, 6, 7, 10, 12])
-@pytest.mark.parametrize(("kind", "end_of_d"), [("median", STOPPED), ("asha", STOPPED), ("none", None)])
+@pytest.mark.parametrize("reopened_before", [None, 6, 7, 10, 12, 13])
+@pytest.mark.parametrize(
+    ("kind", "end_of_d"), [("median", STOPPED), ("asha", STOPPED), ("none", None), ("noting", STOPPED)]
+)
 def test_no_epoch_is_judged_twice_in_whatever_process(
     kind: str, end_of_d: str | None, reopened_before: int | None, tmp_path: Path
 ) -> None:
-    search = search_in(tmp_path, scheduler=kind.replace("median", "none"), grace_period=2, reduction_factor=2.0)
+    search = search_in(tmp_path, scheduler="asha" if kind == "asha" else "none", grace_period=2, reduction_factor=2.0)
     names = {key: add(search) for key in "abcd"}
     names["repeat"] = add(search, repeats=names["a"])
     for name in names.values():
@@ -60,8 +89,10 @@ def test_no_epoch_is_judged_twice_in_whatever_process(
         decision = referee.on_trial_result(None, trial.name, {"reports": reports} | restored)
         assert (decision == "STOP") == bool(trial.end)
     ends = {key: search.trials[name].end for key, name in names.items()}
-    assert ends == {"a": None, "b": None, "c": "loss became NaN or infinite", "d": end_of_d, "repeat": None}
+    assert ends == {"a": END, "b": None, "c": "loss became NaN or infinite", "d": end_of_d, "repeat": None}
     assert search.trials[names["b"]].reports[1].loss == 9.0
+    if kind == "noting":
+        assert referee.scheduler.scheduler.told == TOLD
 
 
 @pytest.mark.parametrize("late", [False, True])
