@@ -105,6 +105,12 @@ def test_paused_trials_continue_in_order_and_one_that_does_is_not_ended_as_beate
     assert queue.suggest("x") == Searcher.FINISHED
 
 
+def test_of_paused_trials_that_may_be_beaten_the_one_at_the_highest_rung_continues() -> None:
+    low, high, running = Trial("0", paused=True), Trial("1", paused=True), Trial("2", running=True)
+    low.reports, high.reports = [report(1, loss=2.0)], [report(1, loss=1.0), report(2, loss=3.0)]
+    assert Promotion([low, high, running], {1: 2, 2: 1}, 4).choose([low, high]) is high
+
+
 def scripted(config: dict, images: Path, search_folder: Path, rungs: dict[int, int], **others: object) -> None:
     """Report losses that follow from the config, without training.
 
