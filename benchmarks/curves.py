@@ -55,13 +55,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=param_space["epochs"])
     parser.add_argument("--samples", type=int, default=15, help="draws for each pair of widths (default: %(default)s)")
     parser.add_argument("--recipe", choices=recipes.NAMED, default="default")
+    parser.add_argument("--seed", type=int, default=0, help="of draws and trainings (default: 0)")
     parser.add_argument("--output", type=Path, default=FOLDER)
     args = parser.parse_args(argv)
     dataset = recipes.first_classes(read_images(args.dataset, args.data_dir, {}), args.classes)
     widths = {key: tune.grid_search(values) for key, values in (("h_1", args.h_1), ("h_2", args.h_2)) if values}
     args.output.mkdir(parents=True, exist_ok=True)
-    space = param_space | {"seed": 0, "epochs": args.epochs} | widths | recipes.NAMED[args.recipe]
-    configs = draw_configs(space, args.samples, seed=0)
+    space = param_space | {"seed": args.seed, "epochs": args.epochs} | widths | recipes.NAMED[args.recipe]
+    configs = draw_configs(space, args.samples, args.seed)
     path = args.output / f"{args.recipe}.csv"
     curves = read_curves(path) if path.exists() else {}
     for i, rows in curves.items():
