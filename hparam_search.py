@@ -171,7 +171,7 @@ def run(search: records.Search, entries: dict, dataset: Dataset, tracking: track
         fit(search, search.unfinished(), entries, dataset, tracking)
         if not search.interrupted():
             fit(search, search.draw(search.repeats(REPEATED_TRIALS)), entries, dataset, tracking)
-    except (KeyboardInterrupt, OSError):
+    except BaseException:
         write_interim(search)
         raise
     return finish(search, lambda: dataset, image_source(search.settings), MODELS_KEPT)
@@ -193,29 +193,27 @@ def fit(
     watcher = Watcher(referee)
     with tuner.temporary_folder(search.folder, dataset) as (folder, images):
         trial = partial(train_cifar, images=images, search_folder=search.folder, objective=search.objective)
-        trial = partial(trial, save_period=SAVE_PERIOD, rungs=scheduler.rungs)
-        tuned = tune.Tuner(
-            tune.with_resources(trial, resources),
-            tune_config=tune.TuneConfig(
-                num_samples=-1,  # until the queue is empty
-                search_alg=queue,
-                scheduler=referee,
-                reuse_actors=True,  # the next trial runs in a process that has imported torch
-                # The name travels in the config, in which trackers should not see it.
-                trial_name_creator=lambda trial: trial.config.pop("trial"),
-                trial_dirname_creator=str,
-            ),
-            run_config=tune.RunConfig(
-                name=folder.name,
-                storage_path=str(folder.parent),
-                stop=TimeBudget(search),
-                failure_config=tune.FailureConfig(max_failures=MAX_FAILURES_PER_TRIAL),
-                callbacks=[watcher],
-                verbose=0,  # the search shows the progress
-            ),
+        run_trials = partial(
+            tune.run,
+            partial(trial, save_period=SAVE_PERIOD, rungs=scheduler.rungs),
+            name=folder.name,
+            storage_path=str(folder.parent),
+            resources_per_trial=resources,
+            num_samples=-1,  # until the queue is empty
+            search_alg=queue,
+            scheduler=referee,
+            stop=TimeBudget(search),
+            max_failures=MAX_FAILURES_PER_TRIAL,
+            raise_on_failed_trial=False,
+            reuse_actors=True,  # the next trial runs in a process that has imported torch
+            # The name travels in the config, in which trackers should not see it.
+            trial_name_creator=lambda trial: trial.config.pop("trial"),
+            trial_dirname_creator=str,
+            callbacks=[watcher],
+            verbose=0,  # the search shows the progress
         )
         with search.session(trials, all_resources):
-            console.run_in_thread(tuned.fit, watcher.stop)
+            console.run_in_thread(run_trials, watcher.stop)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

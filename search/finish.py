@@ -40,7 +40,7 @@ def finish(search: Search, load_images: Callable[[], Dataset], source: dict, mod
     with carry_on(failures):
         print(report.recap(search))
     resume = script_command("--resume", search.folder)
-    if search.interrupted():
+    if search.interrupted() or (search.time_left() <= 0 and (search.unfinished() or search.grown)):
         print(f"The time budget is spent. To resume: {resume} --time-budget MORE")
     elif search.unfinished():
         print(f"To try the failed trials again: {resume}")

@@ -78,7 +78,7 @@ def epochs_left(search: Search, rungs: dict[int, int]) -> float:
     With rungs, the promoted trials train from each to the next, and repeats train to the end. Without, trials are
     expected to train for as many epochs as those that have ended did on average.
     """
-    unfinished, own = search.unfinished(), search.own_trials()
+    unfinished, own = [trial for trial in search.unfinished() if not trial.error], search.own_trials()
     if not rungs:
         expected = mean([len(trial.reports) for trial in search.trials.values() if trial.end] or [math.inf])
         return sum(max(1, min(expected, trial.config["epochs"]) - len(trial.reports)) for trial in unfinished)

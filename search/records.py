@@ -148,7 +148,7 @@ class Search:
     trained: int = 0  # number of epochs trained here
     damaged: int = 0  # number of unreadable lines in the log
     unseen: bool = False  # whether TensorBoard is still to show the best model
-    grown: bool = False  # whether this process is to draw more trials
+    grown: bool = False  # whether this process is to draw more trials or repeats
 
     @property
     def searched(self) -> dict[str, dict]:
@@ -407,7 +407,7 @@ def open_search(folder: Path, changes: dict) -> Search:
     if "data_dir" in changes and settings.dataset == "synthetic":
         raise InputError("--data-dir cannot be combined with synthetic images; remove it")
     search.settings = replace(settings, **changes)
-    search.grown = search.settings.num_samples > settings.num_samples
+    search.grown = any(changes.get(key, 0) > (getattr(settings, key) or 0) for key in ("num_samples", "repeats"))
     return search
 
 
@@ -474,7 +474,9 @@ def lock_search(folder: Path) -> Iterator[None]:
             remove(path)
         try:
             yield
-        except (KeyboardInterrupt, OSError):
+        except InputError:
+            raise
+        except BaseException:
             print(f"Interrupted. To resume: {script_command('--resume', folder)}", flush=True)
             raise
 

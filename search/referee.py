@@ -22,7 +22,8 @@ from train import Report
 
 NODE_PERIOD = 5  # seconds between checks that Ray is alive
 OUT_OF_MEMORY = (
-    "MemoryError",  # Python's; also matches OutOfMemoryError (Ray, torch)
+    "MemoryError",  # Python's; also matches torch's OutOfMemoryError
+    "running low on memory",  # Ray's
     "can't allocate memory",  # torch's, on the CPU
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
@@ -87,10 +88,6 @@ class TrialQueue(Searcher):
 
     def save(self, checkpoint_path: str) -> None:
         """Save nothing: a search is resumed from its log."""
-
-    def __getstate__(self) -> dict:
-        """Pickle nothing: Tune would pickle this with each trial."""
-        return {}
 
 
 class Referee(FIFOScheduler):
@@ -184,10 +181,6 @@ class Watcher(tune.Callback):
         self.stop = threading.Event()
         self.checked = time.monotonic()
 
-    def __getstate__(self) -> dict:
-        """Pickle nothing: a search is resumed from its log."""
-        return {}
-
     def setup(self, **info: object) -> None:
         """Do what a process that was killed left undone."""
         self.referee.end_beaten()
@@ -197,7 +190,8 @@ class Watcher(tune.Callback):
         self.display.started(trial)
 
     def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: object) -> None:
-        self.display.say(f"{trial} failed; restarting it.")
+        text = Path(trial.error_file).read_text(errors="replace") if trial.error_file else ""
+        self.display.say(f"{trial} failed ({error_sentence(text, trial.config)}); restarting it.")
 
     def on_step_end(self, iteration: int, trials: list, **info: object) -> None:
         self.display.trackers.step = {"iteration": iteration, "trials": trials}
@@ -223,7 +217,7 @@ class Watcher(tune.Callback):
             folder.mkdir(exist_ok=True)
             (folder / ERROR_FILE).write_text(text)
         except OSError as error:
-            self.display.say(f"cannot write {trial.name}/{ERROR_FILE} ({error}).")
+            self.display.say(f"Cannot write {trial.name}/{ERROR_FILE} ({error.strerror}).")
 
     def on_experiment_end(self, trials: list, **info: object) -> None:
         self.display.close()

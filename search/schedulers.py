@@ -198,13 +198,10 @@ class Promotion(Scheduler):
         First come trials that were interrupted or failed, then paused ones that are sure to be promoted, then new ones,
         then the other paused ones. Of paused trials the highest rung comes first, then the lowest loss.
         """
-        sure, others = [], []
-        for rung in sorted(self.rungs, reverse=True):
-            places = self.rungs[rung] - self.to_come(rung)  # if all trials to come are better
+        order = {}
+        for rung, places in self.rungs.items():
+            sure = places - self.to_come(rung)  # even if all trials to come are better
             for rank, trial in enumerate(self.contenders(rung)):
                 if trial.paused and len(trial.reports) == rung:
-                    (sure if rank < places else others).append(trial)
-        paused, waiting = {*sure, *others}, set(trials)
-        begun = [trial for trial in trials if trial.reports and trial not in paused]
-        new = [trial for trial in trials if not trial.reports]
-        return next((trial for trial in (*begun, *sure, *new, *others) if trial in waiting), None)
+                    order[trial] = (1 if rank < sure else 3, -rung, rank)
+        return min(trials, key=lambda trial: order.get(trial, (0 if trial.reports else 2,)), default=None)

@@ -37,7 +37,7 @@ class Trackers:
         for callback in list(self.callbacks):
             try:
                 getattr(callback, hook)(**info)
-            except Exception as error:  # from a server or the user's code
+            except (Exception, SystemExit) as error:  # from a server or the user's code
                 self.callbacks.remove(callback)
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
                 self.say(f"The callback {type(callback).__name__} failed ({reason}); it will not be called again.")
@@ -55,7 +55,7 @@ class Trackers:
         for report in trial.reports[self.told[trial.name] :]:
             about = {
                 "trial_id": shown.trial_id,
-                "config": trial.config,
+                "config": dict(trial.config),
                 "done": bool(trial.end and report is trial.reports[-1]),
             }
             self.call("on_trial_result", **self.step, trial=shown, result=as_result(report) | about)

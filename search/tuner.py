@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import os
 import resource
 import secrets
@@ -15,6 +16,8 @@ from urllib.parse import urlsplit
 
 import ray
 import torch
+from ray.exceptions import OutOfMemoryError, RayActorError
+from ray.tune import TuneError
 
 from data import Dataset, InputError, save_dataset, usable_cpus
 from search import cluster_address
@@ -26,7 +29,16 @@ LONGEST_TEMP_DIR = 30  # bytes; the paths of Ray's sockets below it are limited 
 # Below these limits (open files; threads, and more per CPU), Ray hung or crashed on two cores.
 FEWEST_FILES, FEWEST_THREADS, THREADS_PER_CPU = 80, 200, 25
 # Ray's messages that the search replaces with its own, or that are about files that nothing here needs.
-HIDDEN = ("Trials did not complete", "Token auth", "Failed to fetch", "Caught exception when", "Saving experiment")
+HIDDEN = (
+    "Trials did not",
+    "Token auth",
+    "Failed to fetch",
+    "Caught exception",
+    "Saving experiment",
+    "Experiment state",
+)
+# Tune restarts a trial whose process has died, but not one that Ray killed because memory ran low, unless that counts.
+OutOfMemoryError.__bases__ = (RayActorError,)
 
 
 @contextlib.contextmanager
@@ -75,6 +87,8 @@ def running_ray(settings: Settings) -> Iterator[None]:
         except ConnectionError:  # Ray died: keep its folder, as its logs may say why
             cleanup.pop_all()
             raise
+        except TuneError as error:  # such as a full disk; a traceback, as text
+            raise OSError(str(error).splitlines()[-1]) from error
         finally:
             ray.shutdown()
 
@@ -108,10 +122,10 @@ def local_options(settings: Settings) -> dict:
     """Return the arguments of ray.init that start a local Ray with its own temporary folder."""
     # Otherwise Ray writes a token into the home folder, which a container user may lack.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    parent = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    parent = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()).absolute()
     if len(os.fsencode(parent)) > LONGEST_TEMP_DIR:
-        parent = "/tmp"
-    Path(parent).mkdir(parents=True, exist_ok=True)
+        parent = Path("/tmp")
+    parent.mkdir(parents=True, exist_ok=True)
     # Ray counts GPUs that torch cannot use (a Mac's), and finds none without NVIDIA's management library.
     usable = settings.gpus_per_trial != 0 and torch.cuda.is_available()
     counts = {"num_cpus": usable_cpus(), "num_gpus": torch.cuda.device_count() if usable else 0}
@@ -124,22 +138,36 @@ def own_node_lives() -> bool:
     return any(node["Alive"] for node in ray.nodes() if node["NodeID"] == here)
 
 
+def machines() -> list[tuple[int, int]]:
+    """Return how many CPUs and GPUs Ray has on each machine."""
+    found = (node["Resources"] for node in ray.nodes() if node["Alive"])
+    return [(int(each.get("CPU", 0)), int(each.get("GPU", 0))) for each in found]
+
+
 def share_resources(settings: Settings, num_trials: int) -> tuple[dict[str, float], int, str]:
     """Share Ray's CPUs and GPUs among the trials that run at once; raise InputError if a trial asks for too much.
 
     Returns the resources of a trial (one GPU if there are any, and an equal share of the CPUs), how many trials run at
     once, and a line of text on both.
     """
-    total = ray.cluster_resources()
-    cpus, gpus = int(total.get("CPU", 1)), int(total.get("GPU", 0))
+    found = machines()
+    gpus = max(gpus for _, gpus in found)
     gpu = min(1, gpus) if settings.gpus_per_trial is None else settings.gpus_per_trial
-    at_once = min(num_trials, int(gpus / gpu) if gpu else cpus)
-    cpu = settings.cpus_per_trial or max(1, cpus // max(1, at_once))
-    for key, asked, available in (("cpus", cpu, cpus), ("gpus", gpu, gpus)):
+    cpus = max((each for each, beside in found if beside >= gpu), default=0)
+
+    def places(cpu: int) -> int:
+        """Return how many trials with so many CPUs fit; each runs on one machine, and fractions of a GPU on one GPU."""
+        by_gpus = (each * int(1 / gpu) if 0 < gpu <= 1 else each // gpu if gpu else math.inf for _, each in found)
+        return int(sum(min(each // cpu, limit) for (each, _), limit in zip(found, by_gpus, strict=True)))
+
+    at_once = min(num_trials, places(1))
+    cpu = settings.cpus_per_trial or next((n for n in range(cpus, 0, -1) if places(n) >= at_once), 1)
+    for key, asked, available in (("gpus", gpu, gpus), ("cpus", cpu, cpus)):
         if asked > available:
-            raise InputError(f"--{key}-per-trial {asked:g} exceeds the {available} available; use at most that")
-    at_once = min(at_once, cpus // cpu)
-    return {"cpu": cpu, "gpu": gpu}, at_once, f"{at_once * cpu}/{cpus} CPUs, {at_once * gpu:g}/{gpus} GPUs"
+            where = " on one machine" if len(found) > 1 else ""
+            raise InputError(f"--{key}-per-trial {asked:g} exceeds the {available} available{where}; use at most that")
+    at_once, (all_cpus, all_gpus) = min(at_once, places(cpu)), map(sum, zip(*found, strict=True))
+    return {"cpu": cpu, "gpu": gpu}, at_once, f"{at_once * cpu}/{all_cpus} CPUs, {at_once * gpu:g}/{all_gpus} GPUs"
 
 
 @contextlib.contextmanager

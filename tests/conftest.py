@@ -91,7 +91,7 @@ def make_small(setattr: Callable) -> None:
     values |= {"PATIENCE": 1000, "SAVE_PERIOD": 0}  # the loss on few images is rough; as if epochs were long
     for name, value in values.items():
         setattr(hparam_search, name, value)
-    setattr(ray, "cluster_resources", lambda: {"CPU": 1})
+    setattr(hparam_search.tuner, "machines", lambda: [(1, 0)])
 
 
 @pytest.fixture
@@ -99,47 +99,38 @@ def small_search(ray_started: str, monkeypatch: pytest.MonkeyPatch) -> None:
     make_small(monkeypatch.setattr)
 
 
-class TunerHere:
-    """Stands for Ray Tune where processes are not the point: it runs one trial at a time, in this process."""
+def run_here(trainable: Callable, search_alg: Any, scheduler: Any, callbacks: list, **options: Any) -> None:
+    """Stand for Ray Tune where processes are not the point: run one trial at a time, in this process."""
+    (watcher,), stopper = callbacks, options["stop"]
 
-    def __init__(self, trainable: Callable, tune_config: tune.TuneConfig, run_config: tune.RunConfig) -> None:
-        self.trainable, self.config, self.stopper = trainable, tune_config, run_config.stop
-        (self.watcher,) = run_config.callbacks
-
-    def fit(self) -> None:
-        self.watcher.setup()
-        while not self.stopper.stop_all() and isinstance(config := self.config.search_alg.suggest(""), dict):
-            self.run(MagicMock(config=config, status="RUNNING", ERROR="ERROR"))
-        self.watcher.on_experiment_end([])
-
-    def run(self, trial: MagicMock) -> None:
+    def run(trial: MagicMock) -> None:
         about = {"iteration": 1, "trials": [trial]}
-        trial.__str__.return_value = trial.get_trial_name.return_value = self.config.trial_name_creator(trial)
+        trial.__str__.return_value = trial.get_trial_name.return_value = options["trial_name_creator"](trial)
         trial.get_trial_resources.return_value = SimpleNamespace(head_cpus=1, required_resources={})
 
         def report(result: dict) -> None:
-            self.stopper("", result)
-            decision = self.config.scheduler.on_trial_result(None, trial, result)
-            self.watcher.on_step_end(**about)
-            if decision == "STOP" or self.stopper.stop_all():
+            stopper("", result)
+            decision = scheduler.on_trial_result(None, trial, result)
+            watcher.on_step_end(**about)
+            if decision == "STOP" or stopper.stop_all():
                 raise StopIteration
 
-        self.watcher.on_trial_start(**about, trial=trial)
+        watcher.on_trial_start(**about, trial=trial)
         with pytest.MonkeyPatch.context() as patch, suppress(StopIteration):
             patch.setattr("search.trial.tune", SimpleNamespace(report=report, get_context=lambda: trial))
             patch.setattr("search.trial.best_device", lambda name: torch.device("cpu"))
             patch.setattr("search.trial.print_into", lambda path: None)
-            self.trainable(trial.config)
+            trainable(trial.config)
 
-
-def make_trials_here(setattr: Callable) -> None:
-    setattr(tune, "Tuner", TunerHere)
-    setattr(tune, "with_resources", lambda trainable, resources: trainable)
+    watcher.setup()
+    while not stopper.stop_all() and isinstance(config := search_alg.suggest(""), dict):
+        run(MagicMock(config=config, status="RUNNING", ERROR="ERROR"))
+    watcher.on_experiment_end([])
 
 
 @pytest.fixture
 def trials_here(small_search: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    make_trials_here(monkeypatch.setattr)
+    monkeypatch.setattr(tune, "run", run_here)
 
 
 class Tracker(LoggerCallback):

@@ -35,10 +35,10 @@ from tests.conftest import (
     copy_before_the_end,
     figures,
     kill_all,
-    make_trials_here,
     processes_with,
     quick,
     read_csv,
+    run_here,
     run_search,
     start,
     wait_for,
@@ -112,7 +112,7 @@ def test_trials_that_fail_leave_the_others_alone_and_are_tried_again_on_resume(
     assert [len(trial.reports) for trial in open_search(folder, {}).trials.values()] == [4, 1, 2, 0]
 
     before = read_lines(folder / LOG_FILE)[0]
-    make_trials_here(monkeypatch.setattr)
+    monkeypatch.setattr(tune, "run", run_here)
     assert main(["--resume", str(folder)]) == 0
     printed = capsys.readouterr()
     assert "Trial status: 3 TERMINATED | 1 DIVERGED" in printed.out
@@ -201,7 +201,7 @@ def test_any_damage_ends_in_a_sentence_and_in_no_figure_that_was_not_reported(
 ) -> None:
     generator, dataset, tested, codes = random.Random(0), make_synthetic(**SMALL_IMAGES), set(), set()
     monkeypatch.setattr(hparam_search, "read_images", lambda **source: dataset)
-    monkeypatch.setattr(tune.Tuner, "fit", lambda tuner: None)  # all but the training
+    monkeypatch.setattr(tune, "run", lambda trial, **options: None)  # all but the training
     monkeypatch.setattr(best_model, "show_best_model", lambda *_: None)  # and the pictures, which take half of the time
     whole = shutil.copytree(finished.folder, tmp_path / "whole", ignore=shutil.ignore_patterns("events.*"))
     reported = {"", *re.findall(r"-?\d[\d.e-]*", (whole / LOG_FILE).read_text())}

@@ -143,7 +143,7 @@ def test_traceback_comes_down_to_a_sentence() -> None:
     head = "Failure # {} (occurred at 2026-11-23)\nray::train() (pid=1)\n" + code  # of one of several attempts
     memory = "out of memory with batch_size 32, h_1 4, h_2 8; reduce these"
     for text, sentence in (
-        ("MemoryError", memory), ("ray.exceptions.OutOfMemoryError: Task was killed", memory),
+        ("MemoryError", memory), ("1 worker(s) were killed due to the node running low on memory.", memory),
         ("RuntimeError: CUDA error: out of memory\nCUDA", memory), ("RuntimeError: can't allocate memory: you", memory),
         ("RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", memory),
         ("RuntimeError: FIND was unable to find an engine to execute this computation", memory),

@@ -4,7 +4,6 @@ import signal
 from pathlib import Path
 
 import pytest
-import ray
 from ray import tune
 from ray.tune.search import Searcher
 
@@ -138,7 +137,7 @@ def test_search_with_several_trials_at_once_promotes_the_best_though_the_last_fa
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     at_once, folder = 2, tmp_path / "it"
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": at_once})
+    monkeypatch.setattr(hparam_search.tuner, "machines", lambda: [(at_once, 0)])
     monkeypatch.setattr(hparam_search, "train_cifar", scripted)
     assert run_search(folder, "--num-samples", 6, "--max-epochs", 10, "--time-budget", "1h") == 1  # without weights
     rows = read_csv(folder)
@@ -149,7 +148,10 @@ def test_search_with_several_trials_at_once_promotes_the_best_though_the_last_fa
         assert all(row in passed for row in by_loss[:places])
         assert len(passed) <= places + at_once - 1
     assert not list(folder.glob(f"*/{TRAINING_FILE}"))
-    assert "train_cifar_00005 failed; restarting it." in capsys.readouterr().err
+    assert (
+        "train_cifar_00005 failed (The actor died unexpectedly before finishing this task); restarting it."
+        in capsys.readouterr().err
+    )
     events = read_lines(folder / LOG_FILE)[0]
     assert any(event.get("paused") for event in events)
     ended = [event["trial"] for event in events if event["event"] == "ended" or event.get("end")]

@@ -35,9 +35,9 @@ from tests.conftest import (
     copy_before_the_end,
     figures,
     make_small,
-    make_trials_here,
     quick,
     read_csv,
+    run_here,
     run_search,
 )
 from train import evaluate, evaluation_batches
@@ -260,7 +260,7 @@ def for_the_lowest_loss(ray_started: str, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp("loss") / "it"
     with pytest.MonkeyPatch.context() as patch:
         make_small(patch.setattr)
-        make_trials_here(patch.setattr)
+        patch.setattr(tune, "run", run_here)
         for name, value in LOWEST_LOSS.items():
             patch.setattr(hparam_search, name, value)
         assert run_search(folder, *BY_TPE, "--num-samples", 2, "--repeats", 2) == 0

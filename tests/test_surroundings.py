@@ -73,7 +73,7 @@ def test_images_may_move_between_two_jobs(
     monkeypatch.chdir(tmp_path)
     flags = ["--max-epochs", 1, "--num-samples", 1, "--dataset", "folder", "--data-dir", "job_1"]
     with monkeypatch.context() as patch:
-        patch.setattr(tune.Tuner, "fit", lambda tuner: None)  # interrupted before it has trained
+        patch.setattr(tune, "run", lambda trial, **options: None)  # interrupted before it has trained
         assert run_search(tmp_path / "it", *flags) == 1
     (tmp_path / "job_1").rename(tmp_path / "job_2")
     assert main(["--resume", "it"]) == 2
@@ -89,7 +89,7 @@ def test_images_may_move_between_two_jobs(
 
 
 def see_two_cpus() -> None:
-    hparam_search.tuner.ray.cluster_resources = lambda: {"CPU": 2}
+    hparam_search.tuner.machines = lambda: [(1, 0), (1, 0)]
 
 
 @pytest.mark.waits_for_searches
@@ -121,7 +121,7 @@ def test_node_may_die_or_see_another_disk(
     folder = tmp_path / "disk" / "it"
     folder.parent.mkdir()
     monkeypatch.setattr(hparam_search, "MAX_FAILURES_PER_TRIAL", 0)
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2})
+    monkeypatch.setattr(hparam_search.tuner, "machines", lambda: [(1, 0), (1, 0)])
     other_disk = f'mount -t tmpfs none {folder.parent} && exec "$@"'
     with second_node(ray_started, mark, [*NAMESPACE, "sh", "-c", other_disk, "sh"]):
         assert run_search(folder, "--num-samples", "1", "--max-epochs", "1") == 0

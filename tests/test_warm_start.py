@@ -121,7 +121,7 @@ def test_warm_started_search_trains_only_new_trials_and_outlives_its_source(
     space = hparam_search.QUICK_SPACE | {"lr": tune.loguniform(1e-6, 1e-5)}
     monkeypatch.setattr(hparam_search, "QUICK_SPACE", space)
     with monkeypatch.context() as patch:
-        patch.setattr(tune.Tuner, "fit", lambda tuner: None)  # killed as it starts
+        patch.setattr(tune, "run", lambda trial, **options: None)  # killed as it starts
         run_search(folder, "--num-samples", 1, "--max-epochs", 10, "--warm-start", earlier)
     printed = capsys.readouterr().out
     assert f"Took 4 of 4 trials from {earlier}.\n" in printed
