@@ -29,14 +29,7 @@ LONGEST_TEMP_DIR = 30  # bytes; the paths of Ray's sockets below it are limited 
 # Below these limits (open files; threads, and more per CPU), Ray hung or crashed on two cores.
 FEWEST_FILES, FEWEST_THREADS, THREADS_PER_CPU = 80, 200, 25
 # Ray's messages that the search replaces with its own, or that are about files that nothing here needs.
-HIDDEN = (
-    "Trials did not",
-    "Token auth",
-    "Failed to fetch",
-    "Caught exception",
-    "Saving experiment",
-    "Experiment state",
-)
+HIDDEN = ("Trials did", "Token auth", "Failed to fetch", "Caught exception", "Saving experiment", "Experiment state")
 # Tune restarts a trial whose process has died, but not one that Ray killed because memory ran low, unless that counts.
 OutOfMemoryError.__bases__ = (RayActorError,)
 
