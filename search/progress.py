@@ -78,14 +78,15 @@ def epochs_left(search: Search, rungs: dict[int, int]) -> float:
     With rungs, the promoted trials train from each to the next, and repeats train to the end. Without, trials are
     expected to train for as many epochs as those that have ended did on average.
     """
-    unfinished, own = [trial for trial in search.unfinished() if not trial.error], search.own_trials()
+    trials = [trial for trial in search.trials.values() if not trial.error]
+    own, unfinished = [trial for trial in trials if not trial.repeats], [trial for trial in trials if not trial.end]
     if not rungs:
         expected = mean([len(trial.reports) for trial in search.trials.values() if trial.end] or [math.inf])
         return sum(max(1, min(expected, trial.config["epochs"]) - len(trial.reports)) for trial in unfinished)
     left = sum(trial.config["epochs"] - len(trial.reports) for trial in unfinished if trial.repeats)
     if not all(trial.repeats for trial in unfinished):
         stages = [(0, len(own)), *rungs.items(), (own[0].config["epochs"], 0)]
-        for (start, trials), (end, _) in pairwise(stages):
+        for (start, places), (end, _) in pairwise(stages):
             trained = sum(min(max(0, len(trial.reports) - start), end - start) for trial in own)
-            left += max(0, trials * (end - start) - trained)
+            left += max(0, places * (end - start) - trained)
     return left

@@ -190,14 +190,13 @@ class Watcher(tune.Callback):
         self.display.started(trial)
 
     def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: object) -> None:
-        text = Path(trial.error_file).read_text(errors="replace") if trial.error_file else ""
-        self.display.say(f"{trial} failed ({error_sentence(text, trial.config)}); restarting it.")
+        self.display.say(f"Restarting {trial}, which failed: {error_sentence(failures_of(trial), trial.config)}.")
 
     def on_step_end(self, iteration: int, trials: list, **info: object) -> None:
         self.display.trackers.step = {"iteration": iteration, "trials": trials}
         for trial in trials:  # in every case: Tune has no hook for a worker that cannot be reused
             if trial.status == trial.ERROR and self.search.trials[str(trial)].running:
-                self.on_failure(self.search.trials[str(trial)], trial.error_file)
+                self.on_failure(self.search.trials[str(trial)], failures_of(trial))
         if time.monotonic() - self.checked >= NODE_PERIOD:
             self.checked = time.monotonic()
             if not own_node_lives():  # Tune would wait forever
@@ -208,9 +207,8 @@ class Watcher(tune.Callback):
             self.display.close()
             raise self.referee.failure or SystemExit
 
-    def on_failure(self, trial: Trial, error_file: str | None) -> None:
-        """Keep the traceback of a trial that failed, and record why."""
-        text = Path(error_file).read_text(errors="replace") if error_file else ""
+    def on_failure(self, trial: Trial, text: str) -> None:
+        """Keep the tracebacks of a trial that failed, and record why."""
         self.referee.fail(trial, error_sentence(text, trial.config))
         folder = self.search.folder / trial.name
         try:
@@ -223,8 +221,13 @@ class Watcher(tune.Callback):
         self.display.close()
 
 
+def failures_of(trial: Any) -> str:
+    """Return what Tune has noted of the failures of one of its trials."""
+    return Path(trial.error_file).read_text(errors="replace") if trial.error_file else ""
+
+
 def error_sentence(text: str, config: dict) -> str:
-    """Summarize a trial's traceback in one sentence, with a remedy if one is known."""
+    """Summarize a trial's last failure (see failures_of) in one sentence, with a remedy if one is known."""
     last = text.split("Failure #")[-1].splitlines()[1:]  # the last attempt; the rest of that line is its time
     lines = [line.strip() for line in last if line.strip()] or ["the reason is unknown"]
     if any(words in line for words in OUT_OF_MEMORY for line in last):

@@ -31,7 +31,7 @@ FEWEST_FILES, FEWEST_THREADS, THREADS_PER_CPU = 80, 200, 25
 # Ray's messages that the search replaces with its own, or that are about files that nothing here needs.
 HIDDEN = ("Trials did", "Token auth", "Failed to fetch", "Caught exception", "Saving experiment", "Experiment state")
 # Tune restarts a trial whose process has died, but not one that Ray killed because memory ran low, unless that counts.
-OutOfMemoryError.__bases__ = (RayActorError,)
+OutOfMemoryError.__bases__, OutOfMemoryError._preempted = (RayActorError,), False  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
@@ -80,8 +80,6 @@ def running_ray(settings: Settings) -> Iterator[None]:
         except ConnectionError:  # Ray died: keep its folder, as its logs may say why
             cleanup.pop_all()
             raise
-        except TuneError as error:  # such as a full disk; a traceback, as text
-            raise OSError(str(error).splitlines()[-1]) from error
         finally:
             ray.shutdown()
 
@@ -171,4 +169,7 @@ def temporary_folder(search_folder: Path, dataset: Dataset) -> Iterator[tuple[Pa
         images = Path(folder, "images.pt")
         with explain_failure(images):
             save_dataset(dataset, images)
-        yield Path(folder), images
+        try:
+            yield Path(folder), images
+        except TuneError as error:  # Tune could not write its files, for example; its text is a traceback
+            raise OSError(str(error).splitlines()[-1]) from error

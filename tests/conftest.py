@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -153,10 +154,13 @@ class Tracker(LoggerCallback):
 
 
 class Broken(tune.Callback):
-    """Fails at the first result."""
+    """Exits at the first result."""
+
+    def __init__(self) -> None:
+        self.connection = threading.Lock()  # cannot be pickled
 
     def on_trial_result(self, **info: object) -> None:
-        raise ConnectionError("no server")
+        sys.exit("no server")
 
 
 class Finished(NamedTuple):

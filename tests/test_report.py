@@ -131,6 +131,7 @@ def test_progress_is_redrawn_on_a_terminal_and_repeated_now_and_then_in_a_file(
     monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
     monkeypatch.setattr("search.progress.time.monotonic", lambda: now[0])
     names = [add(search, *[0.1] * n, end=END if n else None, epochs=10) for n in (10, 4, 0, 0)]
+    search.record("failed", trial=add(search, 0.1, end=None, epochs=10), error="why")
     progress = Progress(search, {}, 30)
     for epoch in range(1, 7):
         now[0] += 10
@@ -145,7 +146,7 @@ def test_progress_is_redrawn_on_a_terminal_and_repeated_now_and_then_in_a_file(
     search.seconds, search.trained = 125.0, 20
     # 125 s for 20 epochs; trials end after 7 on average, so 1 is left of one, and 7 of the other.
     assert block(search, {}) == [
-        "Trials: 2 done, 1 running, 1 waiting. Epochs: 20 of about 28.",
+        "Trials: 3 done, 1 running, 1 waiting. Epochs: 21 of about 29.",
         "Time: 2min 5s, about 50s left.",
         "Best so far: train_cifar_00002, accuracy 0.3000 after epoch 1.",
         "  train_cifar_00002  epoch   6 of 10  accuracy 0.3000  loss 1.0000",
@@ -155,6 +156,6 @@ def test_progress_is_redrawn_on_a_terminal_and_repeated_now_and_then_in_a_file(
     tell(search, names[2], report(5, 0.3), paused=True)
     search.seconds, search.trained = 125.0, 20
     assert block(search, {5: 2})[:2] == [
-        f"Trials: 2 done, 1 running, 1 paused, 1 waiting. Epochs: 20 of about {20 + (1 + 5) + 5 + 9}.",
+        f"Trials: 3 done, 1 running, 1 paused, 1 waiting. Epochs: 21 of about {21 + (1 + 5) + 5 + 9}.",
         "Time: 2min 5s, about 2min 0s left.",
     ]

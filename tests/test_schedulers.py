@@ -148,7 +148,7 @@ def test_search_with_several_trials_at_once_promotes_the_best_though_the_last_fa
         assert all(row in passed for row in by_loss[:places])
         assert len(passed) <= places + at_once - 1
     assert not list(folder.glob(f"*/{TRAINING_FILE}"))
-    sentence = "train_cifar_00005 failed (The actor died unexpectedly before finishing this task); restarting it."
+    sentence = "Restarting train_cifar_00005, which failed: The actor died unexpectedly before finishing this task."
     assert sentence in capsys.readouterr().err
     events = read_lines(folder / LOG_FILE)[0]
     assert any(event.get("paused") for event in events)

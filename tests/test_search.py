@@ -5,6 +5,7 @@ import os
 import re
 from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pandas
 import pytest
@@ -24,7 +25,7 @@ from search import best_model, predict
 from search.best_model import load_model, read_best_model, read_model
 from search.cost import model_cost
 from search.files import append_line, explain_failure
-from search.records import LOG_FILE, open_search, script_command
+from search.records import LOG_FILE, Search, open_search, script_command
 from search.sampler import suggest_config
 from search.trial import weights_path
 from tests.conftest import (
@@ -283,6 +284,12 @@ def test_search_interrupted_and_grown_step_by_step_ends_as_if_asked_for_everythi
     assert main(["--resume", str(folder)]) == 1
     assert "The time budget is spent. To resume: " in capsys.readouterr().out
 
+    with monkeypatch.context() as patch:  # Tune itself fails
+        patch.setattr(tune, "run", MagicMock(side_effect=tune.TuneError("Traceback:\nOSError: no room")))
+        assert main(["--resume", str(folder), "--time-budget", "1h"]) == 1
+    printed = capsys.readouterr()
+    assert (printed.err, "To resume: " in printed.out) == ("hparam_search.py: OSError: no room.\n", True)
+
     # A larger one is spent in the middle of a trial, whose model is tested.
     with monkeypatch.context() as patch:
         patch.setattr(hparam_search, "TimeBudget", lambda search: OverInTheFirstTrial())
@@ -326,6 +333,11 @@ def test_search_interrupted_and_grown_step_by_step_ends_as_if_asked_for_everythi
     assert repeats == [(f"{best}_seed_{seed}", best, seed, "4") for seed in "12"]
     one, other = (float(row["best_loss"]) for row in rows[4:])
     assert f"\n  {best}  {(one + other) / 2:.4f} ± {abs(one - other) / 2**0.5:.4f} (2 seeds)\n" in out
+
+    # Once the budget is spent, more is not silently left out.
+    monkeypatch.setattr(Search, "time_left", lambda search: 0.0)
+    assert main(["--resume", str(folder), "--repeats", "3"]) == 0
+    assert f"--resume {folder} --time-budget MORE, and your other flags\n" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not find_spec("optuna"), reason="optuna is not installed")

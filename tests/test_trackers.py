@@ -20,7 +20,7 @@ def test_trackers_are_told_every_epoch_of_every_trial_once(finished: Finished) -
     }
     assert sorted(tracker.ended) == [(name, False) for name in trials]
     assert tracker.over
-    sentence = "The callback Broken failed (ConnectionError: no server); it will not be called again.\n"
+    sentence = "The callback Broken failed (SystemExit: no server); it will not be called again.\n"
     assert finished.err.count(sentence) == 1
 
 

@@ -2,6 +2,7 @@ import resource
 from pathlib import Path
 
 import pytest
+from ray.exceptions import OutOfMemoryError, RayActorError
 
 from data import InputError
 from search import tuner
@@ -31,6 +32,11 @@ def test_resources_are_shared_equally_or_refused(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(tuner, "machines", lambda found=machines: found)
         with pytest.raises(InputError, match=refusal):
             share_resources(Settings(**{key: asked}), 2)
+
+
+def test_trial_that_ray_kills_for_its_memory_counts_as_one_that_died() -> None:
+    error = OutOfMemoryError("1 worker(s) were killed")
+    assert (isinstance(error, RayActorError), error.preempted, str(error)) == (True, False, "1 worker(s) were killed")
 
 
 def test_trials_get_the_code_whatever_lies_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
