@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import math
 import os
 import resource
 import secrets
@@ -142,14 +141,14 @@ def share_resources(settings: Settings, num_trials: int) -> tuple[dict[str, floa
     once, and a line of text on both.
     """
     found = machines()
-    gpus = max(gpus for _, gpus in found)
+    gpus = max(g for _, g in found)
     gpu = min(1, gpus) if settings.gpus_per_trial is None else settings.gpus_per_trial
-    cpus = max((each for each, beside in found if beside >= gpu), default=0)
+    cpus = max((c for c, g in found if g >= gpu), default=0)
+    per_gpu = int(1 / gpu) if 0 < gpu < 1 else 1  # each fraction is of one GPU
 
     def places(cpu: int) -> int:
-        """Return how many trials with so many CPUs fit; each runs on one machine, and fractions of a GPU on one GPU."""
-        by_gpus = (each * int(1 / gpu) if 0 < gpu <= 1 else each // gpu if gpu else math.inf for _, each in found)
-        return int(sum(min(each // cpu, limit) for (each, _), limit in zip(found, by_gpus, strict=True)))
+        """Return how many trials with so many CPUs fit, each on one machine."""
+        return sum(min(c // cpu, int(g * per_gpu // max(1, gpu)) if gpu else c) for c, g in found)
 
     at_once = min(num_trials, places(1))
     cpu = settings.cpus_per_trial or next((n for n in range(cpus, 0, -1) if places(n) >= at_once), 1)
