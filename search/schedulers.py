@@ -113,12 +113,9 @@ def with_knobs(
     """
     knobs: dict[str, Any] = {"grace_period": min(grace_period, max_epochs), "reduction_factor": reduction_factor}
     knobs["keep"] = keep or 0
-    settings = replace(settings, **{key: value for key, value in knobs.items() if getattr(settings, key) is None})
-    if settings.grace_period > max_epochs:
-        raise InputError(
-            f"--grace-period {settings.grace_period} exceeds the {max_epochs} epochs of a trial; use at most that"
-        )
-    return settings
+    if (given := settings.grace_period or 0) > max_epochs:
+        raise InputError(f"--grace-period {given} exceeds the {max_epochs} epochs of a trial; use at most that")
+    return replace(settings, **{key: value for key, value in knobs.items() if getattr(settings, key) is None})
 
 
 def new_rungs(trials: int, first: int, factor: float, keep: int, max_epochs: int) -> dict[int, int]:
