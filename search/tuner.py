@@ -162,7 +162,10 @@ def share_resources(settings: Settings, num_trials: int) -> tuple[dict[str, floa
 
 @contextlib.contextmanager
 def temporary_folder(search_folder: Path, dataset: Dataset) -> Iterator[tuple[Path, Path]]:
-    """Make a folder for Tune's own files, with the images in a file that all trials map; yield both paths."""
+    """Make a folder for Tune's own files, with the images in a file that all trials map; yield both paths.
+
+    Raises OSError, with Tune's reason, if Tune fails in the block.
+    """
     with tempfile.TemporaryDirectory(prefix=".ray_", dir=search_folder, ignore_cleanup_errors=True) as folder:
         # Not in Ray's object store: if Ray dies, this process would crash before it prints how to resume.
         images = Path(folder, "images.pt")
@@ -170,5 +173,5 @@ def temporary_folder(search_folder: Path, dataset: Dataset) -> Iterator[tuple[Pa
             save_dataset(dataset, images)
         try:
             yield Path(folder), images
-        except TuneError as error:  # Tune could not write its files, for example; its text is a traceback
+        except TuneError as error:  # for example, a full disk; its text is a traceback
             raise OSError(str(error).splitlines()[-1]) from error
