@@ -41,7 +41,7 @@ def finish(search: Search, load_images: Callable[[], Dataset], source: dict, mod
         print(report.recap(search))
     resume = script_command("--resume", search.folder)
     if search.interrupted() or (search.time_left() <= 0 and (search.unfinished() or search.grown)):
-        others = ", and your other flags" if search.grown else ""
+        others = " (and your other flags)" if search.grown else ""
         print(f"The time budget is spent. To resume: {resume} --time-budget MORE{others}")
     elif search.unfinished():
         print(f"To try the failed trials again: {resume}")

@@ -29,7 +29,7 @@ LONGEST_TEMP_DIR = 30  # bytes; the paths of Ray's sockets below it are limited 
 FEWEST_FILES, FEWEST_THREADS, THREADS_PER_CPU = 80, 200, 25
 # Ray's messages that the search replaces with its own, or that are about files that nothing here needs.
 HIDDEN = ("Trials did", "Token auth", "Failed to fetch", "Caught exception", "Saving experiment", "Experiment state")
-# Tune restarts a trial whose process has died, but not one that Ray killed because memory ran low, unless that counts.
+# Tune restarts a trial whose process has died. Count one that Ray kills when memory runs low as such, too.
 OutOfMemoryError.__bases__, OutOfMemoryError._preempted = (RayActorError,), False  # type: ignore[attr-defined]
 
 

@@ -339,7 +339,7 @@ def test_search_interrupted_and_grown_step_by_step_ends_as_if_asked_for_everythi
     # Once the budget is spent, more is not silently left out.
     monkeypatch.setattr(Search, "time_left", lambda search: 0.0)
     assert main(["--resume", str(folder), "--repeats", "3"]) == 0
-    assert f"--resume {folder} --time-budget MORE, and your other flags\n" in capsys.readouterr().out
+    assert f"--resume {folder} --time-budget MORE (and your other flags)\n" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not find_spec("optuna"), reason="optuna is not installed")
