@@ -80,7 +80,6 @@ MAX_SECONDS_PER_TRIAL = 3600
 MAX_FAILURES_PER_TRIAL = 2
 SAVE_PERIOD = 30  # save the training state after this many seconds of training
 MODELS_KEPT = 5  # keep the weights of this many of the best trials
-STARTUP_TRIALS = 4  # --sampler tpe draws at random until it knows this many results
 REPEATED_TRIALS = 3  # --repeats trains this many of the best configs again
 PROGRESS_PERIOD = 30  # seconds between progress blocks in a log file
 
@@ -97,21 +96,17 @@ def new_scheduler(search: records.Search, max_epochs: int) -> schedulers.Schedul
     return schedulers.RayScheduler(asha, search.history)
 
 
-def search_space(settings: Settings) -> dict:
-    """Return param_space as changed by --seed, --quick and --max-epochs; raise InputError if it is invalid."""
+def search_space(settings: Settings) -> tuple[dict, dict]:
+    """Return param_space as changed by --seed, --quick and --max-epochs, and a summary of it with the first trials.
+
+    Raises InputError if a value is invalid.
+    """
     entries = {"seed": settings.seed} | space.to_plain(param_space) | (QUICK_SPACE if settings.quick else {})
     entries |= {"epochs": settings.max_epochs} if settings.max_epochs else {}
     space.check_space(entries)
-    return entries
-
-
-def draw(settings: Settings, entries: dict, stream: int) -> tuple[list[dict], dict]:
-    """Return the configs of all drawn trials, in starting order, and a summary of the space (see draw_configs)."""
-    if settings.quick and first_trials:
-        print("--quick ignores first_trials, which are for param_space.", file=sys.stderr)
-    first, tpe = [] if settings.quick else space.to_plain(first_trials or []), settings.sampler == "tpe"
-    configs = sampler.draw_configs(entries, settings.num_samples, settings.seed, first, tpe, stream)
-    return configs, space.summarize(entries) | {"first_trials": first}
+    first = [] if settings.quick else space.to_plain(first_trials or [])
+    space.check_first_trials(first, entries)
+    return entries, space.summarize(entries) | {"first_trials": first}
 
 
 def image_source(settings: Settings) -> dict:
@@ -129,20 +124,19 @@ def load_images(search: records.Search) -> Dataset:
 
 def new_search(settings: Settings, tracking: trackers.Trackers) -> int:
     """Run a new search, and return the exit code."""
-    objective, entries = records.Objective(METRIC, MODE), search_space(settings)
+    objective, (entries, summary) = records.Objective(METRIC, MODE), search_space(settings)
+    if settings.quick and first_trials:
+        print("--quick ignores first_trials, which are for param_space.", file=sys.stderr)
     settings = schedulers.with_knobs(settings, entries["epochs"], GRACE_PERIOD, REDUCTION_FACTOR, KEEP)
     records.new_folder(settings)  # refuses a folder before the images are read
     with contextlib.ExitStack() as locks:
         earlier = [locks.enter_context(warm_start.earlier_search(Path(path))) for path in settings.warm_start or ()]
-        stream = warm_start.new_stream(earlier)
-        configs, drawn_from = draw(settings, entries, stream)
         dataset = read_images(**image_source(settings))
         with tuner.running_ray(settings):
-            tuner.share_resources(settings, len(configs))  # refuses flags that exceed this machine
-            with records.creating_search(settings, drawn_from, dataset, objective) as search:
-                search.stream = stream
+            tuner.share_resources(settings, 1)  # refuses flags that exceed this machine
+            with records.creating_search(settings, summary, dataset, objective) as search:
                 warm_start.take(search, earlier)
-                search.draw(search.numbered(configs))
+                search.draw(sampler.new_trials(search, entries))
             locks.close()
             with records.lock_search(search.folder):
                 return run(search, entries, dataset, tracking)
@@ -154,13 +148,12 @@ def resume_search(folder: Path, changes: dict, tracking: trackers.Trackers) -> i
         search = records.open_search(folder, changes)
         if search.is_complete(REPEATED_TRIALS) or search.time_left() <= 0:
             return finish(search, partial(load_images, search), image_source(search.settings), MODELS_KEPT)
-        entries = search_space(search.settings)
-        configs, drawn_from = draw(search.settings, entries, search.stream)
-        records.check_unchanged(search, drawn_from, records.Objective(METRIC, MODE))
+        entries, summary = search_space(search.settings)
+        records.check_unchanged(search, summary, records.Objective(METRIC, MODE))
         dataset = load_images(search)
         with tuner.running_ray(search.settings):
             tuner.share_resources(search.settings, 1)  # before they are written
-            search.draw(search.numbered(configs))
+            search.draw(sampler.new_trials(search, entries))
             search.write()
             return run(search, entries, dataset, tracking)
 
@@ -186,8 +179,7 @@ def fit(
     resources, at_once, all_resources = tuner.share_resources(search.settings, len(trials))
     early_stop = partial(schedulers.early_stop, entries["epochs"], PATIENCE, MIN_DELTA, MAX_SECONDS_PER_TRIAL)
     scheduler = new_scheduler(search, entries["epochs"])
-    suggest = partial(sampler.suggest_config, entries, search.settings.seed, startup=STARTUP_TRIALS)
-    queue = TrialQueue(search, trials, scheduler, max(1, at_once), suggest)
+    queue = TrialQueue(search, trials, scheduler, max(1, at_once))
     display = Display(search, scheduler.rungs, PROGRESS_PERIOD, tracking)
     referee = Referee(search, scheduler, early_stop, display, MODELS_KEPT)
     watcher = Watcher(referee)

@@ -9,6 +9,7 @@ interrupted, the command continues with the missing configs.
 
 import argparse
 import csv
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,6 +38,11 @@ def read_curves(path: Path) -> dict[int, list[dict]]:
     return curves
 
 
+def best_accuracy(curve: Sequence[dict]) -> float:
+    """Return the best accuracy of a curve."""
+    return max(row["accuracy"] for row in curve)
+
+
 def write_curves(path: Path, curves: dict[int, list[dict]]) -> None:
     """Write the CSV that read_curves reads, atomically."""
     lines = [COLUMNS, *([row[key] for key in COLUMNS] for i in sorted(curves) for row in curves[i])]
@@ -56,28 +62,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=15, help="draws for each pair of widths (default: %(default)s)")
     parser.add_argument("--recipe", choices=recipes.NAMED, default="default")
     parser.add_argument("--seed", type=int, default=0, help="of draws and trainings (default: 0)")
+    parser.add_argument("--seeds", type=int, default=1, help="train the best 5 configs with N seeds", metavar="N")
     parser.add_argument("--output", type=Path, default=FOLDER)
     args = parser.parse_args(argv)
     dataset = recipes.first_classes(read_images(args.dataset, args.data_dir, {}), args.classes)
     widths = {key: tune.grid_search(values) for key, values in (("h_1", args.h_1), ("h_2", args.h_2)) if values}
     args.output.mkdir(parents=True, exist_ok=True)
     space = param_space | {"seed": args.seed, "epochs": args.epochs} | widths | recipes.NAMED[args.recipe]
-    configs = draw_configs(space, args.samples, args.seed)
+    configs = draw_configs(space, [args.samples], args.seed)
     path = args.output / f"{args.recipe}.csv"
     curves = read_curves(path) if path.exists() else {}
     for i, rows in curves.items():
-        if i >= len(configs) or len(rows) != args.epochs or rows[0]["lr"] != configs[i]["lr"]:
+        if i < len(configs) and (len(rows) != args.epochs or rows[0]["lr"] != configs[i]["lr"]):
             sys.exit(f"{path} has curves of other configs; use another --output, or remove it.")
+
+    def record(i: int, config: dict) -> None:
+        if i not in curves:
+            drawn = {"config": i} | {key: config[key] for key in DRAWN}
+            curves[i] = [
+                drawn | {key: round(getattr(report, key), 5) for key in ("epoch", *REPORTED)}
+                for report in recipes.train(config, dataset)
+            ]
+            write_curves(path, curves)
+            print(f"{len(curves)}: {curves[i][-1]['accuracy']:.4f}", flush=True)
+
     for i, config in enumerate(configs):
-        if i in curves:
-            continue
-        drawn = {"config": i} | {key: config[key] for key in DRAWN}
-        curves[i] = [
-            drawn | {key: round(getattr(report, key), 5) for key in ("epoch", *REPORTED)}
-            for report in recipes.train(config, dataset)
-        ]
-        write_curves(path, curves)
-        print(f"{len(curves)} of {len(configs)}, {curves[i][-1]['accuracy']:.4f}", flush=True)
+        record(i, config)
+    best = sorted(range(len(configs)), key=lambda i: -best_accuracy(curves[i]))[:5]
+    for number, (more, i) in enumerate(itertools.product(range(1, args.seeds), best), len(configs)):
+        record(number, configs[i] | {"seed": args.seed + more})
 
 
 if __name__ == "__main__":

@@ -1,33 +1,36 @@
-"""What a scheduler spends and loses: the search's own and Ray's on recorded curves, in hundreds of random searches.
+"""What draws and schedulers find, spend and lose, the search's own and others, in simulated searches.
 
     python -m benchmarks.curves …     # records benchmarks/curves/*.csv
     python -m benchmarks.replay       # prints a table, in some ten minutes
 
-A search draws some of the recorded configs, in random order, and trains several at once; an epoch takes as long as it
-took when it was recorded. The winner, the trial with the best accuracy if all were trained to the end, is lost if it
-was stopped before reaching that.
+A drawn config is assumed to train as the nearest recorded one of the same widths did, by the logarithms of learning
+rate and dropout, and an epoch to take as long. Several trials may train at once. The winner, the trial with the best
+accuracy if all were trained to the end, is lost if it was stopped before reaching that.
 """
 
 import argparse
 import heapq
 import itertools
 import math
-import random
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+from ray import tune
 from ray.tune.schedulers import MedianStoppingRule
 
 from benchmarks import print_header, print_row
-from benchmarks.curves import FOLDER, read_curves
-from hparam_search import MAX_SECONDS_PER_TRIAL, MIN_DELTA, PATIENCE, new_scheduler
+from benchmarks.curves import FOLDER, best_accuracy, read_curves
+from benchmarks.recipes import standard_error
+from hparam_search import MAX_SECONDS_PER_TRIAL, MIN_DELTA, PATIENCE, new_scheduler, param_space
 from search.records import TRIAL_PREFIX, Trial, new_report
 from search.report import rank_correlation
-from search.schedulers import PAUSE, STOP, RayScheduler, Scheduler, early_stop
+from search.sampler import draw_configs
+from search.schedulers import PAUSE, STOP, Promotion, RayScheduler, Scheduler, early_stop, new_rungs
 from search.settings import Settings
+from search.space import places_of, summarize, value_at
 
 Curve = list[dict]  # the reports of a config, one per epoch, with the keys of curves.COLUMNS
 
@@ -83,6 +86,12 @@ def play(
             beaten.become(end="ended")
 
 
+class ByLoss(Promotion):
+    """Promotion by the loss alone."""
+
+    trend = 0.0
+
+
 def new_schedulers(max_epochs: int) -> dict[str, Callable[[list[Trial]], Scheduler]]:
     """Return name → a function that builds a new scheduler for some trials."""
     settings = {"none": Settings(scheduler="none")}
@@ -96,67 +105,119 @@ def new_schedulers(max_epochs: int) -> dict[str, Callable[[list[Trial]], Schedul
     def build(trials: list[Trial], settings: Settings) -> Scheduler:
         return new_scheduler(SimpleNamespace(settings=settings, own_trials=lambda: trials, history=()), max_epochs)
 
+    def by_loss(trials: list[Trial]) -> Scheduler:
+        return ByLoss(trials, new_rungs(len(trials), 2, 2, 2, max_epochs), max_epochs)
+
     median = partial(MedianStoppingRule, "epoch", "loss", "min", grace_period=3, min_time_slice=math.inf)
     made = {name: partial(build, settings=each) for name, each in settings.items()}
+    made |= {"promote by loss, grace 2, factor 2, keep 2": by_loss}
     return made | {"median, grace 3": lambda trials: RayScheduler(median(), ())}
 
 
+class Surrogate:
+    """The space of recorded curves, in which any config has the curve of the nearest recorded one."""
+
+    def __init__(self, curves: Sequence[Curve]) -> None:
+        self.curves = curves
+        widths = {key: tune.grid_search(sorted({curve[0][key] for curve in curves})) for key in ("h_1", "h_2")}
+        self.space = {key: param_space[key] for key in ("p_drop", "lr")} | widths
+        self.summary = summarize(self.space)
+        self.places = np.array([self.place(curve[0]) for curve in curves])
+
+    def place(self, config: dict) -> list[float]:
+        """Return where a config lies in the space; widths are further apart than anything else."""
+        ranges = [places_of(config[key], self.summary[key])[0] for key in ("p_drop", "lr")]
+        return [*ranges, config["h_1"] * 10.0, config["h_2"] * 10.0]
+
+    def draw(self, draws: str, samples: int, seed: int) -> list[Curve]:
+        """Return the curves of the trials of a search, whose draws are by "design" or "independent"."""
+        configs = draw_configs(self.space, [samples], seed)
+        if draws == "independent":
+            random = np.random.default_rng(seed)
+            for config, key in itertools.product(configs, ("p_drop", "lr")):
+                config[key] = value_at(random.random(), self.summary[key])
+        nearest = [np.square(self.places - self.place(config)).sum(axis=1).argmin() for config in configs]
+        return [self.curves[i] for i in nearest]
+
+
 def replay(
-    curves: list[Curve],
+    draw: Callable[[int], list[Curve]],
     build: Callable[[list[Trial]], Scheduler],
     stop: Callable[[list], str | None] | None,
     at_once: int,
-    trials: int,
     searches: int,
-) -> tuple[float, float, float, float, int]:
-    """Return the outcome of random searches: means of epochs, accuracy, lost (0 or 1), idle; most states.
+) -> np.ndarray:
+    """Simulate searches; return epochs, best accuracy, whether the winner was lost, idle time and most states of each.
 
     Args:
-        curves: the curves of all recorded configs.
+        draw: returns the curves of the trials of a search, in starting order, from a seed.
         build: builds a scheduler (see new_schedulers).
         stop: see play.
         at_once: how many trials run at once.
-        trials: how many trials a search has.
         searches: how many searches to simulate.
+
+    Returns:
+        float64 (searches, 5).
     """
     results = []
     for seed in range(searches):
-        drawn = dict(zip(new_trials(trials), random.Random(seed).sample(curves, trials), strict=True))
+        curves = draw(seed)
+        drawn = dict(zip(new_trials(len(curves)), curves, strict=True))
         idle, states = play(drawn, build(list(drawn)), stop, at_once)
         epochs = sum(len(trial.reports) for trial in drawn)
-        possible = [max(row["accuracy"] for row in curve) for curve in drawn.values()]
-        reached = [max(report.accuracy for report in trial.reports) for trial in drawn]
-        winner = int(np.argmax(possible))
-        lost = reached[winner] < possible[winner]
-        results.append((epochs, max(reached), lost, idle, states))
-    return *np.mean(results, axis=0)[:4], max(states for *_, states in results)
+        found = max(report.accuracy for trial in drawn for report in trial.reports)
+        results.append((epochs, found, found < max(map(best_accuracy, curves)), idle, states))
+    return np.array(results, dtype=float)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print a table of all schedulers, for several numbers of trials, and of trials at once."""
+    """Print a table of draws and schedulers, for several numbers of trials, and of trials at once."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--curves", type=Path, default=FOLDER / "default.csv")
     parser.add_argument("--trials", type=int, nargs="+", default=[12, 24, 48], help="per search (default: %(default)s)")
     parser.add_argument("--searches", type=int, default=400, help="per row (default: %(default)s)")
     parser.add_argument("--at-once", type=int, nargs="+", default=[1], help="trials (default: %(default)s)")
+    parser.add_argument("--draws", nargs="+", choices=("design", "independent"), default=["design"])
+    parser.add_argument("--schedulers", nargs="+", metavar="NAME", help="of the table (default: all)")
     parser.add_argument("--early-stopping", action="store_true", help="let trials also end by themselves")
     args = parser.parse_args(argv)
-    curves = list(read_curves(args.curves).values())
-    if len(curves) < (most := max(args.trials)):
-        parser.error(f"{args.curves} has {len(curves)} configs, fewer than the {most} of a search; record more")
-    max_epochs = len(curves[0])
+    if not args.curves.is_file():
+        parser.error(f"{args.curves} is not a file; record curves first")
+    recorded: dict[tuple, list[Curve]] = {}
+    for curve in read_curves(args.curves).values():
+        recorded.setdefault((curve[0]["p_drop"], curve[0]["lr"]), []).append(curve)
+    surrogate = Surrogate([curves[0] for curves in recorded.values()])
+    pairs = len({(curve[0]["h_1"], curve[0]["h_2"]) for curve in surrogate.curves})
+    if wrong := [each for each in args.trials if each % pairs]:
+        parser.error(f"--trials {wrong[0]} is not a multiple of the {pairs} pairs of widths")
+    max_epochs = len(surrogate.curves[0])
     stop = partial(early_stop, max_epochs, PATIENCE, MIN_DELTA, MAX_SECONDS_PER_TRIAL) if args.early_stopping else None
-    print(f"{len(curves)} recorded configs, {args.searches} searches per row.")
-    best = [max(row["accuracy"] for row in curve) for curve in curves]
+    schedulers = new_schedulers(max_epochs)
+    if unknown := set(args.schedulers or ()) - schedulers.keys():
+        parser.error(f"unknown scheduler {min(unknown)!r}; use {', '.join(schedulers)}")
+    print(f"{len(surrogate.curves)} recorded configs, {args.searches} searches per row.")
+    best = [best_accuracy(curve) for curve in surrogate.curves]
     for epoch in (each for each in (1, 2, 4, 8) if each <= max_epochs):
-        agreement = rank_correlation([-curve[epoch - 1]["loss"] for curve in curves], best)
+        agreement = rank_correlation([-curve[epoch - 1]["loss"] for curve in surrogate.curves], best)
         print(f"Rank agreement of the loss at epoch {epoch} with the best accuracy: {agreement:+.2f}.")
+    repeated = [curves for curves in recorded.values() if len(curves) > 1]
+    for epoch in (each for each in (2, 4, 8, 16, max_epochs) if repeated and each <= max_epochs):
+        noise = [
+            np.std([[c[epoch - 1][key] for key in ("loss", "accuracy")] for c in curves], 0, ddof=1)
+            for curves in repeated
+        ]
+        loss, accuracy = np.sqrt(np.mean(np.square(noise), axis=0))
+        print(f"Standard deviation between seeds after epoch {epoch}: loss {loss:.4f}, accuracy {accuracy:.4f}.")
     print()
-    print_header("scheduler", "trials", "at once", "epochs", "accuracy", "winner lost", "idle", "states")
-    schedulers = new_schedulers(max_epochs).items()
-    for trials, (name, build), at_once in itertools.product(args.trials, schedulers, args.at_once):
-        epochs, found, lost, idle, states = replay(curves, build, stop, at_once, trials, args.searches)
-        print_row(name, trials, at_once, f"{epochs:.0f}", f"{found:.4f}", f"{lost:.1%}", f"{idle:.0f} s", states)
+    print_header("draws", "scheduler", "trials", "at once", "epochs", "accuracy", "winner lost", "idle", "states")
+    rows = itertools.product(args.trials, args.schedulers or schedulers, args.draws, args.at_once)
+    for trials, name, draws, at_once in rows:
+        draw = partial(surrogate.draw, draws, trials // pairs)
+        results = replay(draw, schedulers[name], stop, at_once, args.searches)
+        epochs, found, lost, idle, _ = results.mean(axis=0)
+        accuracy = f"{found:.4f} ± {standard_error(results[:, 1]):.4f}"
+        states = f"{results[:, 4].max():.0f}"
+        print_row(draws, name, trials, at_once, f"{epochs:.0f}", accuracy, f"{lost:.1%}", f"{idle:.0f} s", states)
 
 
 if __name__ == "__main__":

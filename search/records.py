@@ -16,7 +16,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from datetime import datetime
 from pathlib import Path
@@ -134,7 +134,7 @@ class Search:
 
     folder: Path  # absolute
     settings: Settings
-    space: dict[str, object]  # a summary (see summarize), and the first trials
+    space: dict[str, Any]  # a summary (see summarize), and the first trials
     images: dict[str, Any]  # see fingerprint
     objective: Objective
     versions: dict[str, str]  # of the packages that figures depend on, when the search began
@@ -144,7 +144,7 @@ class Search:
     started: float | None = field(default=None, repr=False)  # this process's monotonic clock, less `seconds`
     resources: str = ""  # CPUs and GPUs that the trials use
     first_number: int = 0  # how many own trials were taken from earlier searches
-    stream: int = 0  # random stream of the draws
+    samples: list[int] = field(default_factory=list)  # --num-samples, and each greater number to which it was raised
     trained: int = 0  # number of epochs trained here
     damaged: int = 0  # number of unreadable lines in the log
     unseen: bool = False  # whether TensorBoard is still to show the best model
@@ -179,7 +179,7 @@ class Search:
             config = config | {key: value for key, value in DEFAULTS.items() if key not in known}
             repeats, trial = event["repeats"], self.trials.setdefault(name, Trial(name))
             trial.config, trial.repeats, trial.source = config, repeats, event.get("source")
-        elif name in self.trials and self.is_drawn(self.trials[name]):  # its config is not damaged
+        elif name in self.trials:  # its config is not damaged
             self.apply_to(self.trials[name], event, report)
         elif kind == "started":
             self.resources = event["resources"]
@@ -191,7 +191,7 @@ class Search:
         self.seconds = ran
 
     def apply_to(self, trial: Trial, event: dict, report: Report | None) -> None:
-        """Do what apply does, for the events of a trial whose config is complete."""
+        """Do what apply does, for the events of a trial."""
         kind = event["event"]
         if kind == "begun":
             trial.become(running=True)
@@ -241,10 +241,6 @@ class Search:
             with contextlib.suppress(OSError):  # a full disk has ended the search, and must not hide why
                 self.record("stopped")
 
-    def is_drawn(self, trial: Trial) -> bool:
-        """Return whether a trial's config is complete; with TPE, it is drawn when the trial starts."""
-        return self.searched.keys() <= trial.config.keys()
-
     def draw(self, trials: list[Trial]) -> list[Trial]:
         """Add those of these trials that the search does not have yet, and return them.
 
@@ -253,17 +249,13 @@ class Search:
         known = {config_key(trial.config) for trial in self.trials.values()}
         missing, new = [trial for trial in trials if trial.name not in self.trials], []
         for trial in missing:
-            if not self.is_drawn(trial) or config_key(trial.config) not in known:
+            if config_key(trial.config) not in known:
                 self.record("drawn", trial=trial.name, config=trial.config, repeats=trial.repeats)
                 known.add(config_key(trial.config))
                 new.append(self.trials[trial.name])
         if skipped := len(missing) - len(new):
             print(f"Skipped {skipped} of {len(trials)} trials with the config of another trial.", file=sys.stderr)
         return new
-
-    def numbered(self, configs: Sequence[dict]) -> list[Trial]:
-        """Return trials with these configs, numbered after those taken from earlier searches."""
-        return [Trial(f"{TRIAL_PREFIX}{i:05}", config) for i, config in enumerate(configs, self.first_number)]
 
     def repeats(self, count: int) -> list[Trial]:
         """Return trials that train the `count` best configs with the other random seeds asked for.
@@ -315,7 +307,7 @@ class Search:
     def write(self) -> None:
         """Write search.json."""
         parts = {"objective": astuple(self.objective), "space": self.space, "images": self.images}
-        parts |= {"versions": self.versions, "draws": [self.first_number, self.stream]}
+        parts |= {"versions": self.versions, "draws": [self.first_number, self.samples]}
         write_json(self.folder / SEARCH_FILE, {"format": FORMAT, "settings": asdict(self.settings)} | parts)
 
 
@@ -358,7 +350,8 @@ def creating_search(settings: Settings, space: dict, dataset: Dataset, objective
         raise InputError(f"cannot create {folder} ({error.strerror}); choose another --name") from error
     try:
         with lock(hidden / LOG_FILE):
-            search = Search(hidden, settings, space, fingerprint(dataset), objective, installed_versions(settings))
+            search = Search(hidden, settings, space, fingerprint(dataset), objective, installed_versions())
+            search.samples = [settings.num_samples]
             yield search
             search.write()
             while folder.exists() and not settings.name:  # taken by another search that started in the same second
@@ -383,10 +376,13 @@ def open_search(folder: Path, changes: dict) -> Search:
         content = loads(path.read_bytes())
         if content["format"] != FORMAT:
             raise ValueError
+        if content["settings"].pop("sampler", "random") != "random":  # until 2026 it could be Optuna's
+            raise ValueError
         settings, objective = Settings(**content["settings"]), Objective(*content["objective"])
         settings = replace(settings, output_dir=str(folder.parent), name=folder.name)  # it may have been moved
         search = Search(folder, settings, content["space"], content["images"], objective, content["versions"])
-        search.first_number, search.stream = content["draws"]
+        search.first_number, samples = content["draws"]
+        search.samples = samples if isinstance(samples, list) else [settings.num_samples]  # once a random stream
         events, search.damaged = read_lines(folder / LOG_FILE)
     except OSError as error:
         raise InputError(f"no search found in {short_path(folder)!r}; pass a folder such as outputs/NAME") from error
@@ -407,14 +403,15 @@ def open_search(folder: Path, changes: dict) -> Search:
     if "data_dir" in changes and settings.dataset == "synthetic":
         raise InputError("--data-dir cannot be combined with synthetic images; remove it")
     search.settings = replace(settings, **changes)
+    if search.settings.num_samples > search.samples[-1]:
+        search.samples.append(search.settings.num_samples)
     search.grown = any(changes.get(key, 0) > (getattr(settings, key) or 0) for key in ("num_samples", "repeats"))
     return search
 
 
-def installed_versions(settings: Settings) -> dict[str, str]:
-    """Return the versions of torch and, if it draws the configs, Optuna."""
-    packages = ["torch", *(["optuna"] if settings.sampler == "tpe" else [])]
-    return {package: importlib.metadata.version(package) for package in packages}
+def installed_versions() -> dict[str, str]:
+    """Return the versions of the packages that figures depend on."""
+    return {"torch": importlib.metadata.version("torch")}
 
 
 def check_unchanged(search: Search, space: dict, objective: Objective) -> None:
@@ -435,7 +432,7 @@ def check_unchanged(search: Search, space: dict, objective: Objective) -> None:
             f"Skipping {search.damaged} unreadable lines of {search.folder / LOG_FILE}; their epochs are retrained."
         )
         print(sentence, file=sys.stderr)
-    for package, version in installed_versions(search.settings).items():
+    for package, version in installed_versions().items():
         if version != (then := search.versions.get(package)):
             print(f"The search began with {package} {then}; with {version}, results may differ.", file=sys.stderr)
 

@@ -13,8 +13,7 @@ from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from search.display import Display
-from search.records import Search, Trial, config_key, new_report
-from search.sampler import outcomes
+from search.records import Search, Trial, new_report
 from search.schedulers import PAUSE, STOP, STOPPED, Scheduler
 from search.trial import ERROR_FILE, prune, prune_weights
 from search.tuner import own_node_lives
@@ -47,21 +46,12 @@ class TimeBudget(tune.Stopper):
 class TrialQueue(Searcher):
     """Hands Tune these trials of a search, at most at_once at a time, as the scheduler chooses.
 
-    Tune sees a trial that continues after a pause as a new one. If a trial's config is not drawn yet, suggest_config is
-    called with its number, the outcomes so far, and the configs taken.
+    Tune sees a trial that continues after a pause as a new one.
     """
 
-    def __init__(
-        self,
-        search: Search,
-        trials: list[Trial],
-        scheduler: Scheduler,
-        at_once: int,
-        suggest_config: Callable[..., dict],
-    ) -> None:
+    def __init__(self, search: Search, trials: list[Trial], scheduler: Scheduler, at_once: int) -> None:
         super().__init__()
         self.search, self.trials, self.scheduler, self.at_once = search, trials, scheduler, at_once
-        self.suggest_config = suggest_config
 
     def suggest(self, trial_id: str) -> dict | str | None:
         """Return the next trial's name and config; None while all workers are busy, or running trials may still pause.
@@ -74,12 +64,6 @@ class TrialQueue(Searcher):
         trial = self.scheduler.choose([each for each in self.trials if each.waits])
         if not trial:
             return None if running else Searcher.FINISHED
-        if not self.search.is_drawn(trial):
-            rung = min(self.scheduler.rungs, default=None)
-            told = outcomes(self.search.own_trials(), self.search.objective, rung)
-            taken = {config_key(each.config) for each in self.search.trials.values()}
-            config = self.suggest_config(int(trial.trial_id), told, taken=taken)
-            self.search.record("drawn", trial=trial.name, config=config, repeats=None)
         self.search.record("begun", trial=trial.name)
         return {"trial": trial.name} | trial.config
 

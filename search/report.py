@@ -9,6 +9,7 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 from statistics import NormalDist, mean, stdev
+from typing import Any
 
 import pandas
 
@@ -17,14 +18,16 @@ from search.best_model import BEST_MODEL, read_best_model
 from search.cost import COSTS, cheaper, model_cost
 from search.files import atomic_write, lock
 from search.records import LOG_FILE, SEARCH_FILE, TRIAL_PREFIX, Search, Trial, open_search, script_command, short_path
-from search.space import end_of_range
+from search.space import listed, places_of, possible_values
 from search.trial import weights_path
 
 COLUMNS = 80
 wrap = partial(textwrap.wrap, width=COLUMNS, break_on_hyphens=False)
 DIGITS = {"time (s)": ".0f", "img/s": ".0f", "loss": ".4f", "accuracy": ".4f", "val": ".4f", "test": ".4f"}  # else .3g
 FIRST_COLUMNS = ["p_drop", "lr", "h_1", "h_2"]  # then the other hyperparameters
-MIN_TRIALS = 8  # minimum number of trials to rate hyperparameters
+MOST_VALUES = 4  # the recap shows a grid or choice of more numbers in thirds
+MIN_TRIALS = 8  # minimum number of trials for rank correlations
+EDGE = 0.05  # share of a range that counts as its edge
 SIGNIFICANCE = 0.05  # probability of naming any hyperparameter that has no effect
 
 
@@ -74,7 +77,7 @@ def recap(search: Search) -> str:
         f"Logical resource usage: {search.resources or 'none'}",
         table(frame[["trial", "status", *names, "iter", "time (s)", "loss", "accuracy"]]),
         *wrap(f"All trials: {shared}."),
-        *search.settings.methods(),
+        search.settings.describe_scheduler(),
         *(f"{count} of these trials come from {short_path(folder)}." for folder, count in sources.items()),
         *([f"Ended: {', '.join(f'{reason} ({count})' for reason, count in ends.items())}."] if ends else []),
         *(f"{trial.name} failed: {trial.error}." for trial in trials if trial.error),
@@ -110,7 +113,7 @@ def recap_best(search: Search, metrics: dict) -> str:
         *wrap(cheaper(search, best)),
         f"{saver} saved {saved} of {planned} epochs.",
         *rungs(search, ended),
-        *importance(search, ended),
+        *effects(search, ended),
         *repeats(search),
     ]
     return "\n".join(lines)
@@ -131,41 +134,31 @@ def rungs(search: Search, ended: list[Trial]) -> list[str]:
     return [f"Epochs trained: {spent}.", f"Rank agreement between epoch {first} and the end: {agreement}."]
 
 
-def importance(search: Search, ended: list[Trial]) -> list[str]:
-    """Return lines about which hyperparameters mattered: Spearman's rank correlation with the objective.
-
-    Trials are compared at the last epoch that all have reached; diverged ones rank last. The significance of a
-    correlation ρ of n trials is tested with Fisher's transformation, atanh(ρ) √((n − 3) / 1.06) (Fieller et al. 1957),
-    and Bonferroni's correction. Values that are not numbers are ranked in the order in which they are listed.
-    """
-    if len(ended) < MIN_TRIALS:
-        return [f"Importance: needs at least {MIN_TRIALS} finished trials ({len(ended)} so far)."]
-    objective, found, others, edges = search.objective, {}, [], []
-    epoch = min((len(trial.reports) for trial in ended if not trial.diverged), default=1)
-    scores = [-math.inf if trial.diverged else objective.score(trial.reports[epoch - 1]) for trial in ended]
-    searched = {key: entry for key, entry in search.searched.items() if entry}  # without users' functions
-    limit = NormalDist().inv_cdf(1 - SIGNIFICANCE / 2 / max(1, len(searched)))
-    for key, entry in searched.items():
-        values = [trial.config[key] for trial in ended]
-        if not all(type(value) in (int, float) for value in values):
-            values = [[*entry.get("values", []), value].index(value) for value in values]
-        rho = rank_correlation(values, scores)
-        if abs(math.atanh(0.9999 * rho)) * math.sqrt((len(ended) - 3) / 1.06) < limit:
-            others.append(key)
+def effects(search: Search, ended: list[Trial]) -> list[str]:
+    """Return lines about the search space: how good the best trials are across each range, and which range to widen."""
+    metric, ranking, lines, edges = search.objective.metric, search.ranking(), [], []
+    correlations = significant_correlations(search, ended) if len(ended) >= MIN_TRIALS else {}
+    for key, entry in search.searched.items():
+        if not entry:  # a user's function
             continue
-        found[key] = rho
+        numbers = all(type(value) in (int, float) for value in possible_values(entry))
+        thirds = numbers and len(entry.get("values", range(MOST_VALUES + 1))) > MOST_VALUES
+        best: dict[Any, float] = {}
+        for trial in ranking:
+            if places := places_of(trial.config[key], entry):
+                part = min(int(3 * mean(places)), 2) if thirds else trial.config[key]
+                best.setdefault(part, getattr(trial.best, metric))
+        parts = dict.fromkeys(range(3), "") if thirds else {value: f"{value} " for value in listed(entry)}
+        cells = [name + (f"{best[part]:.4f}" if part in best else "–") for part, name in parts.items()]
+        rho = correlations.get(key, 0.0)
+        cells += [f"correlation {rho:+.2f}"] * bool(rho)
+        lines += wrap(f"  {key}: {', '.join(cells)}", subsequent_indent="    ")
         # The best value is often at an end by chance, so the objective must also improve towards it.
-        end = "upper" if rho > 0 else "lower"
-        if end_of_range(search.ranking()[0].config[key], entry) == end:
-            edges.append(f"{key} ({end} end)")
-
-    lines = []
-    if found:
-        metric = f"lower {objective.metric}" if objective.mode == "min" else objective.metric
-        text = ", ".join(f"{key} {rho:+.2f}" for key, rho in sorted(found.items(), key=lambda item: -abs(item[1])))
-        lines += wrap(f"Importance (rank correlation with {metric} at epoch {epoch}, {len(ended)} trials): {text}.")
-    if others:
-        lines += wrap(f"No significant effect: {', '.join(others)}.")
+        places = places_of(ranking[0].config[key], entry) if rho and numbers and ranking else None
+        if places and (places[0] <= EDGE if rho < 0 else places[1] >= 1 - EDGE):
+            edges.append(f"{key} ({'upper' if rho > 0 else 'lower'} end)")
+    if lines:
+        lines.insert(0, f"Best {metric} in each third of the range, from low to high, or with each value:")
     if edges:
         space = "QUICK_SPACE" if search.settings.quick else "param_space"
         remedy = f"To search beyond it without retraining, widen it in {space} and run"
@@ -173,6 +166,27 @@ def importance(search: Search, ended: list[Trial]) -> list[str]:
         command = script_command("--warm-start", search.folder, *search.settings.source_flags())
         lines.append(f"    {command}")
     return lines
+
+
+def significant_correlations(search: Search, ended: list[Trial]) -> dict[str, float]:
+    """Return Spearman's rank correlation with the objective of each hyperparameter for which it is significant.
+
+    Trials are compared at the last epoch that all have reached; diverged ones rank last. The significance of a
+    correlation ρ of n trials is tested with Fisher's transformation, atanh(ρ) √((n − 3) / 1.06) (Fieller et al. 1957),
+    and Bonferroni's correction. Values that are not numbers are ranked in the order in which they are listed.
+    """
+    found, searched = {}, {key: entry for key, entry in search.searched.items() if entry}
+    epoch = min((len(trial.reports) for trial in ended if not trial.diverged), default=1)
+    scores = [-math.inf if trial.diverged else search.objective.score(trial.reports[epoch - 1]) for trial in ended]
+    limit = NormalDist().inv_cdf(1 - SIGNIFICANCE / 2 / max(1, len(searched)))
+    for key, entry in searched.items():
+        values = [trial.config[key] for trial in ended]
+        if not all(type(value) in (int, float) for value in values):
+            values = [[*entry.get("values", []), value].index(value) for value in values]
+        rho = rank_correlation(values, scores)
+        if abs(math.atanh(0.9999 * rho)) * math.sqrt((len(ended) - 3) / 1.06) >= limit:
+            found[key] = rho
+    return found
 
 
 def rank_correlation(one: list[float], other: list[float]) -> float:

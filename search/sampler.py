@@ -1,137 +1,128 @@
-"""How trials are drawn from a space: at random, or by TPE from the results of earlier trials."""
+"""How configs are drawn: by a design that leaves no gap in the range of any hyperparameter."""
 
-import contextlib
-import importlib.util
+import itertools
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from ray import tune
-from ray.tune.search.optuna import OptunaSearch
-from ray.tune.search.sample import Domain
-from ray.tune.search.variant_generator import generate_variants
 
 from data import InputError
-from search.records import Objective, Trial, config_key
-from search.space import check_value, count_configs, summarize, to_plain
+from search.records import TRIAL_PREFIX, Search, Trial
+from search.space import check_value, places_of, summarize, to_plain, value_at
 
 MAX_TRIALS = 100_000
-MOST_ATTEMPTS = 500  # maximum attempts to draw a config that is not taken
+LAST_PLACE = math.nextafter(1, 0)
+
+
+def new_trials(search: Search, space: dict) -> list[Trial]:
+    """Return all trials that a search draws from its space, in starting order, those that it has already included."""
+    earlier = [trial.config for trial in search.own_trials() if trial.source]
+    configs = draw_configs(space, search.samples, search.settings.seed, search.space["first_trials"], earlier)
+    return [Trial(f"{TRIAL_PREFIX}{i:05}", config) for i, config in enumerate(configs, search.first_number)]
 
 
 def draw_configs(
-    space: dict,
-    num_samples: int,
-    seed: int,
-    first_trials: Sequence[dict] = (),
-    tpe: bool = False,
-    stream: int = 0,
+    space: dict, samples: Sequence[int], seed: int, first_trials: Sequence[dict] = (), earlier: Sequence[dict] = ()
 ) -> list[dict]:
-    """Return the configs of all trials: the first trials, then num_samples random draws per grid point.
+    """Return the configs of all trials: the first trials, then the draws, for all grid points in turn.
 
-    The first trials give plain values to searched hyperparameters; omitted ones are drawn, and change no other draw.
-    With TPE, the configs of the others hold only the fixed values: suggest_config draws the rest. Each stream
-    (0 to 2**32 - 1) gives different draws. Raises InputError if a config is invalid, or if TPE cannot draw from the
-    space.
+    They depend only on the arguments. The draws for each number in `samples` fall into the gaps between all before
+    them, and do not change if a further number is added.
+
+    Args:
+        space: a valid space (see check_space).
+        samples: how many draws each grid point has, then each greater number to which that was raised.
+        seed: random seed.
+        first_trials: the valid first trials (see check_first_trials); what they omit is drawn at random.
+        earlier: configs of earlier searches.
+
+    Raises InputError if there are too many, or if a user's function fails or returns an invalid value.
     """
-    if not (isinstance(first_trials, Sequence) and all(isinstance(values, dict) for values in first_trials)):
-        raise InputError(f"first_trials is {first_trials!r}; make it a list of dicts")
-    for i, values in enumerate(first_trials):
-        for key in values:
-            if not isinstance(space.get(key), dict | Domain):
-                raise InputError(f"first_trials[{i}] has {key!r}, which is not searched; remove it")
-    if tpe:
-        distributions(space)  # refuses what Optuna cannot draw
-    space = to_plain(space)
-    points = math.prod(len(entry["grid_search"]) for entry in space.values() if isinstance(entry, dict))
-    if num_samples * points > MAX_TRIALS:
-        raise InputError(f"--num-samples {num_samples} makes more than {MAX_TRIALS:,} trials; use fewer")
-    fixed = {key: entry for key, entry in summarize(space).items() if not isinstance(entry, dict)}
-    random, random_first = (np.random.default_rng([seed, part, stream]) for part in (0, 1))
-    try:
-        configs = [draw_at_random(without_grids(space) | values, 1, random_first)[0] for values in first_trials]
-        configs += [fixed] * num_samples * points if tpe else draw_at_random(space, num_samples, random)
-    except Exception as error:  # raised by a user's function
-        raise InputError(f"param_space cannot be drawn from ({type(error).__name__}: {error}); correct it") from error
-    if tpe and (count := count_configs(space)) < len(configs):
-        raise InputError(f"param_space has only {count:g} configs for TPE; use --sampler random, or fewer samples")
-    configs = [to_plain(config) for config in configs]
-    for config in configs:
-        for key, value in config.items():
-            check_value(key, value)
+    space, summary = to_plain(space), summarize(space)
+    searched = {key: entry for key, entry in summary.items() if isinstance(entry, dict)}
+    functions = {key: space[key] for key, entry in searched.items() if not entry}
+    grids = {key: entry for key, entry in searched.items() if entry and entry["tune"] == "grid_search"}
+    others = {key: entry for key, entry in searched.items() if entry and key not in grids}
+    points = list(dict.fromkeys(itertools.product(*(entry["values"] for entry in grids.values()))))
+    if samples[-1] * len(points) > MAX_TRIALS:
+        raise InputError(f"--num-samples {samples[-1]} makes more than {MAX_TRIALS:,} trials; use fewer")
+
+    def complete(values: dict) -> dict:
+        """Return the config with these values; the user's functions are called for what is missing."""
+        config = summary | values
+        for key in (key for key in functions if key not in values):
+            try:
+                config[key] = to_plain(functions[key].sample(config))
+            except Exception as error:
+                problem = f"{type(error).__name__}: {error}"
+                raise InputError(f"param_space[{key!r}] cannot be drawn ({problem}); correct it") from error
+            check_value(key, config[key])
+        return config
+
+    random = np.random.default_rng([seed, 1])
+    configs = []
+    for values in to_plain(first_trials):
+        drawn = {key: value_at(random.random(), entry) for key, entry in (grids | others).items()}
+        configs.append(complete(drawn | values))
+    known, numbers = [*earlier, *configs], {point: i for i, point in enumerate(points)}
+    owners = [numbers.get(tuple(config[key] for key in grids), -1) for config in known]
+    taken = {key: [place_of(config[key], entry, random) for config in known] for key, entry in others.items()}
+    n = samples[0]
+    halves = [n >> k for k in reversed(range((n & -n).bit_length()))]  # 12 as 3, 6, 12: as if it had been raised
+    for count in np.diff([0, *halves, *samples[1:]]):
+        random = np.random.default_rng([seed, 0, len(owners)])
+        new = {key: spread(places, owners, len(points), count, random) for key, places in taken.items()}
+        for i, point in itertools.product(range(count), points):
+            drawn = {key: value_at(places[numbers[point]][i], others[key]) for key, places in new.items()}
+            configs.append(complete(dict(zip(grids, point, strict=True)) | drawn))
+        owners += np.repeat(range(len(points)), count).tolist()
+        taken = {key: [*taken[key], *itertools.chain(*places)] for key, places in new.items()}
     return configs
 
 
-def draw_at_random(space: dict, num_samples: int, random: np.random.Generator) -> list[dict]:
-    """Return num_samples configs for every point of the grid, with all other values drawn at random."""
-    variants = (generate_variants({"config": space}, random_state=random) for _ in range(num_samples))
-    return [variant["config"] for sample in variants for _, variant in sample]
+def place_of(value: Any, entry: dict, random: np.random.Generator) -> float:
+    """Return a random one of the places of a value (see places_of), below 1; NaN if there is none."""
+    places = places_of(value, entry)
+    return min(random.uniform(*places), LAST_PLACE) if places else math.nan
 
 
-def without_grids(space: dict) -> dict:
-    """Return a space with a random choice in place of each grid."""
-    return {
-        key: tune.choice(entry["grid_search"]) if isinstance(entry, dict) else entry for key, entry in space.items()
-    }
+def spread(
+    taken: Sequence[float], owners: Sequence[int], points: int, count: int, random: np.random.Generator
+) -> list[list[float]]:
+    """Return new places for a hyperparameter, from 0 up to but not including 1, in the gaps between those taken.
 
+    If none is taken, it is a sliced Latin hypercube (Qian 2012, "Sliced Latin Hypercube Designs"): one place in each of
+    points · count equal parts of the range, and of each grid point's places one in each of count equal parts. The same
+    holds for taken and new places together if as many are new as were taken, and these were drawn like that.
 
-def distributions(space: dict) -> dict:
-    """Return the searched entries of a space as Optuna's distributions.
+    Args:
+        taken: the places taken, (T,); NaN outside the range.
+        owners: the number of each one's grid point, (T,); -1 for none.
+        points: how many grid points there are.
+        count: how many new places each of them gets.
+        random: the source of all randomness.
 
-    Raises InputError if Optuna is missing or, naming the entry, if it cannot draw from one.
+    Returns:
+        The new places of each grid point, (points, count), in random order.
     """
-    if importlib.util.find_spec("optuna") is None:
-        raise InputError("--sampler tpe needs the optuna package; run pip install optuna")
-    found = {}
-    for key, entry in without_grids(space).items():
-        try:
-            found |= OptunaSearch.convert_search_space({key: entry})
-        except ValueError as error:
-            raise InputError(
-                f"Optuna cannot draw param_space[{key!r}]; use another range or a choice, or remove --sampler tpe"
-            ) from error
-    return found
-
-
-def outcomes(trials: Sequence[Trial], objective: Objective, rung: int | None) -> list[tuple[dict, float]]:
-    """Return config and score of each trial that has ended or, if there is a first rung, has reached it.
-
-    The score is that of the best epoch, up to the first rung if there is one: all trials reach that. Diverged trials
-    get the lowest score of the others.
-    """
-    found = [trial for trial in trials if trial.end or (rung and len(trial.reports) >= rung)]
-    best = {trial: objective.best(trial.reports[:rung]) for trial in found if not trial.diverged}
-    scores = {trial: objective.score(report) for trial, report in best.items() if report}
-    lowest = min(scores.values(), default=0.0)
-    return [(trial.config, scores.get(trial, lowest)) for trial in found]
-
-
-def suggest_config(
-    space: dict, seed: int, number: int, told: Sequence[tuple[dict, float]], startup: int, taken: Collection[str] = ()
-) -> dict:
-    """Return the config that TPE suggests (Bergstra et al. 2011, "Algorithms for Hyper-Parameter Optimization").
-
-    It depends only on the arguments: the space, the search's seed, the trial's number, the outcomes that TPE is told,
-    and what is taken (see config_key), so that a resumed search draws what it would have drawn. The outcomes are
-    configs with scores (higher is better). With fewer than `startup` of them, or if TPE's config is taken, it is drawn
-    at random.
-    """
-    import optuna  # optional
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    searched = distributions(space)
-    for attempt in range(MOST_ATTEMPTS):
-        own_seed = int(np.random.SeedSequence([seed, number, attempt]).generate_state(1)[0])
-        # The defaults of these two changed in Optuna 5.0; multivariate finds more (see benchmarks/RESULTS.md).
-        sampler = optuna.samplers.TPESampler(
-            n_startup_trials=startup, seed=own_seed, multivariate=True, constant_liar=False
-        )
-        study = optuna.create_study(direction="maximize", sampler=sampler)
-        for config, score in [] if attempt else told:
-            with contextlib.suppress(ValueError):  # one of first_trials may lie outside the space
-                values = {key: config[key] for key in searched}
-                study.add_trial(optuna.trial.create_trial(params=values, distributions=searched, value=score))
-        suggested = space | study.ask(searched).params
-        if config_key(suggested) not in taken:
-            break
-    return suggested
+    pairs = [(place, owner) for place, owner in zip(taken, owners, strict=True) if not math.isnan(place)]
+    total = len(pairs) + points * count
+    empty = np.setdiff1d(np.arange(total), [int(place * total) for place, _ in pairs])
+    chosen = np.sort(random.choice(empty, points * count, replace=False))
+    parts = np.full(points, count)  # of each grid point's range: one for each of its places
+    for _, owner in pairs:
+        parts[owner] += owner >= 0
+    held = np.zeros((points, parts.max()), dtype=bool)
+    for place, owner in pairs:
+        held[owner, int(place * parts[owner])] |= owner >= 0
+    new: list[list[float]] = [[] for _ in range(points)]
+    wanted = np.full(points, count)
+    for place in (chosen + random.random(len(chosen))) / total:
+        part = np.arange(points), (place * parts).astype(int)
+        # A random one of the grid points that want places, if possible one that has none in this part.
+        chosen_one = np.argmax(2 * (wanted > 0) - held[part] + random.random(points))
+        held[chosen_one, part[1][chosen_one]] = True
+        new[chosen_one].append(place)
+        wanted[chosen_one] -= 1
+    return random.permuted(np.array(new), axis=1).tolist()

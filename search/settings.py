@@ -60,7 +60,6 @@ class Settings:
     """The settings of a search, or with `resume` what to change in those of an existing one."""
 
     num_samples: int = option(3, "random samples per grid point", type=int)
-    sampler: str = option("random", "how to draw configs; tpe needs optuna", choices=("random", "tpe"))
     max_epochs: int | None = option(None, 'epochs of a trial (default: param_space["epochs"])', type=int)
     seed: int = option(0, "random seed of draws, weights and batches (default: 0)", type=int)
     repeats: int | None = option(None, "train the best 3 configs again with N other random seeds each", type=int)
@@ -89,15 +88,15 @@ class Settings:
 
     def source_flags(self) -> Sequence[str]:
         """Return the flags that give another search the same images, epochs, draws and --output-dir."""
-        keys = ["dataset", "max_epochs", "num_samples", "sampler", "seed", "output_dir"]
+        keys = ["dataset", "max_epochs", "num_samples", "seed", "output_dir"]
         keys += ["data_dir"] * (self.dataset != "synthetic")
         changed = [key for key in keys if getattr(self, key) != getattr(defaults(self.quick), key)]
         return ["--quick"] * self.quick + [text for key in changed for text in (flag(key), str(getattr(self, key)))]
 
-    def methods(self) -> tuple[str, str]:
-        """Describe the sampler, and the scheduler with its settings, in a line of text each."""
+    def describe_scheduler(self) -> str:
+        """Return the scheduler with its settings, as a line of text."""
         knobs = (f"{key.replace('_', ' ')} {getattr(self, key):g}" for key in SCHEDULERS[self.scheduler])
-        return f"Sampler: {self.sampler}.", f"Scheduler: {', '.join([self.scheduler, *knobs])}."
+        return f"Scheduler: {', '.join([self.scheduler, *knobs])}."
 
 
 class Parser(argparse.ArgumentParser):

@@ -23,7 +23,7 @@ def or_none(allowed: Values) -> Values:
 CONSTANTS = {
     "GRACE_PERIOD": WHOLE, "REDUCTION_FACTOR": FACTOR, "KEEP": or_none(COUNT), "PATIENCE": or_none(WHOLE),
     "MIN_DELTA": NOT_NEGATIVE, "MAX_SECONDS_PER_TRIAL": or_none(POSITIVE), "MAX_FAILURES_PER_TRIAL": COUNT,
-    "SAVE_PERIOD": or_none(NOT_NEGATIVE), "MODELS_KEPT": or_none(WHOLE), "STARTUP_TRIALS": COUNT,
+    "SAVE_PERIOD": or_none(NOT_NEGATIVE), "MODELS_KEPT": or_none(WHOLE),
     "REPEATED_TRIALS": WHOLE, "PROGRESS_PERIOD": or_none(NOT_NEGATIVE),
 }  # fmt: skip
 
@@ -104,6 +104,17 @@ def check_space(space: dict) -> None:
         raise InputError("nesterov cannot be True with momentum 0; raise momentum, or make nesterov False")
 
 
+def check_first_trials(first_trials: object, space: dict) -> None:
+    """Raise InputError unless this is a list of dicts with valid values of searched hyperparameters."""
+    if not (isinstance(first_trials, list | tuple) and all(isinstance(values, dict) for values in first_trials)):
+        raise InputError(f"first_trials is {first_trials!r}; make it a list of dicts")
+    for i, values in enumerate(first_trials):
+        for key, value in values.items():
+            if not isinstance(space.get(key), dict | Domain):
+                raise InputError(f"first_trials[{i}] has {key!r}, which is not searched; remove it")
+            check_value(key, to_plain(value))
+
+
 def check_value(name: str, value: object) -> None:
     """Refuse an invalid value of a hyperparameter or of a constant in hparam_search.py."""
     allowed = CONFIG_KEYS.get(name) or CONSTANTS[name]
@@ -119,31 +130,50 @@ def check_constants(values: dict) -> None:
         check_value(name, values[name])
 
 
-def count_configs(space: dict) -> float:
-    """Return how many different configs a space has; infinity with a range of floats or a user's function."""
-    count = 1.0
-    for searched in (entry for entry in summarize(space).values() if isinstance(entry, dict)):
-        if "values" in searched:
-            count *= len({repr(value) for value in searched["values"]})
-        elif step := searched.get("step", "randint" in searched.get("tune", "")):
-            count *= int((searched["upper"] - searched["lower"]) / step + 1e-9) + 1
-        else:
-            return math.inf
-    return count
+def listed(entry: dict) -> list:
+    """Return the values of a grid or choice, in ascending order if they are numbers."""
+    values = entry["values"]
+    return sorted(values) if all(type(value) in (int, float) for value in values) else values
 
 
-def end_of_range(value: float, searched: dict, margin: float = 0.05) -> str | None:
-    """Return "upper" or "lower" if a value is within that share of either end of a range or numeric grid, else None.
+def step_of(entry: dict) -> float:
+    """Return the step between the values of a range; 0 if it is continuous."""
+    return entry.get("step", int("randint" in entry["tune"]))
 
-    Returns None outside the range.
+
+def on_scale(entry: dict, *values: float) -> list[float]:
+    """Return the start and the end of a range, then these values, as logarithms if the range is logarithmic.
+
+    The last value of a range with steps lasts until its end, like the others.
     """
-    ends = possible_values(searched)
-    if not all(type(end) in (int, float) for end in ends) or len(set(ends)) < 2:
+    values = (entry["lower"], entry["upper"] + step_of(entry), *values)
+    return [math.log(value) for value in values] if "log" in entry["tune"] else list(values)
+
+
+def value_at(place: float, entry: dict) -> Any:
+    """Return the value at a place in a searched entry (see summarize), from 0 up to but not including 1.
+
+    Each value of a grid, choice or evenly quantized range has an equal share of the places.
+    """
+    if "values" in entry:
+        return listed(entry)[int(place * len(entry["values"]))]
+    low, high = on_scale(entry)
+    value = low + place * (high - low)
+    value = math.exp(value) if "log" in entry["tune"] else value
+    if step := step_of(entry):
+        value = math.floor(value / step + 1e-9) * step
+    return min(max(value, entry["lower"]), entry["upper"])
+
+
+def places_of(value: Any, entry: dict) -> tuple[float, float] | None:
+    """Return the first and last place at which value_at returns a value, or None if the entry does not have it."""
+    if "values" in entry:
+        values = listed(entry)
+        if value not in values:
+            return None
+        index = values.index(value)
+        return index / len(values), (index + 1) / len(values)
+    if not entry["lower"] <= value <= entry["upper"]:
         return None
-    low, high = min(ends), max(ends)
-    if not low <= value <= high:  # from first_trials or an earlier search
-        return None
-    if "log" in searched["tune"]:
-        low, high, value = math.log(low), math.log(high), math.log(value)
-    place = (value - low) / (high - low)
-    return "lower" if place <= margin else "upper" if place >= 1 - margin else None
+    low, high, first, last = on_scale(entry, value, value + step_of(entry))
+    return (first - low) / (high - low), (last - low) / (high - low)

@@ -97,7 +97,7 @@ class Board:
             tags.append("training/images_per_second")
             metrics = [hp.Metric(tag, display_name=tag.split("/")[1]) for tag in tags]  # the first gives the colours
             writer.file_writer.add_summary(hp.hparams_config_pb(domains, metrics))
-            writer.add_text("search/methods", "\n\n".join(self.search.settings.methods()))
+            writer.add_text("search/scheduler", self.search.settings.describe_scheduler())
         return self.writers[""]
 
     def domain(self, entry: dict) -> hp.Domain | None:

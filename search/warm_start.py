@@ -1,8 +1,6 @@
 """Starting a search with the trials of earlier ones, as if it had trained them itself."""
 
 import contextlib
-import json
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,12 +21,6 @@ def earlier_search(folder: Path) -> Iterator[Search]:
     """
     with lock_folder(folder, shared=True):
         yield open_search(folder, {})
-
-
-def new_stream(searches: Sequence[Search]) -> int:
-    """Return a random stream for the draws of a search that is built on others: 0 for none."""
-    configs = [trial.config for search in searches for trial in search.own_trials()]
-    return zlib.crc32(json.dumps(configs).encode()) if searches else 0
 
 
 def take(search: Search, searches: Sequence[Search]) -> None:

@@ -40,6 +40,7 @@ def search_in(folder: Path, metric: str = "accuracy", mode: str = "max", **setti
     settings = Settings(**{"output_dir": str(folder.parent), "name": folder.name} | settings)
     sizes = {"num_classes": 5, "num_val": 25}  # as IMAGES
     search = Search(folder, settings, summarize(SPACE), sizes, Objective(metric, mode), {})
+    search.samples = [settings.num_samples]
     search.write()
     return search
 

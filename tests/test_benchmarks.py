@@ -46,7 +46,7 @@ def test_invalid_recipe_is_refused_in_one_sentence(recipe: str, capsys: pytest.C
 
 def curve(loss: float, number: int = 0, epochs: int = 4, pace: float = 1.0) -> list[dict]:
     """Return a config's curve: its loss stays, its accuracy grows."""
-    drawn = {"config": number, "h_1": 8, "h_2": 32, "p_drop": 0.1, "lr": 0.01 * (number + 1), "train_accuracy": 0.5}
+    drawn = {"config": number, "h_1": 8, "h_2": 32, "p_drop": 0.1, "lr": 10.0 ** (number - 5), "train_accuracy": 0.5}
     drawn |= {"loss": loss, "train_loss": loss}
     accuracies = [(1 - loss / 10) * e / epochs for e in range(1, epochs + 1)]
     return [drawn | {"epoch": e, "accuracy": each, "seconds": pace * e} for e, each in enumerate(accuracies, 1)]
@@ -94,36 +94,46 @@ def test_idle_time_and_training_states_are_counted_and_trials_may_stop_by_themse
 
 def test_tables_of_recorded_curves(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path = tmp_path / "curves.csv"
-    curves = {i: curve(0.5 + i, i, epochs=20) for i in range(5)}
+    # The third of five learning rates is the best; its neighbourhood is wider than the middle fifth of the range.
+    curves = {i: curve(0.5 + abs(i - 2), i, epochs=20) for i in range(5)}
+    curves[5] = [row | {"config": 5, "loss": 0.7, "accuracy": row["accuracy"] + 0.1} for row in curves[2]]
     recording.write_curves(path, curves)
     assert recording.read_curves(path) == curves
-    replay.main(["--curves", str(path), "--trials", "5", "--searches", "4"])
+    flags = ["--curves", str(path), "--trials", "5", "--searches", "20", "--draws", "design", "independent"]
+    replay.main(flags)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "5 recorded configs, 4 searches per row."
-    assert [line.split(" of the loss at epoch ")[1] for line in lines[1:5]] == [
-        f"{i} with the best accuracy: +1.00." for i in (1, 2, 4, 8)
-    ]
-    rows = {line.split("|")[1].strip(): line for line in lines[8:]}
-    assert rows["none"].split("|")[3:6] == [" 1 ", " 100 ", " 0.9500 "]
-    assert all("| 0.0% |" in rows[name] for name in ("none", "promote, grace 2, factor 2, keep 2"))
-    assert len(rows) == 1 + 9 * 4 + 1
-    with pytest.raises(SystemExit):
-        replay.main(["--curves", str(path)])
-    assert "5 configs, fewer than the 48 of a search" in capsys.readouterr().err
+    assert lines[0] == "5 recorded configs, 20 searches per row."
+    assert lines[2] == "Rank agreement of the loss at epoch 2 with the best accuracy: +1.00."
+    noise = f"loss {0.2 / 2**0.5:.4f}, accuracy {0.1 / 2**0.5:.4f}."
+    assert lines[5:10] == [f"Standard deviation between seeds after epoch {i}: {noise}" for i in (2, 4, 8, 16, 20)]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[13:]]
+    assert len(rows) == 2 * (1 + 9 * 4 + 2)
+    for draws, name, _, _, epochs, accuracy, lost, *_ in rows:
+        assert (accuracy == "0.9500 ± 0.0000") == (draws == "design")
+        assert epochs == "100" or name != "none"
+        assert lost == "0.0%" or name not in ("none", "promote, grace 2, factor 2, keep 2")
+    for wrong, words in ((["--schedulers", "best"], "unknown scheduler 'best'"), (["--curves", "nowhere"], "nowhere")):
+        with pytest.raises(SystemExit, match="2"):
+            replay.main([*flags, *wrong])
+        assert words in capsys.readouterr().err
 
 
 def test_an_interrupted_recording_is_continued(make_folder: Callable, tmp_path: Path) -> None:
     folder = make_folder({"train": {"cat": 15, "dog": 15, "elk": 15}, "test": {"cat": 1}})
     flags = ["--dataset", "folder", "--data-dir", str(folder), "--classes", "2", "--h-1", "4", "--h-2", "4", "8"]
-    flags += ["--epochs", "2", "--samples", "1", "--output", str(tmp_path)]
+    flags += ["--epochs", "2", "--samples", "1", "--seeds", "2", "--output", str(tmp_path)]
     recording.main(flags)
     path = tmp_path / "default.csv"
     recorded = recording.read_curves(path)
-    assert [(row["h_2"], row["epoch"]) for i in (0, 1) for row in recorded[i]] == [(4, 1), (4, 2), (8, 1), (8, 2)]
-    recording.write_curves(path, {0: recorded[0]})
+    assert {row["h_2"] for i in (0, 1) for row in recorded[i]} == {4, 8}
+    # The best first, with another seed.
+    best = max((0, 1), key=lambda i: recording.best_accuracy(recorded[i]))
+    assert [recorded[i][0]["lr"] for i in (2, 3)] == [recorded[i][0]["lr"] for i in (best, 1 - best)]
+    assert recorded[2][0]["loss"] != recorded[best][0]["loss"]
+    recording.write_curves(path, {i: recorded[i] for i in (0, 3)})
     recording.main(flags)
     continued = recording.read_curves(path)
-    assert continued[0] == recorded[0]
-    assert continued[1][1]["loss"] == recorded[1][1]["loss"]
+    assert [continued[i] for i in (0, 3)] == [recorded[i] for i in (0, 3)]
+    assert [continued[i][1]["loss"] for i in (1, 2)] == [recorded[i][1]["loss"] for i in (1, 2)]
     with pytest.raises(SystemExit, match="curves of other configs"):
         recording.main([*flags, "--epochs", "3"])

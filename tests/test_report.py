@@ -13,33 +13,60 @@ from search.records import open_search
 from tests.helpers import CONFIG, END, add, report, search_in, tell
 
 
-def importance(folder: Path, trials: list[tuple[dict, list[float]]], mode: str = "max") -> str:
-    """Return what a search of these configs and accuracies says about importance."""
+def effects(folder: Path, trials: list[tuple[dict, list[float]]], mode: str = "max") -> list[str]:
+    """Return what a search of these configs and accuracies says about its space."""
     search = search_in(folder, mode=mode, data_dir=str(Path.cwd() / "data"))
-    search.space["h_1"] = {"tune": "choice", "values": [4, 8, 16]}
+    search.space["h_1"] = {"tune": "choice", "values": [16, 4, 8]}
+    search.space["h_2"] = {}  # a user's function
+    search.space["batch_size"] = {"tune": "randint", "lower": 16, "upper": 27}
+    search.space["schedule"] = {"tune": "grid_search", "values": ["cosine", "constant"]}
     for config, accuracies in trials:
         add(search, *accuracies, **config)
-    lines = reports.importance(search, search.ended())
+    lines = reports.effects(search, search.ended())
     assert all(len(line) <= 80 or line.startswith("    python hparam_search.py ") for line in lines)
-    return " ".join(lines)
+    return lines
 
 
-def test_importance_is_a_rank_correlation_at_the_last_epoch_that_all_reached(tmp_path: Path) -> None:
+def test_recap_shows_the_best_accuracies_across_each_range(tmp_path: Path) -> None:
+    trials = [
+        ({"lr": 1e-4, "h_1": 4, "p_drop": 0.1, "batch_size": 16, "schedule": "cosine"}, [0.1, 0.3]),
+        ({"lr": 1e-5, "h_1": 4, "p_drop": 0.5, "batch_size": 19, "schedule": "cosine"}, [0.1, 0.4, 0.2]),
+        ({"lr": 1e-1, "h_1": 16, "p_drop": 0.2, "batch_size": 20, "schedule": "cosine"}, [0.7]),
+        ({"lr": 9.0, "h_1": 5, "p_drop": 0.2, "batch_size": 24, "schedule": "cosine"}, [0.6]),  # outside: lr, h_1
+        ({"lr": 1e-1, "h_1": 8, "p_drop": 0.2, "batch_size": 26, "schedule": "cosine"}, [-1]),
+    ]
+    about = "Best accuracy in each third of the range, from low to high, or with each value:"
+    assert effects(tmp_path / "max", trials) == [
+        about,
+        "  h_1: 4 0.4000, 8 –, 16 0.7000",
+        "  p_drop: 0.3000, 0.7000, 0.4000",
+        "  lr: 0.4000, –, 0.7000",
+        "  batch_size: 0.4000, 0.7000, 0.6000",
+        "  schedule: cosine 0.7000, constant –",
+    ]
+    assert "  lr: 0.1000, –, 0.7000" in effects(tmp_path / "min", trials[:-2], "min")
+    assert effects(tmp_path / "none", [])[1:3] == ["  h_1: 4 –, 8 –, 16 –", "  p_drop: –, –, –"]
+
+
+def test_rank_correlations_are_those_at_the_last_epoch_that_all_reached(tmp_path: Path) -> None:
     draw, trials, texts = random.Random(1).random, [], []
     for i in range(16):
         config = {"lr": 10 ** (-4 + i / 8), "p_drop": draw(), "h_1": 4 if draw() < 0.5 else 8}
         # At epoch 2 the accuracy follows lr; later epochs, which few reach, reverse the order.
         trials.append((config, [0.1, 0.2 + i / 50, *([0.9 - i / 50] * (i % 3))]))
-    about = "Importance (rank correlation with {} at epoch 2, {} trials): lr {}1.00. No significant effect: {}."
-    others = "h_1, h_2, p_drop"
-    assert importance(tmp_path / "max", trials) == about.format("accuracy", 16, "+", others)
+
+    def correlated(name: str, mode: str = "max") -> list[str]:
+        return [line.split(",")[-1] for line in effects(tmp_path / name, trials, mode) if "correlation" in line]
+
+    assert correlated("max") == [" correlation +1.00"]
     trials.append(({"lr": 0.5}, [-1]))  # what diverged counts as the worst
-    assert importance(tmp_path / "min", trials, "min") == about.format("lower accuracy", 17, "-", others)
+    assert correlated("min", "min") == [" correlation -1.00"]
     for i in range(60):
         trials = [({"lr": draw(), "h_1": 4 if draw() < 0.5 else 8, "p_drop": draw()}, [draw()]) for _ in range(10)]
-        texts.append(importance(tmp_path / str(i), trials))
-    assert sum("Importance" in text for text in texts) <= 6  # by chance; 3 are expected
-    assert importance(tmp_path / "edge", [({"h_1": x}, [x / 40]) for x in [4, 8, 16] * 4]).endswith(
+        texts += correlated(str(i))
+    assert len(texts) <= 6  # by chance; 3 are expected
+    trials = [({"h_1": x}, [x / 40]) for x in [4, 8, 16] * 4]
+    assert " ".join(effects(tmp_path / "edge", trials)).endswith(
         "The best value lies at the edge of its range: h_1 (upper end). To search beyond it without retraining, widen "
         f"it in param_space and run     python hparam_search.py --warm-start {tmp_path}/edge --output-dir {tmp_path}"
     )

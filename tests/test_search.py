@@ -3,7 +3,6 @@
 import io
 import os
 import re
-from importlib.util import find_spec
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -26,7 +25,6 @@ from search.best_model import load_model, read_best_model, read_model
 from search.cost import model_cost
 from search.files import append_line, explain_failure
 from search.records import LOG_FILE, Search, open_search, script_command
-from search.sampler import suggest_config
 from search.trial import weights_path
 from tests.conftest import (
     EXAMPLE,
@@ -117,8 +115,8 @@ def test_tensorboard_shows_trials_search_and_best_model(finished: Finished) -> N
     assert best[-1] == pytest.approx(finished.metrics["val_accuracy"])
     assert events.Scalars("search/best_accuracy")[-1].step == sum(int(row["epochs"]) for row in finished.rows)
     assert events.Scalars("search/trials_finished")[-1].value == 4
-    text = events.Tensors("search/methods/text_summary")[-1].tensor_proto.string_val[0]
-    assert text == b"Sampler: random.\n\nScheduler: promote, grace period 2, reduction factor 2, keep 2."
+    text = events.Tensors("search/scheduler/text_summary")[-1].tensor_proto.string_val[0]
+    assert text == b"Scheduler: promote, grace period 2, reduction factor 2, keep 2."
     experiment = hparams_of(events, "experiment").experiment
     domains = {info.name: info for info in experiment.hparam_infos}
     assert domains.keys() == {"h_2", "p_drop", "lr"}
@@ -251,20 +249,19 @@ class OverInTheFirstTrial(tune.Stopper):
         return self.over
 
 
-LOWEST_LOSS = {"METRIC": "loss", "MODE": "min", "STARTUP_TRIALS": 1}
-BY_TPE = ["--max-epochs", 4, "--sampler", "tpe" if find_spec("optuna") else "random"]
+LOWEST_LOSS = {"METRIC": "loss", "MODE": "min"}
 
 
 @pytest.fixture(scope="module")
 def for_the_lowest_loss(ray_started: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a search for the lowest loss, by TPE if possible, with repeats."""
+    """Return the folder of a search for the lowest loss, with repeats."""
     folder = tmp_path_factory.mktemp("loss") / "it"
     with pytest.MonkeyPatch.context() as patch:
         make_small(patch.setattr)
         patch.setattr(tune, "run", run_here)
         for name, value in LOWEST_LOSS.items():
             patch.setattr(hparam_search, name, value)
-        assert run_search(folder, *BY_TPE, "--num-samples", 2, "--repeats", 2) == 0
+        assert run_search(folder, "--max-epochs", 4, "--num-samples", 2, "--repeats", 2) == 0
     return folder
 
 
@@ -276,7 +273,7 @@ def test_search_interrupted_and_grown_step_by_step_ends_as_if_asked_for_everythi
     for name, value in LOWEST_LOSS.items():
         monkeypatch.setattr(hparam_search, name, value)
     # A budget that is spent at once: nothing has been trained.
-    assert run_search(folder, *BY_TPE, "--num-samples", 1, "--time-budget", "0.001s") == 1
+    assert run_search(folder, "--max-epochs", 4, "--num-samples", 1, "--time-budget", "0.001s") == 1
     printed = capsys.readouterr()
     assert re.search(rf"budget is spent\. To resume: .* --resume {folder} --time-budget ", printed.out)
     assert printed.err.endswith("No trial has a model, so there is no best model.\n")
@@ -340,18 +337,6 @@ def test_search_interrupted_and_grown_step_by_step_ends_as_if_asked_for_everythi
     monkeypatch.setattr(Search, "time_left", lambda search: 0.0)
     assert main(["--resume", str(folder), "--repeats", "3"]) == 0
     assert f"--resume {folder} --time-budget MORE (and your other flags)\n" in capsys.readouterr().out
-
-
-@pytest.mark.skipif(not find_spec("optuna"), reason="optuna is not installed")
-def test_tpe_draws_each_trial_by_the_outcomes_before_it(for_the_lowest_loss: Path) -> None:
-    search, outcomes = open_search(for_the_lowest_loss, {}), []
-    space = hparam_search.search_space(search.settings)
-    for i, trial in enumerate(search.own_trials()):
-        assert trial.config == suggest_config(space, 0, i, outcomes, startup=1)
-        outcomes.append((trial.config, -min(report.loss for report in trial.reports[:2])))  # at the first rung
-    assert len(outcomes) == 4
-    # Another outcome would have given another trial.
-    assert suggest_config(space, 0, 3, [(config, -score) for config, score in outcomes[:3]], 1) != outcomes[3][0]
 
 
 def test_models_are_those_of_the_lowest_losses(for_the_lowest_loss: Path) -> None:

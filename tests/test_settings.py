@@ -32,7 +32,7 @@ BAD_COMMANDS = {
     "--quick --warm-start outputs/taken": "no search found in 'outputs/taken'",
     "--quick --warm-start broken": "broken/search.json is damaged, or from another version",
     "--resume nowhere": "no search found in 'nowhere'", "--list --seed 1": "combined with --output-dir; remove --seed",
-    "--resume nowhere --sampler tpe": "--num-samples, --repeats, --time-budget; remove --sampler",
+    "--resume nowhere --seed 1": "--num-samples, --repeats, --time-budget; remove --seed",
     "--name ../up": "invalid name '../up'", "--quick --name taken": "outputs/taken already exists",
     "--quick --name taken --or-resume": "outputs/taken already exists", "--or-resume": "--or-resume needs --name",
     "--output-dir s3://bucket/x": "'s3://bucket/x' is not a local folder; mount that storage",
@@ -43,12 +43,12 @@ ODD = ["", " ", ".", "..", "/", "a/b", "a\\b", "a\nb", "\0", "\x1b[2J", "ä" * 1
        "1e9", "nan", "1.5", "0x10", "9" * 5000, "-", "~", "~nobody", "\ud800", "file", "loop", "broken"]  # fmt: skip
 # Constants that may be None, 0 and 1.
 OFF = {"PATIENCE", "MAX_SECONDS_PER_TRIAL", "SAVE_PERIOD", "MODELS_KEPT", "KEEP", "PROGRESS_PERIOD"}
-ZERO = {"KEEP", "MIN_DELTA", "MAX_FAILURES_PER_TRIAL", "SAVE_PERIOD", "STARTUP_TRIALS", "PROGRESS_PERIOD"}
+ZERO = {"KEEP", "MIN_DELTA", "MAX_FAILURES_PER_TRIAL", "SAVE_PERIOD", "PROGRESS_PERIOD"}
 ONE = set(CONSTANTS) - {"REDUCTION_FACTOR"}
 
 
 def test_any_command_and_constant_starts_a_search_or_is_refused_in_a_sentence_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
     for name in ("file", "outputs/taken/file", "broken/search.json"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ def test_any_command_and_constant_starts_a_search_or_is_refused_in_a_sentence_an
     for argv, constants, words, expected in attempts:
         with patch.dict(vars(hparam_search), constants):
             codes.append(hparam_search.main(argv))
-        err = capsys.readouterr().err
+        err = capfd.readouterr().err
         assert codes[-1] in expected, (argv, constants, err)
         assert words in err, (argv, constants, err)
         flags = 0 if words else re.DOTALL  # an odd value may have line breaks of its own
@@ -94,7 +94,7 @@ def test_help_and_refusals_wait_for_no_slow_import(tmp_path: Path) -> None:
 def test_flags_for_another_search_give_it_the_same_images_epochs_and_draws() -> None:
     for command in (
         "", "--quick", "--quick --num-samples 2", "--quick --num-samples 6 --seed 1 --max-epochs 3",
-        "--dataset folder --data-dir here --sampler tpe --num-samples 2", "--dataset synthetic --output-dir there",
+        "--dataset folder --data-dir here --num-samples 2", "--dataset synthetic --output-dir there",
     ):  # fmt: skip
         settings, _ = parse_args(command.split(), "")
         assert parse_args(settings.source_flags(), "")[0] == settings

@@ -17,7 +17,7 @@ from search.best_model import evaluate_best_model, read_best_model
 from search.files import read_lines
 from search.records import LOG_FILE, Objective, Trial, open_search
 from search.trial import weights_path
-from search.warm_start import earlier_search, new_stream, take
+from search.warm_start import earlier_search, take
 from tests.conftest import Finished, figures, read_csv, run_search
 from tests.helpers import CONFIG, END, IMAGES, add, search_in, tell
 from tests.helpers import report as report_of
@@ -105,8 +105,6 @@ def test_trials_that_fit_are_taken_once_and_the_others_are_counted(
     take(last, [new])
     assert last.trials.keys() == new.trials.keys() - {name}
     assert last.first_number == new.first_number
-    assert len({new_stream(each) for each in ([], [one], [one, two], [new])}) == 4
-    assert new_stream([]) == 0
 
 
 @pytest.mark.usefixtures("trials_here")
