@@ -67,8 +67,8 @@ QUICK_SPACE = {"epochs": 4, "lr": tune.loguniform(1e-2, 1e-1), "batch_size": 32}
 QUICK_SPACE |= {"h_1": 16, "h_2": tune.grid_search([32, 64])}
 QUICK_IMAGES = {"num_train": 2000, "num_test": 1000, "num_classes": 10}
 
-# The scheduler compares the losses of trials at rungs, here after 2, 4, 8 and 16 epochs. With --scheduler promote, the
-# best 6, 3, 2 and 2 of 12 trials continue. With 12 trials of the baseline's noisier recipe, use KEEP = 3.
+# The scheduler compares trials at rungs, here after 2, 4, 8 and 16 epochs. With --scheduler promote, the best 6, 3, 2
+# and 2 of 12 trials continue. With 12 trials of the baseline's noisier recipe, use KEEP = 3.
 GRACE_PERIOD = 2  # epoch of the first rung
 REDUCTION_FACTOR = 2.0  # promote 1 in this many trials; also the ratio between successive rungs
 KEEP = 2  # promote at least this many at each rung
@@ -128,12 +128,13 @@ def new_search(settings: Settings, tracking: trackers.Trackers) -> int:
     if settings.quick and first_trials:
         print("--quick ignores first_trials, which are for param_space.", file=sys.stderr)
     settings = schedulers.with_knobs(settings, entries["epochs"], GRACE_PERIOD, REDUCTION_FACTOR, KEEP)
-    records.new_folder(settings)  # refuses a folder before the images are read
+    configs = sampler.draw_configs(entries, [settings.num_samples], settings.seed, summary["first_trials"])
+    records.new_folder(settings)  # this and the line above refuse what cannot be, before the images are read
     with contextlib.ExitStack() as locks:
         earlier = [locks.enter_context(warm_start.earlier_search(Path(path))) for path in settings.warm_start or ()]
         dataset = read_images(**image_source(settings))
         with tuner.running_ray(settings):
-            tuner.share_resources(settings, 1)  # refuses flags that exceed this machine
+            tuner.share_resources(settings, len(configs))  # refuses flags that exceed this machine
             with records.creating_search(settings, summary, dataset, objective) as search:
                 warm_start.take(search, earlier)
                 search.draw(sampler.new_trials(search, entries))

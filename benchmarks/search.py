@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
     epochs = Counter()  # (h_1, h_2) → epochs trained
     for row in rows:
         epochs[int(row["h_1"]), int(row["h_2"])] += int(row["epochs"])
-    baseline = baseline_seconds(epochs, hparam_search.search_space(settings)["batch_size"], dataset)
+    baseline = baseline_seconds(epochs, hparam_search.search_space(settings)[0]["batch_size"], dataset)
     figures = {
         "seconds": seconds,
         "epochs": f"{epochs.total()} of {sum(int(row['max_epochs']) for row in rows)}",

@@ -29,6 +29,7 @@ from train import DEFAULTS, Report
 
 SEARCH_FILE, LOG_FILE, TRIAL_PREFIX = "search.json", "log.jsonl", "train_cifar_"
 METRICS = [key.name for key in fields(Report)]
+VERSIONS = {"torch": importlib.metadata.version("torch")}  # figures depend on them
 FORMAT = 9  # version of both files; others are refused
 
 
@@ -144,7 +145,7 @@ class Search:
     started: float | None = field(default=None, repr=False)  # this process's monotonic clock, less `seconds`
     resources: str = ""  # CPUs and GPUs that the trials use
     first_number: int = 0  # how many own trials were taken from earlier searches
-    samples: list[int] = field(default_factory=list)  # --num-samples, and each greater number to which it was raised
+    samples: list[int] = field(default_factory=list)  # --num-samples, then each greater number to which it was raised
     trained: int = 0  # number of epochs trained here
     damaged: int = 0  # number of unreadable lines in the log
     unseen: bool = False  # whether TensorBoard is still to show the best model
@@ -161,6 +162,7 @@ class Search:
         report is that of a reported epoch, unless it is to be made from the event.
 
         Every event also has its time, and as `ran` the seconds that trials have run. Events:
+            samples: each grid point gets this many draws.
             drawn: a trial has this config, and repeats another one or none; it may come from an earlier search.
             started: trials begin to run, on these resources.
             begun: a trial is handed to a worker, to start or to continue, but not as Tune itself restarts it.
@@ -173,8 +175,12 @@ class Search:
             shown: TensorBoard shows it.
         """
         kind, name, ran = event["event"], event.get("trial"), event["ran"]
-        if kind == "drawn":
+        if kind == "samples":
+            self.samples += [event["samples"]] * (event["samples"] > max(self.samples, default=0))
+        elif kind == "drawn":
             config, known = event["config"], self.searched.keys() | event["config"].keys()
+            if self.searched.keys() - config.keys():
+                raise KeyError  # until 2026, Optuna could draw configs while a search ran
             # Hyperparameters may have been added to train.py since.
             config = config | {key: value for key, value in DEFAULTS.items() if key not in known}
             repeats, trial = event["repeats"], self.trials.setdefault(name, Trial(name))
@@ -307,7 +313,7 @@ class Search:
     def write(self) -> None:
         """Write search.json."""
         parts = {"objective": astuple(self.objective), "space": self.space, "images": self.images}
-        parts |= {"versions": self.versions, "draws": [self.first_number, self.samples]}
+        parts |= {"versions": self.versions, "draws": [self.first_number]}
         write_json(self.folder / SEARCH_FILE, {"format": FORMAT, "settings": asdict(self.settings)} | parts)
 
 
@@ -350,8 +356,7 @@ def creating_search(settings: Settings, space: dict, dataset: Dataset, objective
         raise InputError(f"cannot create {folder} ({error.strerror}); choose another --name") from error
     try:
         with lock(hidden / LOG_FILE):
-            search = Search(hidden, settings, space, fingerprint(dataset), objective, installed_versions())
-            search.samples = [settings.num_samples]
+            search = Search(hidden, settings, space, fingerprint(dataset), objective, VERSIONS)
             yield search
             search.write()
             while folder.exists() and not settings.name:  # taken by another search that started in the same second
@@ -376,13 +381,11 @@ def open_search(folder: Path, changes: dict) -> Search:
         content = loads(path.read_bytes())
         if content["format"] != FORMAT:
             raise ValueError
-        if content["settings"].pop("sampler", "random") != "random":  # until 2026 it could be Optuna's
-            raise ValueError
+        content["settings"].pop("sampler", None)  # until 2026, it could be Optuna's
         settings, objective = Settings(**content["settings"]), Objective(*content["objective"])
         settings = replace(settings, output_dir=str(folder.parent), name=folder.name)  # it may have been moved
         search = Search(folder, settings, content["space"], content["images"], objective, content["versions"])
-        search.first_number, samples = content["draws"]
-        search.samples = samples if isinstance(samples, list) else [settings.num_samples]  # once a random stream
+        search.first_number = content["draws"][0]
         events, search.damaged = read_lines(folder / LOG_FILE)
     except OSError as error:
         raise InputError(f"no search found in {short_path(folder)!r}; pass a folder such as outputs/NAME") from error
@@ -393,8 +396,11 @@ def open_search(folder: Path, changes: dict) -> Search:
             search.apply(event)
         except (KeyError, TypeError, AttributeError):
             search.damaged += 1
+    if settings.num_samples > max(search.samples, default=0):  # a line is unreadable, or the search is an older one
+        search.samples.append(settings.num_samples)
+    last = replace(settings, num_samples=search.samples[-1])  # a process that raised it may have been killed
     for key, value in changes.items():
-        before = getattr(settings, key)
+        before = getattr(last, key)
         if key in GROWABLE and before is not None and value < before:
             raise InputError(f"{flag(key)} {value:g} is less than the search has; use at least {before:g}")
         if key not in CHANGEABLE and value != before:
@@ -402,16 +408,10 @@ def open_search(folder: Path, changes: dict) -> Search:
             raise InputError(f"{was}; remove it, or use another --name")
     if "data_dir" in changes and settings.dataset == "synthetic":
         raise InputError("--data-dir cannot be combined with synthetic images; remove it")
-    search.settings = replace(settings, **changes)
-    if search.settings.num_samples > search.samples[-1]:
-        search.samples.append(search.settings.num_samples)
-    search.grown = any(changes.get(key, 0) > (getattr(settings, key) or 0) for key in ("num_samples", "repeats"))
+    search.settings = replace(last, **changes)
+    grown = (getattr(search.settings, key) or 0 for key in ("num_samples", "repeats"))
+    search.grown = any(a > (b or 0) for a, b in zip(grown, (settings.num_samples, settings.repeats), strict=True))
     return search
-
-
-def installed_versions() -> dict[str, str]:
-    """Return the versions of the packages that figures depend on."""
-    return {"torch": importlib.metadata.version("torch")}
 
 
 def check_unchanged(search: Search, space: dict, objective: Objective) -> None:
@@ -432,7 +432,7 @@ def check_unchanged(search: Search, space: dict, objective: Objective) -> None:
             f"Skipping {search.damaged} unreadable lines of {search.folder / LOG_FILE}; their epochs are retrained."
         )
         print(sentence, file=sys.stderr)
-    for package, version in installed_versions().items():
+    for package, version in VERSIONS.items():
         if version != (then := search.versions.get(package)):
             print(f"The search began with {package} {then}; with {version}, results may differ.", file=sys.stderr)
 

@@ -138,6 +138,7 @@ def effects(search: Search, ended: list[Trial]) -> list[str]:
     """Return lines about the search space: how good the best trials are across each range, and which range to widen."""
     metric, ranking, lines, edges = search.objective.metric, search.ranking(), [], []
     correlations = significant_correlations(search, ended) if len(ended) >= MIN_TRIALS else {}
+    better = "lower " if search.objective.mode == "min" else ""
     for key, entry in search.searched.items():
         if not entry:  # a user's function
             continue
@@ -151,7 +152,7 @@ def effects(search: Search, ended: list[Trial]) -> list[str]:
         parts = dict.fromkeys(range(3), "") if thirds else {value: f"{value} " for value in listed(entry)}
         cells = [name + (f"{best[part]:.4f}" if part in best else "–") for part, name in parts.items()]
         rho = correlations.get(key, 0.0)
-        cells += [f"correlation {rho:+.2f}"] * bool(rho)
+        cells += [f"correlation with {better}{metric} {rho:+.2f}"] * bool(rho)
         lines += wrap(f"  {key}: {', '.join(cells)}", subsequent_indent="    ")
         # The best value is often at an end by chance, so the objective must also improve towards it.
         places = places_of(ranking[0].config[key], entry) if rho and numbers and ranking else None

@@ -16,7 +16,13 @@ LAST_PLACE = math.nextafter(1, 0)
 
 
 def new_trials(search: Search, space: dict) -> list[Trial]:
-    """Return all trials that a search draws from its space, in starting order, those that it has already included."""
+    """Return all trials that a search draws from its space, in starting order, those that it has already included.
+
+    If more are asked for than before, this is recorded first, so that a killed search still knows it.
+    """
+    if search.settings.num_samples > max(search.samples, default=0):
+        search.record("samples", samples=search.settings.num_samples)
+    space = {key: space[key] for key in [*search.space, *space] if key in space}  # in the order at the beginning
     earlier = [trial.config for trial in search.own_trials() if trial.source]
     configs = draw_configs(space, search.samples, search.settings.seed, search.space["first_trials"], earlier)
     return [Trial(f"{TRIAL_PREFIX}{i:05}", config) for i, config in enumerate(configs, search.first_number)]
@@ -27,8 +33,8 @@ def draw_configs(
 ) -> list[dict]:
     """Return the configs of all trials: the first trials, then the draws, for all grid points in turn.
 
-    They depend only on the arguments. The draws for each number in `samples` fall into the gaps between all before
-    them, and do not change if a further number is added.
+    They depend only on the arguments, except for the values of users' functions. The draws for each number in `samples`
+    fall into the gaps between all before them, and do not change if a further number is added.
 
     Args:
         space: a valid space (see check_space).
@@ -50,15 +56,15 @@ def draw_configs(
 
     def complete(values: dict) -> dict:
         """Return the config with these values; the user's functions are called for what is missing."""
-        config = summary | values
+        config = {key: value for key, value in (summary | values).items() if value != {}}
         for key in (key for key in functions if key not in values):
             try:
-                config[key] = to_plain(functions[key].sample(config))
+                config[key] = to_plain(functions[key].sample(dict(config)))
             except Exception as error:
                 problem = f"{type(error).__name__}: {error}"
                 raise InputError(f"param_space[{key!r}] cannot be drawn ({problem}); correct it") from error
             check_value(key, config[key])
-        return config
+        return {key: config[key] for key in summary}
 
     random = np.random.default_rng([seed, 1])
     configs = []
@@ -106,23 +112,23 @@ def spread(
     Returns:
         The new places of each grid point, (points, count), in random order.
     """
-    pairs = [(place, owner) for place, owner in zip(taken, owners, strict=True) if not math.isnan(place)]
-    total = len(pairs) + points * count
-    empty = np.setdiff1d(np.arange(total), [int(place * total) for place, _ in pairs])
+    inside = ~np.isnan(np.array(taken, dtype=float))
+    places, grid_points = np.array(taken, dtype=float)[inside], np.array(owners, dtype=int)[inside]
+    total = len(places) + points * count
+    empty = np.setdiff1d(np.arange(total), (places * total).astype(int))
     chosen = np.sort(random.choice(empty, points * count, replace=False))
-    parts = np.full(points, count)  # of each grid point's range: one for each of its places
-    for _, owner in pairs:
-        parts[owner] += owner >= 0
+    # Each grid point's range has as many parts as the grid point has places, and holds some of them already.
+    own, places = grid_points[grid_points >= 0], places[grid_points >= 0]
+    parts = np.bincount(own, minlength=points) + count
     held = np.zeros((points, parts.max()), dtype=bool)
-    for place, owner in pairs:
-        held[owner, int(place * parts[owner])] |= owner >= 0
+    held[own, (places * parts[own]).astype(int)] = True
     new: list[list[float]] = [[] for _ in range(points)]
     wanted = np.full(points, count)
     for place in (chosen + random.random(len(chosen))) / total:
-        part = np.arange(points), (place * parts).astype(int)
+        part = (place * parts).astype(int)
         # A random one of the grid points that want places, if possible one that has none in this part.
-        chosen_one = np.argmax(2 * (wanted > 0) - held[part] + random.random(points))
-        held[chosen_one, part[1][chosen_one]] = True
-        new[chosen_one].append(place)
-        wanted[chosen_one] -= 1
+        number = np.argmax(2 * (wanted > 0) - held[np.arange(points), part] + random.random(points))
+        held[number, part[number]] = True
+        new[number].append(place)
+        wanted[number] -= 1
     return random.permuted(np.array(new), axis=1).tolist()

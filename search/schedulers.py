@@ -202,7 +202,7 @@ class Promotion(Scheduler):
         """Return the one of these trials that a free worker takes, or None.
 
         First come trials that were interrupted or failed, then paused ones that are sure to be promoted, then new ones,
-        then the other paused ones. Of paused trials the highest rung comes first, then the lowest loss.
+        then the other paused ones. Of paused trials the highest rung comes first, then the best standing.
         """
         order = {}
         for rung, places in self.rungs.items():

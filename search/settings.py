@@ -59,7 +59,7 @@ def option(default: Any, text: str, **options: Any) -> Any:
 class Settings:
     """The settings of a search, or with `resume` what to change in those of an existing one."""
 
-    num_samples: int = option(3, "random samples per grid point", type=int)
+    num_samples: int = option(3, "draws per grid point, spread evenly over each range", type=int)
     max_epochs: int | None = option(None, 'epochs of a trial (default: param_space["epochs"])', type=int)
     seed: int = option(0, "random seed of draws, weights and batches (default: 0)", type=int)
     repeats: int | None = option(None, "train the best 3 configs again with N other random seeds each", type=int)

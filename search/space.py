@@ -75,7 +75,7 @@ def possible_values(summary: Any) -> list:
     """Return all values of a grid or choice, both ends of a range, or a fixed value; nothing for a function."""
     if not isinstance(summary, dict):
         return [summary]
-    return summary.get("values") or [summary[end] for end in ("lower", "upper") if end in summary]
+    return summary.get("values") or (list(limits(summary)) if "lower" in summary else [])
 
 
 def check_space(space: dict) -> None:
@@ -92,7 +92,7 @@ def check_space(space: dict) -> None:
             raise InputError(f"param_space[{key!r}] is {entry!r}; give grid_search a list of values")
         for value in values[key]:
             check_value(key, value)
-        if isinstance(entry, Float | Integer) and not entry.lower < entry.upper:
+        if isinstance(entry, Float | Integer) and not (entry.lower < entry.upper and values[key][0] <= values[key][1]):
             raise InputError(
                 f"param_space[{key!r}] has lower bound {entry.lower} and upper bound {entry.upper}; correct them"
             )
@@ -131,9 +131,9 @@ def check_constants(values: dict) -> None:
 
 
 def listed(entry: dict) -> list:
-    """Return the values of a grid or choice, in ascending order if they are numbers."""
+    """Return the values of a grid or choice, equal ones side by side, in ascending order if they are numbers."""
     values = entry["values"]
-    return sorted(values) if all(type(value) in (int, float) for value in values) else values
+    return sorted(values, key=None if all(type(value) in (int, float) for value in values) else values.index)
 
 
 def step_of(entry: dict) -> float:
@@ -141,12 +141,20 @@ def step_of(entry: dict) -> float:
     return entry.get("step", int("randint" in entry["tune"]))
 
 
+def limits(entry: dict) -> tuple[float, float]:
+    """Return the lowest and the highest value of a range."""
+    lower, upper, step = entry["lower"], entry["upper"], step_of(entry)
+    # The ends of a range of integers need not be multiples of its step.
+    return (-(-lower // step) * step, upper // step * step) if type(step) is int and step else (lower, upper)
+
+
 def on_scale(entry: dict, *values: float) -> list[float]:
     """Return the start and the end of a range, then these values, as logarithms if the range is logarithmic.
 
-    The last value of a range with steps lasts until its end, like the others.
+    In a range with steps, each value lasts until the next one would come, so the end lies a step beyond the last.
     """
-    values = (entry["lower"], entry["upper"] + step_of(entry), *values)
+    lower, upper = limits(entry)
+    values = (lower, upper + step_of(entry), *values)
     return [math.log(value) for value in values] if "log" in entry["tune"] else list(values)
 
 
@@ -162,18 +170,20 @@ def value_at(place: float, entry: dict) -> Any:
     value = math.exp(value) if "log" in entry["tune"] else value
     if step := step_of(entry):
         value = math.floor(value / step + 1e-9) * step
-    return min(max(value, entry["lower"]), entry["upper"])
+    lower, upper = limits(entry)
+    return min(max(value, lower), upper)
 
 
 def places_of(value: Any, entry: dict) -> tuple[float, float] | None:
-    """Return the first and last place at which value_at returns a value, or None if the entry does not have it."""
+    """Return the first and last place at which value_at returns a value, or None if it lies outside the entry."""
     if "values" in entry:
         values = listed(entry)
         if value not in values:
             return None
         index = values.index(value)
-        return index / len(values), (index + 1) / len(values)
-    if not entry["lower"] <= value <= entry["upper"]:
+        return index / len(values), (index + values.count(value)) / len(values)
+    lower, upper = limits(entry)
+    if not lower <= value <= upper:
         return None
     low, high, first, last = on_scale(entry, value, value + step_of(entry))
     return (first - low) / (high - low), (last - low) / (high - low)

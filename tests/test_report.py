@@ -58,9 +58,9 @@ def test_rank_correlations_are_those_at_the_last_epoch_that_all_reached(tmp_path
     def correlated(name: str, mode: str = "max") -> list[str]:
         return [line.split(",")[-1] for line in effects(tmp_path / name, trials, mode) if "correlation" in line]
 
-    assert correlated("max") == [" correlation +1.00"]
+    assert correlated("max") == [" correlation with accuracy +1.00"]
     trials.append(({"lr": 0.5}, [-1]))  # what diverged counts as the worst
-    assert correlated("min", "min") == [" correlation -1.00"]
+    assert correlated("min", "min") == [" correlation with lower accuracy -1.00"]
     for i in range(60):
         trials = [({"lr": draw(), "h_1": 4 if draw() < 0.5 else 8, "p_drop": draw()}, [draw()]) for _ in range(10)]
         texts += correlated(str(i))

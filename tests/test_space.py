@@ -16,6 +16,7 @@ def test_bad_spaces_are_refused() -> None:
         ("learning_rate", 0.1, "unknown key 'learning_rate'"), ("lr", 0.0, "lr cannot be 0.0; use a number above 0"),
         ("lr", tune.uniform(-1, 1), "lr cannot be -1"), ("lr", float("nan"), "lr cannot be nan"),
         ("lr", tune.uniform(0.1, 0.01), "lower bound 0.1 and upper bound 0.01"), ("h_2", 64.0, "be 64.0"),
+        ("h_1", tune.qrandint(17, 30, 16), "lower bound 17 and upper bound 30"),
         ("h_1", tune.grid_search([64, 0]), "h_1 cannot be 0"), ("h_1", tune.grid_search([]), "give grid_search a list"),
         ("h_2", tune.randint(0, 9), "h_2 cannot be 0"), ("p_drop", tune.uniform(0, 1), "p_drop cannot be 1"),
         ("batch_size", True, "batch_size cannot be True"), ("schedule", tune.choice(["linear"]), "cannot be 'linear'"),
@@ -45,8 +46,8 @@ def test_numpy_in_a_space_is_as_good_as_python() -> None:
     ("entry", "few"),
     [
         (tune.uniform(0.1, 0.5), None), (tune.loguniform(1e-5, 1e-1), None), (tune.quniform(0.2, 0.9, 0.1), 8),
-        (tune.randint(3, 10), 7), (tune.qrandint(8, 64, 8), 8), (tune.choice([0.5, 0.1, 0.3]), 3),
-        (tune.choice(["b", "a", None]), 3), (tune.grid_search([64, 128]), 2),
+        (tune.randint(3, 10), 7), (tune.qrandint(8, 64, 8), 8), (tune.qrandint(10, 70, 16), 4),
+        (tune.choice([0.5, 0.1, 0.3]), 3), (tune.choice(["b", "a", None]), 3), (tune.grid_search([64, 128]), 2),
     ],
 )  # fmt: skip
 def test_values_of_equal_parts_are_equally_frequent_and_places_lead_back(entry: object, few: int | None) -> None:
@@ -62,7 +63,11 @@ def test_values_of_equal_parts_are_equally_frequent_and_places_lead_back(entry: 
 
 
 def test_integers_on_a_logarithmic_scale_are_the_rarer_the_higher_they_are() -> None:
-    for entry, values in ((tune.lograndint(1, 5), [1, 2, 3, 4]), (tune.qlograndint(2, 8, 2), [2, 4, 6, 8])):
+    for entry, values in (
+        (tune.lograndint(1, 5), [1, 2, 3, 4]),
+        (tune.qlograndint(2, 8, 2), [2, 4, 6, 8]),
+        (tune.qlograndint(10, 70, 16), [16, 32, 48, 64]),
+    ):
         summary = summarize({"it": entry})["it"]
         assert sorted({value_at(i / 1000, summary) for i in range(1000)}) == values
         shares = [last - first for first, last in (places_of(value, summary) for value in values)]
