@@ -1,14 +1,13 @@
 """What a person reads: the recap of a search, results.csv, and the list of all searches."""
 
 import contextlib
-import math
 import shlex
 import textwrap
 from collections import Counter
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from statistics import NormalDist, mean, stdev
+from statistics import mean, stdev
 from typing import Any
 
 import pandas
@@ -26,9 +25,7 @@ wrap = partial(textwrap.wrap, width=COLUMNS, break_on_hyphens=False)
 DIGITS = {"time (s)": ".0f", "img/s": ".0f", "loss": ".4f", "accuracy": ".4f", "val": ".4f", "test": ".4f"}  # else .3g
 FIRST_COLUMNS = ["p_drop", "lr", "h_1", "h_2"]  # then the other hyperparameters
 MOST_VALUES = 4  # the recap shows a grid or choice of more numbers in thirds
-MIN_TRIALS = 8  # minimum number of trials for rank correlations
 EDGE = 0.05  # share of a range that counts as its edge
-SIGNIFICANCE = 0.05  # probability of naming any hyperparameter that has no effect
 
 
 def write_results(search: Search) -> None:
@@ -113,7 +110,7 @@ def recap_best(search: Search, metrics: dict) -> str:
         *wrap(cheaper(search, best)),
         f"{saver} saved {saved} of {planned} epochs.",
         *rungs(search, ended),
-        *effects(search, ended),
+        *ranges(search),
         *repeats(search),
     ]
     return "\n".join(lines)
@@ -134,30 +131,27 @@ def rungs(search: Search, ended: list[Trial]) -> list[str]:
     return [f"Epochs trained: {spent}.", f"Rank agreement between epoch {first} and the end: {agreement}."]
 
 
-def effects(search: Search, ended: list[Trial]) -> list[str]:
-    """Return lines about the search space: how good the best trials are across each range, and which range to widen."""
+def ranges(search: Search) -> list[str]:
+    """Return lines about the search space: the best result in each part of each range, and which range to widen."""
     metric, ranking, lines, edges = search.objective.metric, search.ranking(), [], []
-    correlations = significant_correlations(search, ended) if len(ended) >= MIN_TRIALS else {}
-    better = "lower " if search.objective.mode == "min" else ""
     for key, entry in search.searched.items():
         if not entry:  # a user's function
             continue
         numbers = all(type(value) in (int, float) for value in possible_values(entry))
-        thirds = numbers and len(entry.get("values", range(MOST_VALUES + 1))) > MOST_VALUES
-        best: dict[Any, float] = {}
+        in_thirds = numbers and len(entry.get("values", range(MOST_VALUES + 1))) > MOST_VALUES
+        best: dict[Any, float] = {}  # the best part first
         for trial in ranking:
             if places := places_of(trial.config[key], entry):
-                part = min(int(3 * mean(places)), 2) if thirds else trial.config[key]
+                part = min(int(3 * mean(places)), 2) if in_thirds else trial.config[key]
                 best.setdefault(part, getattr(trial.best, metric))
-        parts = dict.fromkeys(range(3), "") if thirds else {value: f"{value} " for value in listed(entry)}
-        cells = [name + (f"{best[part]:.4f}" if part in best else "–") for part, name in parts.items()]
-        rho = correlations.get(key, 0.0)
-        cells += [f"correlation with {better}{metric} {rho:+.2f}"] * bool(rho)
+        parts = dict.fromkeys(range(3), "") if in_thirds else {value: f"{value} " for value in listed(entry)}
+        cells = (name + (f"{best[part]:.4f}" if part in best else "–") for part, name in parts.items())
         lines += wrap(f"  {key}: {', '.join(cells)}", subsequent_indent="    ")
-        # The best value is often at an end by chance, so the objective must also improve towards it.
-        places = places_of(ranking[0].config[key], entry) if rho and numbers and ranking else None
-        if places and (places[0] <= EDGE if rho < 0 else places[1] >= 1 - EDGE):
-            edges.append(f"{key} ({'upper' if rho > 0 else 'lower'} end)")
+        # The best value is often at an end by chance, so results must also improve towards it.
+        end = {(0, 1, 2): "lower", (2, 1, 0): "upper"}.get(tuple(best)) if in_thirds else None
+        places = places_of(ranking[0].config[key], entry) if end else None
+        if places and (places[0] <= EDGE if end == "lower" else places[1] >= 1 - EDGE):
+            edges.append(f"{key} ({end} end)")
     if lines:
         lines.insert(0, f"Best {metric} in each third of the range, from low to high, or with each value:")
     if edges:
@@ -167,27 +161,6 @@ def effects(search: Search, ended: list[Trial]) -> list[str]:
         command = script_command("--warm-start", search.folder, *search.settings.source_flags())
         lines.append(f"    {command}")
     return lines
-
-
-def significant_correlations(search: Search, ended: list[Trial]) -> dict[str, float]:
-    """Return Spearman's rank correlation with the objective of each hyperparameter for which it is significant.
-
-    Trials are compared at the last epoch that all have reached; diverged ones rank last. The significance of a
-    correlation ρ of n trials is tested with Fisher's transformation, atanh(ρ) √((n − 3) / 1.06) (Fieller et al. 1957),
-    and Bonferroni's correction. Values that are not numbers are ranked in the order in which they are listed.
-    """
-    found, searched = {}, {key: entry for key, entry in search.searched.items() if entry}
-    epoch = min((len(trial.reports) for trial in ended if not trial.diverged), default=1)
-    scores = [-math.inf if trial.diverged else search.objective.score(trial.reports[epoch - 1]) for trial in ended]
-    limit = NormalDist().inv_cdf(1 - SIGNIFICANCE / 2 / max(1, len(searched)))
-    for key, entry in searched.items():
-        values = [trial.config[key] for trial in ended]
-        if not all(type(value) in (int, float) for value in values):
-            values = [[*entry.get("values", []), value].index(value) for value in values]
-        rho = rank_correlation(values, scores)
-        if abs(math.atanh(0.9999 * rho)) * math.sqrt((len(ended) - 3) / 1.06) >= limit:
-            found[key] = rho
-    return found
 
 
 def rank_correlation(one: list[float], other: list[float]) -> float:

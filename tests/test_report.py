@@ -1,4 +1,3 @@
-import random
 import re
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from search.records import open_search
 from tests.helpers import CONFIG, END, add, report, search_in, tell
 
 
-def effects(folder: Path, trials: list[tuple[dict, list[float]]], mode: str = "max") -> list[str]:
+def ranges(folder: Path, trials: list[tuple[dict, list[float]]], mode: str = "max") -> list[str]:
     """Return what a search of these configs and accuracies says about its space."""
     search = search_in(folder, mode=mode, data_dir=str(Path.cwd() / "data"))
     search.space["h_1"] = {"tune": "choice", "values": [16, 4, 8]}
@@ -22,7 +21,7 @@ def effects(folder: Path, trials: list[tuple[dict, list[float]]], mode: str = "m
     search.space["schedule"] = {"tune": "grid_search", "values": ["cosine", "constant"]}
     for config, accuracies in trials:
         add(search, *accuracies, **config)
-    lines = reports.effects(search, search.ended())
+    lines = reports.ranges(search)
     assert all(len(line) <= 80 or line.startswith("    python hparam_search.py ") for line in lines)
     return lines
 
@@ -36,7 +35,7 @@ def test_recap_shows_the_best_accuracies_across_each_range(tmp_path: Path) -> No
         ({"lr": 1e-1, "h_1": 8, "p_drop": 0.2, "batch_size": 26, "schedule": "cosine"}, [-1]),
     ]
     about = "Best accuracy in each third of the range, from low to high, or with each value:"
-    assert effects(tmp_path / "max", trials) == [
+    assert ranges(tmp_path / "max", trials) == [
         about,
         "  h_1: 4 0.4000, 8 –, 16 0.7000",
         "  p_drop: 0.3000, 0.7000, 0.4000",
@@ -44,32 +43,31 @@ def test_recap_shows_the_best_accuracies_across_each_range(tmp_path: Path) -> No
         "  batch_size: 0.4000, 0.7000, 0.6000",
         "  schedule: cosine 0.7000, constant –",
     ]
-    assert "  lr: 0.1000, –, 0.7000" in effects(tmp_path / "min", trials[:-2], "min")
-    assert effects(tmp_path / "none", [])[1:3] == ["  h_1: 4 –, 8 –, 16 –", "  p_drop: –, –, –"]
+    assert "  lr: 0.1000, –, 0.7000" in ranges(tmp_path / "min", trials[:-2], "min")
+    assert ranges(tmp_path / "none", [])[1:3] == ["  h_1: 4 –, 8 –, 16 –", "  p_drop: –, –, –"]
 
 
-def test_rank_correlations_are_those_at_the_last_epoch_that_all_reached(tmp_path: Path) -> None:
-    draw, trials, texts = random.Random(1).random, [], []
-    for i in range(16):
-        config = {"lr": 10 ** (-4 + i / 8), "p_drop": draw(), "h_1": 4 if draw() < 0.5 else 8}
-        # At epoch 2 the accuracy follows lr; later epochs, which few reach, reverse the order.
-        trials.append((config, [0.1, 0.2 + i / 50, *([0.9 - i / 50] * (i % 3))]))
-
-    def correlated(name: str, mode: str = "max") -> list[str]:
-        return [line.split(",")[-1] for line in effects(tmp_path / name, trials, mode) if "correlation" in line]
-
-    assert correlated("max") == [" correlation with accuracy +1.00"]
-    trials.append(({"lr": 0.5}, [-1]))  # what diverged counts as the worst
-    assert correlated("min", "min") == [" correlation with lower accuracy -1.00"]
-    for i in range(60):
-        trials = [({"lr": draw(), "h_1": 4 if draw() < 0.5 else 8, "p_drop": draw()}, [draw()]) for _ in range(10)]
-        texts += correlated(str(i))
-    assert len(texts) <= 6  # by chance; 3 are expected
-    trials = [({"h_1": x}, [x / 40]) for x in [4, 8, 16] * 4]
-    assert " ".join(effects(tmp_path / "edge", trials)).endswith(
-        "The best value lies at the edge of its range: h_1 (upper end). To search beyond it without retraining, widen "
-        f"it in param_space and run     python hparam_search.py --warm-start {tmp_path}/edge --output-dir {tmp_path}"
+@pytest.mark.parametrize(
+    ("rates", "mode", "end"),
+    [
+        ([1e-4, 1e-3, 9e-2], "max", "upper"), ([9e-2, 1e-3, 1.1e-5], "max", "lower"),
+        ([1.1e-5, 1e-3, 9e-2], "min", "lower"),
+        ([1e-4, 1e-3, 4e-2], "max", None),  # not at the edge
+        ([1e-3, 1e-4, 9e-2], "max", None),  # does not improve towards it
+        ([1e-4, 2e-4, 9e-2], "max", None),  # nothing is known in the middle
+        ([1e-4, 1e-3, 9e-2, 0.2], "max", None),  # the best lies outside
+    ],
+)  # fmt: skip
+def test_range_is_to_be_widened_if_results_improve_towards_its_edge(
+    rates: list[float], mode: str, end: str | None, tmp_path: Path
+) -> None:
+    trials = [({"lr": lr, "h_1": 8, "batch_size": 20}, [i / 10]) for i, lr in enumerate(rates)]
+    lines = ranges(tmp_path / "it", trials, mode)
+    about = (
+        f"The best value lies at the edge of its range: lr ({end} end). To search beyond it without retraining, widen "
+        f"it in param_space and run     python hparam_search.py --warm-start {tmp_path}/it --output-dir {tmp_path}"
     )
+    assert " ".join(lines[6:]) == (about if end else "")
 
 
 def test_rungs_and_repeats_are_summarized(tmp_path: Path) -> None:
