@@ -97,7 +97,7 @@ def new_scheduler(search: records.Search, max_epochs: int) -> schedulers.Schedul
 
 
 def search_space(settings: Settings) -> tuple[dict, dict]:
-    """Return param_space as changed by --seed, --quick and --max-epochs, and a summary of it with the first trials.
+    """Return param_space as changed by --seed, --quick and --max-epochs, and its summary with the first trials.
 
     Raises InputError if a value is invalid.
     """
@@ -129,7 +129,7 @@ def new_search(settings: Settings, tracking: trackers.Trackers) -> int:
         print("--quick ignores first_trials, which are for param_space.", file=sys.stderr)
     settings = schedulers.with_knobs(settings, entries["epochs"], GRACE_PERIOD, REDUCTION_FACTOR, KEEP)
     configs = sampler.draw_configs(entries, [settings.num_samples], settings.seed, summary["first_trials"])
-    records.new_folder(settings)  # this and the line above refuse what cannot be, before the images are read
+    records.new_folder(settings)  # like the line above, rejects bad input before the images are read
     with contextlib.ExitStack() as locks:
         earlier = [locks.enter_context(warm_start.earlier_search(Path(path))) for path in settings.warm_start or ()]
         dataset = read_images(**image_source(settings))

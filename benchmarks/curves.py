@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=15, help="draws for each pair of widths (default: %(default)s)")
     parser.add_argument("--recipe", choices=recipes.NAMED, default="default")
     parser.add_argument("--seed", type=int, default=0, help="of draws and trainings (default: 0)")
-    parser.add_argument("--seeds", type=int, default=1, help="train the best 5 configs with N seeds", metavar="N")
+    parser.add_argument("--seeds", type=int, default=1, help="of the best 5 configs (default: 1)", metavar="N")
     parser.add_argument("--output", type=Path, default=FOLDER)
     args = parser.parse_args(argv)
     dataset = recipes.first_classes(read_images(args.dataset, args.data_dir, {}), args.classes)

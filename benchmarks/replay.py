@@ -1,11 +1,11 @@
-"""What draws and schedulers find, spend and lose, the search's own and others, in simulated searches.
+"""Simulate searches on recorded curves: what the search's draws and schedulers, and others, find, spend and lose.
 
     python -m benchmarks.curves …     # records benchmarks/curves/*.csv
     python -m benchmarks.replay       # prints a table, in some ten minutes
 
-A drawn config is assumed to train as the nearest recorded one of the same widths did, by the logarithms of learning
-rate and dropout, and an epoch to take as long. Several trials may train at once. The winner, the trial with the best
-accuracy if all were trained to the end, is lost if it was stopped before reaching that.
+A drawn config gets the curve and epoch times of the nearest recorded one with the same widths, by the logarithms of
+learning rate and dropout. Several trials can run at once. The winner, the trial that would be the most accurate if all
+were trained to the end, is lost if it is stopped before reaching that accuracy.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from search.schedulers import PAUSE, STOP, Promotion, RayScheduler, Scheduler, e
 from search.settings import Settings
 from search.space import places_of, summarize, value_at
 
+DRAWS = ("design", "independent")  # how configs are drawn
 Curve = list[dict]  # the reports of a config, one per epoch, with the keys of curves.COLUMNS
 
 
@@ -125,12 +126,12 @@ class Surrogate:
         self.places = np.array([self.place(curve[0]) for curve in curves])
 
     def place(self, config: dict) -> list[float]:
-        """Return where a config lies in the space; widths are further apart than anything else."""
+        """Return a config's position in the space; different widths are farther apart than any other values."""
         ranges = [places_of(config[key], self.summary[key])[0] for key in ("p_drop", "lr")]
         return [*ranges, config["h_1"] * 10.0, config["h_2"] * 10.0]
 
     def draw(self, draws: str, samples: int, seed: int) -> list[Curve]:
-        """Return the curves of the trials of a search, whose draws are by "design" or "independent"."""
+        """Return the curves of a search's trials, in starting order; `draws` is "design" or "independent"."""
         configs = draw_configs(self.space, [samples], seed)
         if draws == "independent":
             random = np.random.default_rng(seed)
@@ -177,8 +178,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--trials", type=int, nargs="+", default=[12, 24, 48], help="per search (default: %(default)s)")
     parser.add_argument("--searches", type=int, default=400, help="per row (default: %(default)s)")
     parser.add_argument("--at-once", type=int, nargs="+", default=[1], help="trials (default: %(default)s)")
-    parser.add_argument("--draws", nargs="+", choices=("design", "independent"), default=["design"])
-    parser.add_argument("--schedulers", nargs="+", metavar="NAME", help="of the table (default: all)")
+    parser.add_argument("--draws", nargs="+", choices=DRAWS, default=DRAWS[:1], help="(default: design)")
+    parser.add_argument("--schedulers", nargs="+", metavar="NAME", help="names from the table (default: all)")
     parser.add_argument("--early-stopping", action="store_true", help="let trials also end by themselves")
     args = parser.parse_args(argv)
     if not args.curves.is_file():
@@ -189,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     surrogate = Surrogate([curves[0] for curves in recorded.values()])
     pairs = len({(curve[0]["h_1"], curve[0]["h_2"]) for curve in surrogate.curves})
     if wrong := [each for each in args.trials if each % pairs]:
-        parser.error(f"--trials {wrong[0]} is not a multiple of the {pairs} pairs of widths")
+        parser.error(f"--trials {wrong[0]} does not fit {pairs} pairs of widths; use multiples of {pairs}")
     max_epochs = len(surrogate.curves[0])
     stop = partial(early_stop, max_epochs, PATIENCE, MIN_DELTA, MAX_SECONDS_PER_TRIAL) if args.early_stopping else None
     schedulers = new_schedulers(max_epochs)

@@ -29,7 +29,7 @@ from train import DEFAULTS, Report
 
 SEARCH_FILE, LOG_FILE, TRIAL_PREFIX = "search.json", "log.jsonl", "train_cifar_"
 METRICS = [key.name for key in fields(Report)]
-VERSIONS = {"torch": importlib.metadata.version("torch")}  # figures depend on them
+VERSIONS = {"torch": importlib.metadata.version("torch")}  # of the packages that results depend on
 FORMAT = 9  # version of both files; others are refused
 
 
@@ -145,7 +145,7 @@ class Search:
     started: float | None = field(default=None, repr=False)  # this process's monotonic clock, less `seconds`
     resources: str = ""  # CPUs and GPUs that the trials use
     first_number: int = 0  # how many own trials were taken from earlier searches
-    samples: list[int] = field(default_factory=list)  # --num-samples, then each greater number to which it was raised
+    samples: list[int] = field(default_factory=list)  # --num-samples at the start and after each increase
     trained: int = 0  # number of epochs trained here
     damaged: int = 0  # number of unreadable lines in the log
     unseen: bool = False  # whether TensorBoard is still to show the best model
@@ -177,10 +177,8 @@ class Search:
         kind, name, ran = event["event"], event.get("trial"), event["ran"]
         if kind == "samples":
             self.samples += [event["samples"]] * (event["samples"] > max(self.samples, default=0))
-        elif kind == "drawn":
+        elif kind == "drawn" and not self.searched.keys() - event["config"].keys():  # once, Optuna drew the rest later
             config, known = event["config"], self.searched.keys() | event["config"].keys()
-            if self.searched.keys() - config.keys():
-                raise KeyError  # until 2026, Optuna could draw configs while a search ran
             # Hyperparameters may have been added to train.py since.
             config = config | {key: value for key, value in DEFAULTS.items() if key not in known}
             repeats, trial = event["repeats"], self.trials.setdefault(name, Trial(name))
@@ -381,7 +379,7 @@ def open_search(folder: Path, changes: dict) -> Search:
         content = loads(path.read_bytes())
         if content["format"] != FORMAT:
             raise ValueError
-        content["settings"].pop("sampler", None)  # until 2026, it could be Optuna's
+        content["settings"].pop("sampler", None)  # earlier versions had --sampler
         settings, objective = Settings(**content["settings"]), Objective(*content["objective"])
         settings = replace(settings, output_dir=str(folder.parent), name=folder.name)  # it may have been moved
         search = Search(folder, settings, content["space"], content["images"], objective, content["versions"])
@@ -396,9 +394,9 @@ def open_search(folder: Path, changes: dict) -> Search:
             search.apply(event)
         except (KeyError, TypeError, AttributeError):
             search.damaged += 1
-    if settings.num_samples > max(search.samples, default=0):  # a line is unreadable, or the search is an older one
+    if settings.num_samples > max(search.samples, default=0):  # its line is unreadable, or from an earlier version
         search.samples.append(settings.num_samples)
-    last = replace(settings, num_samples=search.samples[-1])  # a process that raised it may have been killed
+    last = replace(settings, num_samples=search.samples[-1])  # after a kill, the log may be ahead of search.json
     for key, value in changes.items():
         before = getattr(last, key)
         if key in GROWABLE and before is not None and value < before:
@@ -409,8 +407,8 @@ def open_search(folder: Path, changes: dict) -> Search:
     if "data_dir" in changes and settings.dataset == "synthetic":
         raise InputError("--data-dir cannot be combined with synthetic images; remove it")
     search.settings = replace(last, **changes)
-    grown = (getattr(search.settings, key) or 0 for key in ("num_samples", "repeats"))
-    search.grown = any(a > (b or 0) for a, b in zip(grown, (settings.num_samples, settings.repeats), strict=True))
+    more, before = ((each.num_samples, each.repeats or 0) for each in (search.settings, settings))
+    search.grown = more[0] > before[0] or more[1] > before[1]
     return search
 
 

@@ -24,8 +24,8 @@ COLUMNS = 80
 wrap = partial(textwrap.wrap, width=COLUMNS, break_on_hyphens=False)
 DIGITS = {"time (s)": ".0f", "img/s": ".0f", "loss": ".4f", "accuracy": ".4f", "val": ".4f", "test": ".4f"}  # else .3g
 FIRST_COLUMNS = ["p_drop", "lr", "h_1", "h_2"]  # then the other hyperparameters
-MOST_VALUES = 4  # the recap shows a grid or choice of more numbers in thirds
-EDGE = 0.05  # share of a range that counts as its edge
+MOST_VALUES = 4  # a grid or choice of more numbers than this is shown in thirds
+EDGE = 0.05  # share of a range, at either end, that counts as its edge
 
 
 def write_results(search: Search) -> None:
@@ -134,12 +134,10 @@ def rungs(search: Search, ended: list[Trial]) -> list[str]:
 def ranges(search: Search) -> list[str]:
     """Return lines about the search space: the best result in each part of each range, and which range to widen."""
     metric, ranking, lines, edges = search.objective.metric, search.ranking(), [], []
-    for key, entry in search.searched.items():
-        if not entry:  # a user's function
-            continue
+    for key, entry in (item for item in search.searched.items() if item[1]):  # without users' functions
         numbers = all(type(value) in (int, float) for value in possible_values(entry))
         in_thirds = numbers and len(entry.get("values", range(MOST_VALUES + 1))) > MOST_VALUES
-        best: dict[Any, float] = {}  # the best part first
+        best: dict[Any, float] = {}  # part of the range → its best result, best part first
         for trial in ranking:
             if places := places_of(trial.config[key], entry):
                 part = min(int(3 * mean(places)), 2) if in_thirds else trial.config[key]
@@ -147,13 +145,13 @@ def ranges(search: Search) -> list[str]:
         parts = dict.fromkeys(range(3), "") if in_thirds else {value: f"{value} " for value in listed(entry)}
         cells = (name + (f"{best[part]:.4f}" if part in best else "–") for part, name in parts.items())
         lines += wrap(f"  {key}: {', '.join(cells)}", subsequent_indent="    ")
-        # The best value is often at an end by chance, so results must also improve towards it.
+        # Best results are often at an end by chance, so results must also improve towards that end.
         end = {(0, 1, 2): "lower", (2, 1, 0): "upper"}.get(tuple(best)) if in_thirds else None
         places = places_of(ranking[0].config[key], entry) if end else None
         if places and (places[0] <= EDGE if end == "lower" else places[1] >= 1 - EDGE):
             edges.append(f"{key} ({end} end)")
     if lines:
-        lines.insert(0, f"Best {metric} in each third of the range, from low to high, or with each value:")
+        lines.insert(0, f"Best {metric} per third of the range (low to high), or per value:")
     if edges:
         space = "QUICK_SPACE" if search.settings.quick else "param_space"
         remedy = f"To search beyond it without retraining, widen it in {space} and run"

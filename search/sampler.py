@@ -1,4 +1,4 @@
-"""How configs are drawn: by a design that leaves no gap in the range of any hyperparameter."""
+"""Drawing configs that cover the range of each hyperparameter evenly."""
 
 import itertools
 import math
@@ -12,38 +12,40 @@ from search.records import TRIAL_PREFIX, Search, Trial
 from search.space import check_value, places_of, summarize, to_plain, value_at
 
 MAX_TRIALS = 100_000
-LAST_PLACE = math.nextafter(1, 0)
 
 
 def new_trials(search: Search, space: dict) -> list[Trial]:
-    """Return all trials that a search draws from its space, in starting order, those that it has already included.
+    """Return all trials that a search draws from its space, including those that it has, in starting order.
 
-    If more are asked for than before, this is recorded first, so that a killed search still knows it.
+    A valid increase of --num-samples is logged before any trial, so that it survives a kill.
     """
-    if search.settings.num_samples > max(search.samples, default=0):
-        search.record("samples", samples=search.settings.num_samples)
-    space = {key: space[key] for key in [*search.space, *space] if key in space}  # in the order at the beginning
+    space = {key: space[key] for key in [*search.space, *space] if key in space}  # in the search's original order
     earlier = [trial.config for trial in search.own_trials() if trial.source]
-    configs = draw_configs(space, search.samples, search.settings.seed, search.space["first_trials"], earlier)
+    asked, settings = search.samples, search.settings
+    if settings.num_samples > max(asked, default=0):
+        asked = [*asked, settings.num_samples]
+    configs = draw_configs(space, asked, settings.seed, search.space["first_trials"], earlier)
+    if asked != search.samples:
+        search.record("samples", samples=settings.num_samples)
     return [Trial(f"{TRIAL_PREFIX}{i:05}", config) for i, config in enumerate(configs, search.first_number)]
 
 
 def draw_configs(
     space: dict, samples: Sequence[int], seed: int, first_trials: Sequence[dict] = (), earlier: Sequence[dict] = ()
 ) -> list[dict]:
-    """Return the configs of all trials: the first trials, then the draws, for all grid points in turn.
+    """Return the configs of all trials: the first trials, then the draws, cycling through the grid points.
 
-    They depend only on the arguments, except for the values of users' functions. The draws for each number in `samples`
-    fall into the gaps between all before them, and do not change if a further number is added.
+    They depend only on the arguments, unless a user's function is random. Each increase in `samples` adds draws in the
+    gaps between all earlier ones, which stay the same.
 
     Args:
         space: a valid space (see check_space).
-        samples: how many draws each grid point has, then each greater number to which that was raised.
+        samples: draws per grid point at the start, then after each increase.
         seed: random seed.
         first_trials: the valid first trials (see check_first_trials); what they omit is drawn at random.
-        earlier: configs of earlier searches.
+        earlier: configs of trials that were taken from earlier searches.
 
-    Raises InputError if there are too many, or if a user's function fails or returns an invalid value.
+    Raises InputError for too many trials, or if a user's function fails or returns an invalid value.
     """
     space, summary = to_plain(space), summarize(space)
     searched = {key: entry for key, entry in summary.items() if isinstance(entry, dict)}
@@ -62,7 +64,7 @@ def draw_configs(
                 config[key] = to_plain(functions[key].sample(dict(config)))
             except Exception as error:
                 problem = f"{type(error).__name__}: {error}"
-                raise InputError(f"param_space[{key!r}] cannot be drawn ({problem}); correct it") from error
+                raise InputError(f"the function in param_space[{key!r}] failed ({problem}); correct it") from error
             check_value(key, config[key])
         return {key: config[key] for key in summary}
 
@@ -74,9 +76,8 @@ def draw_configs(
     known, numbers = [*earlier, *configs], {point: i for i, point in enumerate(points)}
     owners = [numbers.get(tuple(config[key] for key in grids), -1) for config in known]
     taken = {key: [place_of(config[key], entry, random) for config in known] for key, entry in others.items()}
-    n = samples[0]
-    halves = [n >> k for k in reversed(range((n & -n).bit_length()))]  # 12 as 3, 6, 12: as if it had been raised
-    for count in np.diff([0, *halves, *samples[1:]]):
+    halves = [samples[0] // 2**k for k in range(16, 0, -1) if samples[0] % 2**k == 0]  # 12 is drawn as 3, 6, 12
+    for count in np.diff([0, *halves, *samples]):
         random = np.random.default_rng([seed, 0, len(owners)])
         new = {key: spread(places, owners, len(points), count, random) for key, places in taken.items()}
         for i, point in itertools.product(range(count), points):
@@ -88,9 +89,9 @@ def draw_configs(
 
 
 def place_of(value: Any, entry: dict, random: np.random.Generator) -> float:
-    """Return a random one of the places of a value (see places_of), below 1; NaN if there is none."""
+    """Return a random place at which value_at gives this value, below 1; NaN if the value lies outside the entry."""
     places = places_of(value, entry)
-    return min(random.uniform(*places), LAST_PLACE) if places else math.nan
+    return min(random.uniform(*places), math.nextafter(1, 0)) if places else math.nan
 
 
 def spread(
@@ -98,13 +99,13 @@ def spread(
 ) -> list[list[float]]:
     """Return new places for a hyperparameter, from 0 up to but not including 1, in the gaps between those taken.
 
-    If none is taken, it is a sliced Latin hypercube (Qian 2012, "Sliced Latin Hypercube Designs"): one place in each of
-    points · count equal parts of the range, and of each grid point's places one in each of count equal parts. The same
-    holds for taken and new places together if as many are new as were taken, and these were drawn like that.
+    If none is taken, they are a sliced Latin hypercube (Qian 2012, "Sliced Latin Hypercube Designs"): each of
+    points · count equal parts of the range has one place, and each of count equal parts has one of every grid point.
+    If the taken places are like that, and as many are added, so are all of them together.
 
     Args:
         taken: the places taken, (T,); NaN outside the range.
-        owners: the number of each one's grid point, (T,); -1 for none.
+        owners: the number of each taken place's grid point, (T,); -1 for none.
         points: how many grid points there are.
         count: how many new places each of them gets.
         random: the source of all randomness.
@@ -117,7 +118,7 @@ def spread(
     total = len(places) + points * count
     empty = np.setdiff1d(np.arange(total), (places * total).astype(int))
     chosen = np.sort(random.choice(empty, points * count, replace=False))
-    # Each grid point's range has as many parts as the grid point has places, and holds some of them already.
+    # Divide each grid point's range into as many parts as it will have places; those already taken occupy some parts.
     own, places = grid_points[grid_points >= 0], places[grid_points >= 0]
     parts = np.bincount(own, minlength=points) + count
     held = np.zeros((points, parts.max()), dtype=bool)
@@ -126,7 +127,7 @@ def spread(
     wanted = np.full(points, count)
     for place in (chosen + random.random(len(chosen))) / total:
         part = (place * parts).astype(int)
-        # A random one of the grid points that want places, if possible one that has none in this part.
+        # Choose a random grid point that still needs places, if possible one with none in this part.
         number = np.argmax(2 * (wanted > 0) - held[np.arange(points), part] + random.random(points))
         held[number, part[number]] = True
         new[number].append(place)

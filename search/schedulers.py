@@ -144,19 +144,20 @@ class Promotion(Scheduler):
     free one with nothing better to do continues the best paused trial, as in algorithm 2 of Li et al. 2020, "A System
     for Massively Parallel Hyperparameter Tuning".
 
-    Trials are ranked by where their loss is heading: by the loss plus half of its change since half as many epochs.
+    Trials are ranked by where their loss is heading: the loss at the rung plus half of its change since half that epoch
+    (at epoch 8, since epoch 4).
 
     It keeps no state: everything follows from the reports and ends of `trials`, which the search updates.
     """
 
-    trend = 0.5  # the weight of that change; see benchmarks/RESULTS.md
+    trend = 0.5  # weight of the change; see benchmarks/RESULTS.md
 
     def __init__(self, trials: Sequence[Trial], rungs: dict[int, int], max_epochs: int) -> None:
         self.trials, self.rungs = trials, rungs
         self.following = dict(pairwise([*rungs, max_epochs]))
 
     def standing(self, trial: Trial, reports: Sequence[Report], rung: int) -> tuple[float, str]:
-        """Return what ranks a trial at a rung, lowest first, given its reports: its expected loss, and its name."""
+        """Return the sort key of a trial at a rung, best first: its projected loss, then its name."""
         loss, before = reports[rung - 1].loss, reports[max(rung // 2, 1) - 1].loss
         return loss + self.trend * (loss - before), trial.name
 

@@ -72,7 +72,7 @@ def summarize_entry(entry: Any) -> Any:
 
 
 def possible_values(summary: Any) -> list:
-    """Return all values of a grid or choice, both ends of a range, or a fixed value; nothing for a function."""
+    """Return all values of a grid or choice, the first and last of a range, or a fixed value; none for a function."""
     if not isinstance(summary, dict):
         return [summary]
     return summary.get("values") or (list(limits(summary)) if "lower" in summary else [])
@@ -93,9 +93,8 @@ def check_space(space: dict) -> None:
         for value in values[key]:
             check_value(key, value)
         if isinstance(entry, Float | Integer) and not (entry.lower < entry.upper and values[key][0] <= values[key][1]):
-            raise InputError(
-                f"param_space[{key!r}] has lower bound {entry.lower} and upper bound {entry.upper}; correct them"
-            )
+            bounds = f"{entry.lower} and {entry.upper}"
+            raise InputError(f"param_space[{key!r}] has no values between its bounds, {bounds}; correct them")
     if isinstance(space["epochs"], dict | Domain):
         raise InputError(
             "param_space['epochs'] cannot be searched, as the scheduler compares trials at equal epochs; use one value"
@@ -131,7 +130,7 @@ def check_constants(values: dict) -> None:
 
 
 def listed(entry: dict) -> list:
-    """Return the values of a grid or choice, equal ones side by side, in ascending order if they are numbers."""
+    """Return the values of a grid or choice: sorted if all are numbers, otherwise with equal ones side by side."""
     values = entry["values"]
     return sorted(values, key=None if all(type(value) in (int, float) for value in values) else values.index)
 
@@ -149,9 +148,9 @@ def limits(entry: dict) -> tuple[float, float]:
 
 
 def on_scale(entry: dict, *values: float) -> list[float]:
-    """Return the start and the end of a range, then these values, as logarithms if the range is logarithmic.
+    """Return the start and end of a range, then these values; all as logarithms if the range is logarithmic.
 
-    In a range with steps, each value lasts until the next one would come, so the end lies a step beyond the last.
+    In a quantized range, each value extends to the next one, so the range ends one step after the last value.
     """
     lower, upper = limits(entry)
     values = (lower, upper + step_of(entry), *values)
@@ -159,9 +158,9 @@ def on_scale(entry: dict, *values: float) -> list[float]:
 
 
 def value_at(place: float, entry: dict) -> Any:
-    """Return the value at a place in a searched entry (see summarize), from 0 up to but not including 1.
+    """Return the value of a searched entry (see summarize) at a place, from 0 (the start) to 1 (the end, excluded).
 
-    Each value of a grid, choice or evenly quantized range has an equal share of the places.
+    Each value of a grid, a choice or a quantized range that is not logarithmic has an equal share of the places.
     """
     if "values" in entry:
         return listed(entry)[int(place * len(entry["values"]))]
@@ -175,7 +174,10 @@ def value_at(place: float, entry: dict) -> Any:
 
 
 def places_of(value: Any, entry: dict) -> tuple[float, float] | None:
-    """Return the first and last place at which value_at returns a value, or None if it lies outside the entry."""
+    """Return the first and last place at which value_at gives this value, or None if it lies outside the entry.
+
+    A value between two steps of a quantized range gets the width of one step.
+    """
     if "values" in entry:
         values = listed(entry)
         if value not in values:

@@ -34,7 +34,7 @@ def test_recap_shows_the_best_accuracies_across_each_range(tmp_path: Path) -> No
         ({"lr": 9.0, "h_1": 5, "p_drop": 0.2, "batch_size": 24, "schedule": "cosine"}, [0.6]),  # outside: lr, h_1
         ({"lr": 1e-1, "h_1": 8, "p_drop": 0.2, "batch_size": 26, "schedule": "cosine"}, [-1]),
     ]
-    about = "Best accuracy in each third of the range, from low to high, or with each value:"
+    about = "Best accuracy per third of the range (low to high), or per value:"
     assert ranges(tmp_path / "max", trials) == [
         about,
         "  h_1: 4 0.4000, 8 –, 16 0.7000",

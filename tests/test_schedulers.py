@@ -41,7 +41,7 @@ def test_rungs_and_places_are_those_of_successive_halving() -> None:
 
 
 def expected_loss(losses: list[float]) -> float:
-    """Return the last loss, less half of what it has fallen since half as many epochs."""
+    """Return the last loss plus half of its change since half as far into training."""
     since = losses[len(losses) // 2 - 1] if len(losses) > 1 else losses[0]
     return losses[-1] - (since - losses[-1]) / 2
 

@@ -15,8 +15,8 @@ def test_bad_spaces_are_refused() -> None:
     for key, entry, words in (
         ("learning_rate", 0.1, "unknown key 'learning_rate'"), ("lr", 0.0, "lr cannot be 0.0; use a number above 0"),
         ("lr", tune.uniform(-1, 1), "lr cannot be -1"), ("lr", float("nan"), "lr cannot be nan"),
-        ("lr", tune.uniform(0.1, 0.01), "lower bound 0.1 and upper bound 0.01"), ("h_2", 64.0, "be 64.0"),
-        ("h_1", tune.qrandint(17, 30, 16), "lower bound 17 and upper bound 30"),
+        ("lr", tune.uniform(0.1, 0.01), "no values between its bounds, 0.1 and 0.01"), ("h_2", 64.0, "be 64.0"),
+        ("h_1", tune.qrandint(17, 30, 16), "no values between its bounds, 17 and 30"),
         ("h_1", tune.grid_search([64, 0]), "h_1 cannot be 0"), ("h_1", tune.grid_search([]), "give grid_search a list"),
         ("h_2", tune.randint(0, 9), "h_2 cannot be 0"), ("p_drop", tune.uniform(0, 1), "p_drop cannot be 1"),
         ("batch_size", True, "batch_size cannot be True"), ("schedule", tune.choice(["linear"]), "cannot be 'linear'"),
