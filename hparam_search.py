@@ -67,8 +67,8 @@ QUICK_SPACE = {"epochs": 4, "lr": tune.loguniform(1e-2, 1e-1), "batch_size": 32}
 QUICK_SPACE |= {"h_1": 16, "h_2": tune.grid_search([32, 64])}
 QUICK_IMAGES = {"num_train": 2000, "num_test": 1000, "num_classes": 10}
 
-# The scheduler compares trials at rungs, here after 2, 4, 8 and 16 epochs. With --scheduler promote, the best 6, 3, 2
-# and 2 of 12 trials continue. With 12 trials of the baseline's noisier recipe, use KEEP = 3.
+# The scheduler compares the losses of trials at rungs, here after 2, 4, 8 and 16 epochs. With --scheduler promote, the
+# best 6, 3, 2 and 2 of 12 trials continue. With 12 trials of the baseline's noisier recipe, use KEEP = 3.
 GRACE_PERIOD = 2  # epoch of the first rung
 REDUCTION_FACTOR = 2.0  # promote 1 in this many trials; also the ratio between successive rungs
 KEEP = 2  # promote at least this many at each rung

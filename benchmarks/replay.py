@@ -28,7 +28,7 @@ from hparam_search import MAX_SECONDS_PER_TRIAL, MIN_DELTA, PATIENCE, new_schedu
 from search.records import TRIAL_PREFIX, Trial, new_report
 from search.report import rank_correlation
 from search.sampler import draw_configs
-from search.schedulers import PAUSE, STOP, Promotion, RayScheduler, Scheduler, early_stop, new_rungs
+from search.schedulers import PAUSE, STOP, RayScheduler, Scheduler, early_stop
 from search.settings import Settings
 from search.space import places_of, summarize, value_at
 
@@ -87,12 +87,6 @@ def play(
             beaten.become(end="ended")
 
 
-class ByLoss(Promotion):
-    """Promotion by the loss alone."""
-
-    trend = 0.0
-
-
 def new_schedulers(max_epochs: int) -> dict[str, Callable[[list[Trial]], Scheduler]]:
     """Return name → a function that builds a new scheduler for some trials."""
     settings = {"none": Settings(scheduler="none")}
@@ -106,12 +100,8 @@ def new_schedulers(max_epochs: int) -> dict[str, Callable[[list[Trial]], Schedul
     def build(trials: list[Trial], settings: Settings) -> Scheduler:
         return new_scheduler(SimpleNamespace(settings=settings, own_trials=lambda: trials, history=()), max_epochs)
 
-    def by_loss(trials: list[Trial]) -> Scheduler:
-        return ByLoss(trials, new_rungs(len(trials), 2, 2, 2, max_epochs), max_epochs)
-
     median = partial(MedianStoppingRule, "epoch", "loss", "min", grace_period=3, min_time_slice=math.inf)
     made = {name: partial(build, settings=each) for name, each in settings.items()}
-    made |= {"promote by loss, grace 2, factor 2, keep 2": by_loss}
     return made | {"median, grace 3": lambda trials: RayScheduler(median(), ())}
 
 

@@ -144,22 +144,12 @@ class Promotion(Scheduler):
     free one with nothing better to do continues the best paused trial, as in algorithm 2 of Li et al. 2020, "A System
     for Massively Parallel Hyperparameter Tuning".
 
-    Trials are ranked by where their loss is heading: the loss at the rung plus half of its change since half that epoch
-    (at epoch 8, since epoch 4).
-
     It keeps no state: everything follows from the reports and ends of `trials`, which the search updates.
     """
-
-    trend = 0.5  # weight of the change; see benchmarks/RESULTS.md
 
     def __init__(self, trials: Sequence[Trial], rungs: dict[int, int], max_epochs: int) -> None:
         self.trials, self.rungs = trials, rungs
         self.following = dict(pairwise([*rungs, max_epochs]))
-
-    def standing(self, trial: Trial, reports: Sequence[Report], rung: int) -> tuple[float, str]:
-        """Return the sort key of a trial at a rung, best first: its projected loss, then its name."""
-        loss, before = reports[rung - 1].loss, reports[max(rung // 2, 1) - 1].loss
-        return loss + self.trend * (loss - before), trial.name
 
     def contenders(self, rung: int) -> list[Trial]:
         """Return the trials that reached a rung, best first, except those that ended before the next.
@@ -172,7 +162,7 @@ class Promotion(Scheduler):
             for trial in self.trials
             if len(trial.reports) >= rung and (not (trial.end or trial.error) or len(trial.reports) >= following)
         ]
-        return sorted(found, key=lambda trial: self.standing(trial, trial.reports, rung))
+        return sorted(found, key=lambda trial: (trial.reports[rung - 1].loss, trial.name))
 
     def to_come(self, rung: int) -> int:
         """Return how many trials may still reach a rung."""
@@ -183,8 +173,8 @@ class Promotion(Scheduler):
         rung = report.epoch
         if rung not in self.rungs:
             return CONTINUE
-        own = self.standing(trial, [*trial.reports, report], rung)
-        better = sum(self.standing(each, each.reports, rung) < own for each in self.contenders(rung))
+        others = self.contenders(rung)
+        better = sum((each.reports[rung - 1].loss, each.name) < (report.loss, trial.name) for each in others)
         if better >= self.rungs[rung]:
             return STOP
         others_to_come = self.to_come(rung) - 1
@@ -203,7 +193,7 @@ class Promotion(Scheduler):
         """Return the one of these trials that a free worker takes, or None.
 
         First come trials that were interrupted or failed, then paused ones that are sure to be promoted, then new ones,
-        then the other paused ones. Of paused trials the highest rung comes first, then the best standing.
+        then the other paused ones. Of paused trials the highest rung comes first, then the lowest loss.
         """
         order = {}
         for rung, places in self.rungs.items():

@@ -107,7 +107,7 @@ def test_tables_of_recorded_curves(tmp_path: Path, capsys: pytest.CaptureFixture
     noise = f"loss {0.2 / 2**0.5:.4f}, accuracy {0.1 / 2**0.5:.4f}."
     assert lines[5:10] == [f"Standard deviation between seeds after epoch {i}: {noise}" for i in (2, 4, 8, 16, 20)]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[13:]]
-    assert len(rows) == 2 * (1 + 9 * 4 + 2)
+    assert len(rows) == 2 * (1 + 9 * 4 + 1)
     for draws, name, _, _, epochs, accuracy, lost, *_ in rows:
         assert (accuracy == "0.9500 ± 0.0000") == (draws == "design")
         assert epochs == "100" or name != "none"
