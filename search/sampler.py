@@ -68,8 +68,7 @@ def draw_configs(
             check_value(key, config[key])
         return {key: config[key] for key in summary}
 
-    random = np.random.default_rng([seed, 1])
-    configs = []
+    random, configs = np.random.default_rng(seed), []
     for values in to_plain(first_trials):
         drawn = {key: value_at(random.random(), entry) for key, entry in (grids | others).items()}
         configs.append(complete(drawn | values))
@@ -78,7 +77,6 @@ def draw_configs(
     taken = {key: [place_of(config[key], entry, random) for config in known] for key, entry in others.items()}
     halves = [samples[0] // 2**k for k in range(16, 0, -1) if samples[0] % 2**k == 0]  # 12 is drawn as 3, 6, 12
     for count in np.diff([0, *halves, *samples]):
-        random = np.random.default_rng([seed, 0, len(owners)])
         new = {key: spread(places, owners, len(points), count, random) for key, places in taken.items()}
         for i, point in itertools.product(range(count), points):
             drawn = {key: value_at(places[numbers[point]][i], others[key]) for key, places in new.items()}
