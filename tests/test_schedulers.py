@@ -1,6 +1,7 @@
 import os
 import random
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ import hparam_search
 from search.files import read_lines
 from search.records import LOG_FILE, METRICS, Trial
 from search.referee import TrialQueue
+from search.sampler import draw_configs
 from search.schedulers import CONTINUE, PAUSE, STOP, Promotion, early_stop, new_rungs
+from search.settings import Settings
 from search.trial import TRAINING_FILE
 from tests.conftest import read_csv, run_search
 from tests.helpers import END, NAN, add, report, search_in, tell
@@ -110,10 +113,12 @@ def test_of_paused_trials_that_may_be_beaten_the_one_at_the_highest_rung_continu
     assert Promotion([low, high, running], {1: 2, 2: 1}, 4).choose([low, high]) is high
 
 
-def scripted(config: dict, images: Path, search_folder: Path, rungs: dict[int, int], **others: object) -> None:
+def scripted(
+    config: dict, images: Path, search_folder: Path, rungs: dict[int, int], fragile: str, **others: object
+) -> None:
     """Report losses that follow from the config, without training.
 
-    The last trial returns before its first rung; the process of the best one dies once, while others are paused.
+    The last trial returns before its first rung; the process of the fragile one dies once, while others are paused.
     """
     name, died = tune.get_context().get_trial_name(), search_folder / "died"
     state = search_folder / name / TRAINING_FILE
@@ -123,7 +128,7 @@ def scripted(config: dict, images: Path, search_folder: Path, rungs: dict[int, i
     for epoch in range(1, config["epochs"] + 1):
         if name.endswith("11") and epoch == min(rungs):
             return
-        if name.endswith("03") and epoch == 5 and not died.exists():
+        if name == fragile and epoch == 5 and not died.exists():
             died.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         if epoch in rungs and epoch > restored:
@@ -138,7 +143,10 @@ def test_search_with_several_trials_at_once_promotes_the_best_though_the_last_fa
 ) -> None:
     at_once, folder = 2, tmp_path / "it"
     monkeypatch.setattr(hparam_search.tuner, "machines", lambda: [(at_once, 0)])
-    monkeypatch.setattr(hparam_search, "train_cifar", scripted)
+    space, _ = hparam_search.search_space(Settings(quick=True, max_epochs=10))
+    rates = [config["lr"] for config in draw_configs(space, [6], 0)]
+    best = f"train_cifar_{rates.index(min(rates[:11])):05}"
+    monkeypatch.setattr(hparam_search, "train_cifar", partial(scripted, fragile=best))
     assert run_search(folder, "--num-samples", 6, "--max-epochs", 10, "--time-budget", "1h") == 1  # without weights
     rows = read_csv(folder)
     assert [row["status"] for row in rows] == ["TERMINATED"] * 11 + ["ERROR"]
@@ -148,7 +156,7 @@ def test_search_with_several_trials_at_once_promotes_the_best_though_the_last_fa
         assert all(row in passed for row in by_loss[:places])
         assert len(passed) <= places + at_once - 1
     assert not list(folder.glob(f"*/{TRAINING_FILE}"))
-    sentence = "Restarting train_cifar_00003, which failed: The actor died unexpectedly before finishing this task."
+    sentence = f"Restarting {best}, which failed: The actor died unexpectedly before finishing this task."
     assert sentence in capsys.readouterr().err
     events = read_lines(folder / LOG_FILE)[0]
     assert any(event.get("paused") for event in events)
