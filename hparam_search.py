@@ -6,8 +6,8 @@
     python hparam_search.py --warm-start outputs/NAME  # start a new one with its trials, after editing param_space
     tensorboard --logdir outputs                       # watch it
 
-Edit `param_space` to search something else: Ray Tune's `tune.grid_search`, `tune.choice`, `tune.uniform` and
-`tune.loguniform` search a hyperparameter; a plain value fixes it.
+Edit `param_space` to search something else: Ray Tune's functions, such as `tune.grid_search`, `tune.choice`,
+`tune.uniform` and `tune.loguniform`, search a hyperparameter; a plain value fixes it.
 """
 
 import contextlib

@@ -1,10 +1,10 @@
-"""Record the learning curves of configs drawn from param_space, to compare schedulers on (see benchmarks.replay).
+"""Record learning curves of configs drawn from param_space, for benchmarks.replay to compare draws and schedulers on.
 
     python -m benchmarks.curves                                                   # CIFAR-100, on a GPU
     python -m benchmarks.curves --dataset folder --data-dir data/imagenet32-a --classes 20 --h-1 8 16 --h-2 32 64
 
-Every config is trained to its last epoch. benchmarks/curves/ gets a CSV per recipe, with a row per epoch. If
-interrupted, the command continues with the missing configs.
+Every config is trained to its last epoch. benchmarks/curves/ gets a CSV per recipe, with a row per epoch. After
+an interruption, run the same command again to record the missing configs.
 """
 
 import argparse
@@ -61,8 +61,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=param_space["epochs"])
     parser.add_argument("--samples", type=int, default=15, help="draws for each pair of widths (default: %(default)s)")
     parser.add_argument("--recipe", choices=recipes.NAMED, default="default")
-    parser.add_argument("--seed", type=int, default=0, help="of draws and trainings (default: 0)")
-    parser.add_argument("--seeds", type=int, default=1, help="of the best 5 configs (default: 1)", metavar="N")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of draws and training (default: 0)")
+    parser.add_argument(
+        "--seeds", type=int, default=1, help="train the best 5 configs with this many seeds (default: 1)", metavar="N"
+    )
     parser.add_argument("--output", type=Path, default=FOLDER)
     args = parser.parse_args(argv)
     dataset = recipes.first_classes(read_images(args.dataset, args.data_dir, {}), args.classes)

@@ -1,11 +1,11 @@
-"""Simulate searches on recorded curves: what the search's draws and schedulers, and others, find, spend and lose.
+"""Simulate searches on recorded curves, to compare draws and schedulers: accuracy found, epochs spent, winners lost.
 
     python -m benchmarks.curves …     # records benchmarks/curves/*.csv
-    python -m benchmarks.replay       # prints a table, in some ten minutes
+    python -m benchmarks.replay       # prints a table, in about ten minutes
 
-A drawn config gets the curve and epoch times of the nearest recorded one with the same widths, by the logarithms of
-learning rate and dropout. Several trials can run at once. The winner, the trial that would be the most accurate if all
-were trained to the end, is lost if it is stopped before reaching that accuracy.
+A drawn config gets the curve and epoch times of the nearest recorded one with the same widths, on the logarithmic
+scales of learning rate and dropout. Several trials can run at once. The winner is the trial that would be the most
+accurate if all were trained to the end; it is lost if no trial reaches its accuracy.
 """
 
 import argparse
@@ -44,10 +44,10 @@ def new_trials(count: int) -> list[Trial]:
 def play(
     curves: dict[Trial, Curve], scheduler: Scheduler, stop: Callable[[list], str | None] | None, at_once: int
 ) -> tuple[float, int]:
-    """Simulate a search, in which the trials get their reports, and return its idle time and training states.
+    """Simulate a search, which adds the reports to its trials, and return its idle time and number of training states.
 
-    Idle are the seconds in which workers had nothing to do, until the last trial ended, summed over the workers. The
-    states are the most trials that were paused or running at a time, each with a training state on disk.
+    Idle time: how long workers had nothing to do until the last trial ended, in seconds, summed over the workers.
+    Training states: the most trials that were paused or running at a time, each with a training state on disk.
 
     Args:
         curves: its trials, in starting order, and their curves.
@@ -165,10 +165,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print a table of draws and schedulers, for several numbers of trials, and of trials at once."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--curves", type=Path, default=FOLDER / "default.csv")
-    parser.add_argument("--trials", type=int, nargs="+", default=[12, 24, 48], help="per search (default: %(default)s)")
-    parser.add_argument("--searches", type=int, default=400, help="per row (default: %(default)s)")
-    parser.add_argument("--at-once", type=int, nargs="+", default=[1], help="trials (default: %(default)s)")
-    parser.add_argument("--draws", nargs="+", choices=DRAWS, default=DRAWS[:1], help="(default: design)")
+    parser.add_argument(
+        "--trials", type=int, nargs="+", default=[12, 24, 48], help="per simulated search (default: %(default)s)"
+    )
+    parser.add_argument("--searches", type=int, default=400, help="simulated per row (default: %(default)s)")
+    parser.add_argument(
+        "--at-once", type=int, nargs="+", default=[1], help="how many trials run at once (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--draws",
+        nargs="+",
+        choices=DRAWS,
+        default=DRAWS[:1],
+        help="the search's own, or independent ones (default: design)",
+    )
     parser.add_argument("--schedulers", nargs="+", metavar="NAME", help="names from the table (default: all)")
     parser.add_argument("--early-stopping", action="store_true", help="let trials also end by themselves")
     args = parser.parse_args(argv)

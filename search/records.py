@@ -167,7 +167,7 @@ class Search:
             started: trials begin to run, on these resources.
             begun: a trial is handed to a worker, to start or to continue, but not as Tune itself restarts it.
             reported: a trial's epoch has these metrics; the trial ends for this reason, is paused, or continues.
-            restarted: a trial continues after this epoch, perhaps as it had failed; its later reports are void.
+            restarted: a trial continues after this epoch, perhaps because it failed; its later reports are void.
             failed: a trial failed with this error.
             ended: a paused trial ends for this reason.
             stopped: no trial runs any more.

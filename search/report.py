@@ -142,8 +142,8 @@ def ranges(search: Search) -> list[str]:
             if places := places_of(trial.config[key], entry):
                 part = min(int(3 * mean(places)), 2) if in_thirds else trial.config[key]
                 best.setdefault(part, getattr(trial.best, metric))
-        parts = dict.fromkeys(range(3), "") if in_thirds else {value: f"{value} " for value in listed(entry)}
-        cells = (name + (f"{best[part]:.4f}" if part in best else "–") for part, name in parts.items())
+        names = dict.fromkeys(range(3), "") if in_thirds else {value: f" ({value})" for value in listed(entry)}
+        cells = ((f"{best[part]:.4f}" if part in best else "–") + name for part, name in names.items())
         lines += wrap(f"  {key}: {', '.join(cells)}", subsequent_indent="    ")
         # Best results are often at an end by chance, so results must also improve towards that end.
         end = {(0, 1, 2): "lower", (2, 1, 0): "upper"}.get(tuple(best)) if in_thirds else None
@@ -151,11 +151,11 @@ def ranges(search: Search) -> list[str]:
         if places and (places[0] <= EDGE if end == "lower" else places[1] >= 1 - EDGE):
             edges.append(f"{key} ({end} end)")
     if lines:
-        lines.insert(0, f"Best {metric} per third of the range (low to high), or per value:")
+        lines.insert(0, f"Best {metric} in each third of the range (low to high), or with each value:")
     if edges:
-        space = "QUICK_SPACE" if search.settings.quick else "param_space"
-        remedy = f"To search beyond it without retraining, widen it in {space} and run"
-        lines += wrap(f"The best value lies at the edge of its range: {', '.join(edges)}. {remedy}")
+        space = "QUICK_SPACE or param_space" if search.settings.quick else "param_space"
+        remedy = f"To search beyond the edge without retraining, widen the range in {space} and run"
+        lines += wrap(f"Best value at the edge of the range: {', '.join(edges)}. {remedy}")
         command = script_command("--warm-start", search.folder, *search.settings.source_flags())
         lines.append(f"    {command}")
     return lines

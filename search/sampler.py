@@ -15,7 +15,7 @@ MAX_TRIALS = 100_000
 
 
 def new_trials(search: Search, space: dict) -> list[Trial]:
-    """Return all trials that a search draws from its space, including those that it has, in starting order.
+    """Return all trials that a search draws from its space, including those that it already has, in starting order.
 
     A valid increase of --num-samples is logged before any trial, so that it survives a kill.
     """
@@ -87,7 +87,7 @@ def draw_configs(
 
 
 def place_of(value: Any, entry: dict, random: np.random.Generator) -> float:
-    """Return a random place at which value_at gives this value, below 1; NaN if the value lies outside the entry."""
+    """Return a random place, below 1, at which value_at gives this value; NaN if the value lies outside the entry."""
     places = places_of(value, entry)
     return min(random.uniform(*places), math.nextafter(1, 0)) if places else math.nan
 
@@ -99,7 +99,7 @@ def spread(
 
     If none is taken, they are a sliced Latin hypercube (Qian 2012, "Sliced Latin Hypercube Designs"): each of
     points · count equal parts of the range has one place, and each of count equal parts has one of every grid point.
-    If the taken places are like that, and as many are added, so are all of them together.
+    If the taken places are one, and as many are added, then all of them together are one, too.
 
     Args:
         taken: the places taken, (T,); NaN outside the range.

@@ -43,7 +43,7 @@ def to_plain(entry: Any) -> Any:
 
 
 def summarize(space: dict) -> dict[str, Any]:
-    """Return a space as JSON can hold it: a fixed value as it is, a searched hyperparameter as a dict.
+    """Return a space in a form that JSON can hold: a fixed value as it is, a searched hyperparameter as a dict.
 
     The dict is {"tune": …, "values": […]} for a grid or choice, {"tune": …, "lower": …, "upper": …} for a range (both
     ends can occur), with "step" if it is quantized, where "tune" names Ray Tune's function; {} for a user's function.
@@ -52,7 +52,7 @@ def summarize(space: dict) -> dict[str, Any]:
 
 
 def summarize_entry(entry: Any) -> Any:
-    """Summarize an entry of a space (see summarize), which is plain."""
+    """Summarize a plain entry of a space (see to_plain and summarize)."""
     match entry:
         case Float() | Integer():
             outer, whole = entry.get_sampler(), isinstance(entry, Integer)
@@ -160,7 +160,7 @@ def on_scale(entry: dict, *values: float) -> list[float]:
 def value_at(place: float, entry: dict) -> Any:
     """Return the value of a searched entry (see summarize) at a place, from 0 (the start) to 1 (the end, excluded).
 
-    Each value of a grid, a choice or a quantized range that is not logarithmic has an equal share of the places.
+    Each value of a grid, a choice or a linear quantized range has an equal share of the places.
     """
     if "values" in entry:
         return listed(entry)[int(place * len(entry["values"]))]
@@ -174,7 +174,7 @@ def value_at(place: float, entry: dict) -> Any:
 
 
 def places_of(value: Any, entry: dict) -> tuple[float, float] | None:
-    """Return the first and last place at which value_at gives this value, or None if it lies outside the entry.
+    """Return the start and end of the places at which value_at gives this value, or None if it lies outside the entry.
 
     A value between two steps of a quantized range gets the width of one step.
     """

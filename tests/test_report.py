@@ -34,17 +34,17 @@ def test_recap_shows_the_best_accuracies_across_each_range(tmp_path: Path) -> No
         ({"lr": 9.0, "h_1": 5, "p_drop": 0.2, "batch_size": 24, "schedule": "cosine"}, [0.6]),  # outside: lr, h_1
         ({"lr": 1e-1, "h_1": 8, "p_drop": 0.2, "batch_size": 26, "schedule": "cosine"}, [-1]),
     ]
-    about = "Best accuracy per third of the range (low to high), or per value:"
+    about = "Best accuracy in each third of the range (low to high), or with each value:"
     assert ranges(tmp_path / "max", trials) == [
         about,
-        "  h_1: 4 0.4000, 8 –, 16 0.7000",
+        "  h_1: 0.4000 (4), – (8), 0.7000 (16)",
         "  p_drop: 0.3000, 0.7000, 0.4000",
         "  lr: 0.4000, –, 0.7000",
         "  batch_size: 0.4000, 0.7000, 0.6000",
-        "  schedule: cosine 0.7000, constant –",
+        "  schedule: 0.7000 (cosine), – (constant)",
     ]
     assert "  lr: 0.1000, –, 0.7000" in ranges(tmp_path / "min", trials[:-2], "min")
-    assert ranges(tmp_path / "none", [])[1:3] == ["  h_1: 4 –, 8 –, 16 –", "  p_drop: –, –, –"]
+    assert ranges(tmp_path / "none", [])[1:3] == ["  h_1: – (4), – (8), – (16)", "  p_drop: –, –, –"]
 
 
 @pytest.mark.parametrize(
@@ -64,8 +64,8 @@ def test_range_is_to_be_widened_if_results_improve_towards_its_edge(
     trials = [({"lr": lr, "h_1": 8, "batch_size": 20}, [i / 10]) for i, lr in enumerate(rates)]
     lines = ranges(tmp_path / "it", trials, mode)
     about = (
-        f"The best value lies at the edge of its range: lr ({end} end). To search beyond it without retraining, widen "
-        f"it in param_space and run     python hparam_search.py --warm-start {tmp_path}/it --output-dir {tmp_path}"
+        f"Best value at the edge of the range: lr ({end} end). To search beyond the edge without retraining, widen the "
+        f"range in param_space and run     python hparam_search.py --warm-start {tmp_path}/it --output-dir {tmp_path}"
     )
     assert " ".join(lines[6:]) == (about if end else "")
 
