@@ -115,9 +115,10 @@ def test_warm_started_search_trains_only_new_trials_and_outlives_its_source(
     assert run_search(folder, "--max-epochs", 9, "--warm-start", earlier) == 2
     assert "no trial of the earlier searches fits; undo the differences above, or " in capsys.readouterr().err
     assert not folder.exists()
-    # A space of learning rates that are too low for any new trial to be good.
+    # Too low learning rates, for one epoch only, so that no new trial is good.
     space = hparam_search.QUICK_SPACE | {"lr": tune.loguniform(1e-6, 1e-5)}
     monkeypatch.setattr(hparam_search, "QUICK_SPACE", space)
+    monkeypatch.setattr(hparam_search, "MAX_SECONDS_PER_TRIAL", 1e-6)
     with monkeypatch.context() as patch:
         patch.setattr(tune, "run", lambda trial, **options: None)  # killed as it starts
         run_search(folder, "--num-samples", 1, "--max-epochs", 10, "--warm-start", earlier)
