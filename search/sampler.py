@@ -99,7 +99,7 @@ def spread(
 
     If none is taken, they are a sliced Latin hypercube (Qian 2012, "Sliced Latin Hypercube Designs"): each of
     points · count equal parts of the range has one place, and each of count equal parts has one of every grid point.
-    If the taken places are one, and as many are added, then all of them together are one, too.
+    If the taken places form such a hypercube and as many are added, all of them together form one, too.
 
     Args:
         taken: the places taken, (T,); NaN outside the range.
