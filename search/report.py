@@ -128,7 +128,8 @@ def rungs(search: Search, ended: list[Trial]) -> list[str]:
     if len(survivors) >= 3:
         early, final = [score(t.reports[first - 1]) for t in survivors], [score(t.best) for t in survivors]
         agreement = f"{rank_correlation(early, final):+.2f} ({len(survivors)} trials)"
-    return [f"Epochs trained: {spent}.", f"Rank agreement between epoch {first} and the end: {agreement}."]
+    lines = [f"Epochs trained: {spent}.", f"Rank agreement between epoch {first} and the end: {agreement}."]
+    return lines if any(trial.config["epochs"] > first for trial in ended) else lines[:1]
 
 
 def ranges(search: Search) -> list[str]:

@@ -81,6 +81,9 @@ def test_rungs_and_repeats_are_summarized(tmp_path: Path) -> None:
         (6, ["Epochs trained: 2 (2 trials), 3 (4 trials).", f"{about}: +0.50 (3 trials)."]),
     ):
         assert reports.rungs(search, ended[:count]) == lines
+    short = search_in(tmp_path / "short", grace_period=CONFIG["epochs"])  # no trial can go beyond its first rung
+    add(short, 0.1)
+    assert reports.rungs(short, short.ended()) == ["Epochs trained: 1 (1 trial)."]
     assert reports.repeats(search) == []
     for i, accuracies in ((1, (0.1, -1, -1)), (2, (0.80, 0.82, -1)), (3, (0.79, 0.81, 0.83))):
         for accuracy in accuracies:
