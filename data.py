@@ -33,7 +33,6 @@ DOWNLOAD_TIMEOUT = 10  # seconds to wait for an answer
 PICTURES_AT_ONCE = 50  # pictures that a thread reads before it reports
 FAULTS_NAMED = 5  # maximum number of unreadable pictures to name
 MAX_PIXELS = 50_000_000  # per picture; 150 MB when decoded
-CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # hold the quotas of containers and jobs
 LITTER = {"thumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir"}  # left in folders, besides hidden files
 
 
@@ -198,7 +197,7 @@ def _read_pictures(paths: list[str], folder: Path, faults: list[InputError]) -> 
     Image.init()  # the others; several threads must not load them at once
     pictures: list = []
     parts = [paths[i : i + PICTURES_AT_ONCE] for i in range(0, len(paths), PICTURES_AT_ONCE)]
-    with ThreadPoolExecutor(usable_cpus()) as readers:  # Pillow releases Python's global lock while decoding
+    with ThreadPoolExecutor() as readers:  # Pillow releases Python's global lock while decoding
         for part in readers.map(lambda part: [_read_picture(path) for path in part], parts):
             pictures += part
             if sys.stdout.isatty():
@@ -393,20 +392,3 @@ class Batches:
 def epoch_seed(seed: int, epoch: int) -> int:
     """Return a seed for one epoch, from 0 to 2**63 - 1, different for each seed and epoch."""
     return (seed * 1_000_003 + epoch) % 2**63
-
-
-def usable_cpus() -> int:
-    """Return how many CPUs this process may use, by its affinity (taskset, SLURM) and the quotas of its cgroups."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    paths = {Path()}  # a container sees its own cgroup as the root
-    with contextlib.suppress(OSError):
-        for line in OWN_CGROUPS.read_text().splitlines():
-            path = Path(line.split(":", 2)[2].lstrip("/"))
-            paths |= {path, *path.parents}
-    for folder in (root / path for root in (CGROUPS, CGROUPS / "cpu", CGROUPS / "cpu,cpuacct") for path in paths):
-        for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):  # of cgroup v2, and of v1
-            with contextlib.suppress(OSError, ValueError):  # no such file; no quota ("max")
-                quota, period = map(int, " ".join((folder / name).read_text() for name in names).split())
-                if quota > 0:
-                    count = min(count, max(1, quota // period))
-    return count

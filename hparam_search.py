@@ -16,19 +16,20 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # run what follows as a module, which is imported while Ray starts
     sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH=1 omits this folder
+    from search.launch import launch
+
+    sys.exit(launch(__file__, __doc__))
 
 from search.settings import PROGRAM, Settings, parse_args  # before Ray: sets what Ray reads when imported
 
-if __name__ == "__main__":
-    parse_args(None, __doc__)  # answers --help and bad flags before the slow imports
-
+# isort: split
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 
 from data import Dataset, read_images
-from search import console, records, report, sampler, schedulers, space, trackers, tuner, warm_start
+from search import console, ray_runtime, records, report, sampler, schedulers, space, trackers, tuner, warm_start
 from search.display import Display
 from search.finish import finish, write_interim
 from search.referee import Referee, TimeBudget, TrialQueue, Watcher
@@ -130,17 +131,17 @@ def new_search(settings: Settings, tracking: trackers.Trackers) -> int:
     settings = schedulers.with_knobs(settings, entries["epochs"], GRACE_PERIOD, REDUCTION_FACTOR, KEEP)
     configs = sampler.draw_configs(entries, [settings.num_samples], settings.seed, summary["first_trials"])
     records.new_folder(settings)  # like the line above, rejects bad input before the images are read
-    with contextlib.ExitStack() as locks:
+    with contextlib.ExitStack() as locks, ray_runtime.running_ray(settings):
         earlier = [locks.enter_context(warm_start.earlier_search(Path(path))) for path in settings.warm_start or ()]
         dataset = read_images(**image_source(settings))
-        with tuner.running_ray(settings):
-            tuner.share_resources(settings, len(configs))  # refuses flags that exceed this machine
-            with records.creating_search(settings, summary, dataset, objective) as search:
-                warm_start.take(search, earlier)
-                search.draw(sampler.new_trials(search, entries))
-            locks.close()
-            with records.lock_search(search.folder):
-                return run(search, entries, dataset, tracking)
+        ray_runtime.wait_for_ray()
+        tuner.share_resources(settings, len(configs))  # refuses flags that exceed this machine
+        with records.creating_search(settings, summary, dataset, objective) as search:
+            warm_start.take(search, earlier)
+            search.draw(sampler.new_trials(search, entries))
+        locks.close()
+        with records.lock_search(search.folder):
+            return run(search, entries, dataset, tracking)
 
 
 def resume_search(folder: Path, changes: dict, tracking: trackers.Trackers) -> int:
@@ -151,8 +152,9 @@ def resume_search(folder: Path, changes: dict, tracking: trackers.Trackers) -> i
             return finish(search, partial(load_images, search), image_source(search.settings), MODELS_KEPT)
         entries, summary = search_space(search.settings)
         records.check_unchanged(search, summary, records.Objective(METRIC, MODE))
-        dataset = load_images(search)
-        with tuner.running_ray(search.settings):
+        with ray_runtime.running_ray(search.settings):
+            dataset = load_images(search)
+            ray_runtime.wait_for_ray()
             tuner.share_resources(search.settings, 1)  # before they are written
             search.draw(sampler.new_trials(search, entries))
             search.write()
@@ -168,6 +170,7 @@ def run(search: records.Search, entries: dict, dataset: Dataset, tracking: track
     except BaseException:
         write_interim(search)
         raise
+    ray_runtime.stop_ray()  # while the best model is tested
     return finish(search, lambda: dataset, image_source(search.settings), MODELS_KEPT)
 
 
@@ -209,24 +212,21 @@ def fit(
             console.run_in_thread(run_trials, watcher.stop)
 
 
+def run_command(argv: Sequence[str] | None = None) -> int:
+    """Do what the command line asks for, and return the exit code."""
+    settings, given = parse_args(argv, __doc__)
+    if settings.list:
+        print(report.list_searches(Path(settings.output_dir)))
+        return 0
+    space.check_constants(globals())
+    folder = Path(settings.resume or Path(settings.output_dir, settings.name or ""))
+    with contextlib.closing(trackers.Trackers(callbacks)) as tracking:
+        if settings.resume or (settings.or_resume and (folder / records.SEARCH_FILE).exists()):
+            changes = {key: value for key, value in given.items() if key not in ("resume", "or_resume")}
+            return resume_search(folder, changes, tracking)
+        return new_search(settings, tracking)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line, and return its exit code (see run_program)."""
-
-    def work() -> int:
-        settings, given = parse_args(argv, __doc__)
-        if settings.list:
-            print(report.list_searches(Path(settings.output_dir)))
-            return 0
-        space.check_constants(globals())
-        folder = Path(settings.resume or Path(settings.output_dir, settings.name or ""))
-        with contextlib.closing(trackers.Trackers(callbacks)) as tracking:
-            if settings.resume or (settings.or_resume and (folder / records.SEARCH_FILE).exists()):
-                changes = {key: value for key, value in given.items() if key not in ("resume", "or_resume")}
-                return resume_search(folder, changes, tracking)
-            return new_search(settings, tracking)
-
-    return console.run_program(PROGRAM, work)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    """Do what run_command does, but turn errors and signals into sentences and exit codes (see run_program)."""
+    return console.run_program(PROGRAM, partial(run_command, argv))

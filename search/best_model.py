@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from data import Dataset, InputError, usable_cpus
+from data import Dataset, InputError
 from model import SmallResNet
 from search.files import atomic_write, explain_failure, load_tensors, loads, write_json
+from search.ray_runtime import usable_cpus
 from search.records import Objective, Search, Trial, short_path
 from search.space import check_value
 from search.tensorboard import show_predictions

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from typing import Any
 
-from data import InputError
 from search.settings import PROGRAM
 
 LAST_SECONDS = 12  # maximum time to stop after a signal
@@ -36,9 +35,11 @@ def run_program(name: str, work: Callable[[], int]) -> int:
             return work()
         except SystemExit as end:  # argparse has printed why
             return int(end.code or 0)
-        except (InputError, OSError) as error:
+        except (ValueError, OSError) as error:
+            if not (is_input_error(error) or isinstance(error, OSError)):
+                raise
             print_error(error, name)
-            return 2 if isinstance(error, InputError) else 1
+            return 2 if is_input_error(error) else 1
         except RuntimeError as error:
             reason = str(error).splitlines()[0].rstrip(".")
             if "CUDA" in reason or "cuDNN" in reason:
@@ -54,6 +55,13 @@ def run_program(name: str, work: Callable[[], int]) -> int:
             threading.excepthook = hook
 
 
+def is_input_error(error: Exception) -> bool:
+    """Return whether an exception is an InputError, whose module imports torch."""
+    from data import InputError
+
+    return isinstance(error, InputError)
+
+
 @contextlib.contextmanager
 def carry_on(failures: list[Exception]) -> Iterator[None]:
     """Report an exception in the block in one sentence and append it to `failures` instead of raising it."""
@@ -61,7 +69,7 @@ def carry_on(failures: list[Exception]) -> Iterator[None]:
         yield
     except Exception as error:
         failures.append(error)
-        expected = isinstance(error, (InputError, OSError))
+        expected = is_input_error(error) or isinstance(error, OSError)
         text = str(error) if expected else f"{type(error).__name__}: {error}"
         print_error(text.splitlines()[0].rstrip("."))
 

@@ -17,9 +17,10 @@ from pathlib import Path
 
 import torch
 
-from data import Dataset, InputError, read_images, usable_cpus
+from data import Dataset, InputError, read_images
 from search.best_model import read_model, write_model
 from search.console import run_program
+from search.ray_runtime import usable_cpus
 from search.records import Objective, is_empty, new_folder, short_path
 from search.settings import Parser, Settings, absolute_path, add_device, flag, folder_name
 from search.space import check_space, check_value
