@@ -18,6 +18,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import ray
+from ray._private.node import Node
 
 from search import cluster_address
 from search.settings import Settings
@@ -27,6 +28,9 @@ LONGEST_TEMP_DIR = 30  # bytes; the paths of Ray's sockets below it are limited 
 # Below these limits (open files; threads, and more per CPU), Ray hung or crashed on two cores.
 FEWEST_FILES, FEWEST_THREADS, THREADS_PER_CPU = 80, 200, 25
 WARM = ("search.trial", "torch._dynamo")  # what a worker imports before it has a trial; optimizers import the second
+# Programs that a local Ray starts for its dashboard, for autoscaling and for showing what workers print. They would take
+# 1.6 s of a core, 0.25 GB, and a second each at the start and the end, for nothing.
+UNUSED = ("start_api_server", "start_monitor", "start_log_monitor")
 MAX_WARM = 16  # maximum number of workers that do: each takes 4 s of a core, and 0.3 GB
 TRIALS_PER_GPU = 2  # by default, at most
 DEVICES = ("nvidia*", "nvhost*", "kfd", "dxg")  # in /dev: what a GPU that torch can use has at least one of
@@ -198,6 +202,8 @@ def local_options(settings: Settings) -> dict:
     cpus, gpus, per_trial = usable_cpus(), usable_gpus(settings), settings.gpus_per_trial
     if gpus and not settings.cpus_per_trial:  # Ray starts a worker per CPU, of which trials on GPUs hardly need any
         cpus = min(cpus, gpus * max(TRIALS_PER_GPU, int(1 / per_trial) if per_trial else 0))
+    for name in UNUSED:
+        setattr(Node, name, lambda self, **options: None)
     options = {"address": "local", "num_cpus": cpus, "num_gpus": gpus}
     # Workers whose environment differs from Ray's own would be started anew, so the code comes by PYTHONPATH.
     return options | ({"_system_config": {"preload_python_modules": WARM}} if cpus <= MAX_WARM else {})
