@@ -8,7 +8,7 @@ import functools
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -132,10 +132,12 @@ def new_model(config: dict, num_classes: int) -> SmallResNet:
     return SmallResNet(**arguments(config, MODEL), num_classes=num_classes)
 
 
-def new_training(config: dict, num_classes: int, device: torch.device) -> Training:
-    """Build a model with weights drawn from config["seed"], its moving average and its optimizer."""
-    torch.manual_seed(config["seed"])
-    model = new_model(config, num_classes).to(device, memory_format=torch.channels_last)
+def new_training(config: dict, num_classes: int, device: torch.device, model: SmallResNet | None = None) -> Training:
+    """Build the moving average and the optimizer of a model; without one, draw its weights from config["seed"]."""
+    if model is None:
+        torch.manual_seed(config["seed"])
+        model = new_model(config, num_classes)
+    model = model.to(device, memory_format=torch.channels_last)
     averaged = AveragedModel(model) if config["ema_decay"] > 0 else None
     return Training(model, averaged, new_optimizer(model, config))
 
@@ -247,6 +249,7 @@ def evaluation_batches(dataset: Dataset, split: str, device: torch.device) -> Ba
     return Batches(images, labels, EVALUATION_BATCH_SIZE, dataset.mean, dataset.std)
 
 
+@torch.inference_mode()
 def logits_of(model: nn.Module, batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the logits (B, C) and labels (B,) of an epoch of batches, on their device."""
     model.eval()
@@ -258,23 +261,25 @@ def logits_of(model: nn.Module, batches: Batches) -> Iterator[tuple[Tensor, Tens
         yield logits, labels
 
 
-@torch.inference_mode()
+def score(outputs: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:
+    """Return the mean cross-entropy (nats) and the accuracy (0 to 1) of logits_of's outputs; NaN without any."""
+    sums, count = torch.zeros(2), 0
+    for logits, labels in outputs:
+        loss = F.cross_entropy(logits.float(), labels, reduction="sum")
+        sums = sums.to(loss.device) + torch.stack([loss, (logits.argmax(1) == labels).sum()])
+        count += len(labels)
+    mean_loss, accuracy = (sums.double() / count).tolist() if count else (math.nan, math.nan)
+    return mean_loss, accuracy
+
+
 def evaluate(model: nn.Module, batches: Batches) -> tuple[float, float]:
     """Return the mean cross-entropy, in nats, and the accuracy, from 0 to 1; NaN without images."""
-    if not len(batches):
-        return math.nan, math.nan
-    sums = torch.zeros(2, device=batches.images.device)
-    for logits, labels in logits_of(model, batches):
-        loss = F.cross_entropy(logits.float(), labels, reduction="sum")
-        sums += torch.stack([loss, (logits.argmax(1) == labels).sum()])
-    loss, correct = sums.tolist()
-    return loss / len(batches.images), correct / len(batches.images)
+    return score(logits_of(model, batches))
 
 
-@torch.inference_mode()
-def predict(model: nn.Module, batches: Batches) -> Tensor:
-    """Return the class probabilities of each image, float32 (N, C), on the CPU."""
-    return torch.cat([logits.float() for logits, _ in logits_of(model, batches)]).softmax(1).cpu()
+def probabilities(outputs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return the class probabilities of what logits_of yields, float32 (N, C), on the CPU."""
+    return torch.cat([logits.float() for logits, _ in outputs]).softmax(1).cpu()
 
 
 # --- Below: the machinery of a fast step ------------------------------------------------------------------------------

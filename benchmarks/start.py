@@ -3,8 +3,8 @@
 python -m benchmarks.start --quick
 python -m benchmarks.start --quick --rounds 5 --reference ../another_checkout    # in turn with another version
 
-The other flags are those of hparam_search.py; --output-dir and --name are overridden. Figures are medians of the rounds.
-Memory is the peak of the search's own process, and of the largest worker, taken from /proc, hence only on Linux.
+The other flags are those of hparam_search.py; --output-dir and --name are overridden. The figures are medians of the
+rounds; the last two, from /proc and hence only on Linux, are peaks of the search's own process and of any worker.
 """
 
 import argparse

@@ -8,13 +8,12 @@ metrics.json   its trial_id and epoch, val_loss, val_accuracy, test_loss, test_a
 import contextlib
 import copy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from data import Dataset, InputError
 from model import SmallResNet
@@ -23,56 +22,62 @@ from search.ray_runtime import usable_cpus
 from search.records import Objective, Search, Trial, short_path
 from search.space import check_value
 from search.tensorboard import show_predictions
-from search.trial import load_weights, save_weights, weights_path
-from train import DEFAULTS, MODEL, best_device, evaluate, evaluation_batches, new_model, predict
+from search.trial import loaded_model, save_weights, weights_path
+from train import DEFAULTS, MODEL, best_device, evaluation_batches, logits_of, probabilities, score
 
 BEST_MODEL = "best_model"
 WEIGHTS, CONFIG, METRICS = "weights.pt", "config.json", "metrics.json"
 
 
-def evaluate_best_model(search: Search, dataset: Dataset, source: dict) -> dict | None:
+def evaluate_best_model(search: Search, dataset: Dataset, source: dict) -> tuple[dict | None, Tensor | None]:
     """Test the best trial's model, once, and write best_model/; source is the arguments of data.read_images.
 
     If its weights are damaged or missing, say so on stderr and use those of the next best trial. Returns the content of
-    metrics.json, or None if no trial has a model. Raises InputError if model.py no longer fits the weights.
+    metrics.json, and the model's class probabilities of each test image, float32 (N, C); None if no trial has a model.
+    Raises InputError if model.py no longer fits the weights.
     """
     folder = search.folder / BEST_MODEL
     if folder.exists() and not read_metrics(folder):
         print(f"{short_path(folder)} is damaged; rebuilding it.", file=sys.stderr)
-    torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
     for i, trial in enumerate(search.ranking()):
         path = weights_path(search.folder / trial.name, trial.best.epoch)
         if model := load_model(path, trial.config, dataset.classes):
-            loss, accuracy = on_test_images(search, model, dataset, evaluate)
+            outputs = on_test_images(search, model, dataset)
+            loss, accuracy = score(outputs)
             metrics = reported(search, trial) | {"test_loss": loss, "test_accuracy": accuracy}
             with contextlib.suppress(OSError):  # so that a kill from here on does not cost TensorBoard's pictures
                 search.record("tested")
             write_model(folder, model, trial.config, dataset, source, search.objective, metrics)
-            return metrics
+            return metrics, probabilities(outputs)
         if i == 0 or path.exists():
             print(f"{trial.name} was better, but its weights are damaged or missing.", file=sys.stderr)
-    return None
+    return None, None
 
 
-def show_best_model(search: Search, dataset: Dataset) -> None:
-    """Write what the model in best_model/ predicts for the test images into TensorBoard's events, and record that."""
-    model, _ = read_model(search.folder / BEST_MODEL)
-    probabilities = on_test_images(search, model, dataset, predict)
+def show_best_model(search: Search, dataset: Dataset, predicted: Tensor | None) -> None:
+    """Show in TensorBoard what the model in best_model/ predicts for the test images, and record that.
+
+    predicted is the second value of evaluate_best_model, if an earlier process did not test the model.
+    """
+    if predicted is None:
+        model, _ = read_model(search.folder / BEST_MODEL)
+        predicted = probabilities(on_test_images(search, model, dataset))
     with explain_failure(search.folder / "events.out.tfevents"):
-        show_predictions(search.folder, probabilities, dataset)
+        show_predictions(search.folder, predicted, dataset)
     search.record("shown")
 
 
-def on_test_images(search: Search, model: nn.Module, dataset: Dataset, function: Callable) -> Any:
-    """Return function(model, batches of the test images), computed on the GPU if the search may use one.
+def on_test_images(search: Search, model: nn.Module, dataset: Dataset) -> list[tuple[Tensor, Tensor]]:
+    """Return what logits_of yields for the test images, computed on the GPU if the search may use one.
 
     If the GPU fails, say so on stderr and use the CPU.
     """
+    torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
     device = torch.device("cpu") if search.settings.gpus_per_trial == 0 else best_device()
     while True:
         try:
             on_device = copy.deepcopy(model).to(device, memory_format=torch.channels_last)
-            return function(on_device, evaluation_batches(dataset, "test", device))
+            return list(logits_of(on_device, evaluation_batches(dataset, "test", device)))
         except RuntimeError as error:
             if device.type == "cpu":
                 raise
@@ -149,8 +154,5 @@ def load_model(weights: Path, config: dict, classes: Sequence[str]) -> SmallResN
 
     Raises InputError if model.py no longer fits them.
     """
-    if (state := load_tensors(weights)) is None:
-        return None
-    model = new_model(config, len(classes))
-    load_weights(model, state, weights)
-    return model
+    state = load_tensors(weights)
+    return None if state is None else loaded_model(config, len(classes), state, weights)

@@ -17,7 +17,7 @@ def model_cost(config: dict, num_classes: int) -> dict[str, float]:
     """Return how many parameters a config's model has, and the GFLOP of its forward pass per image.
 
     FLOP are the multiplications and additions of convolutions and linear layers. Returns {} if the config is
-    incomplete, or the model cannot run on the meta device.
+    incomplete, or the model cannot be built on the meta device.
     """
     try:
         # Dropout costs nothing, and would differ between most configs.
@@ -34,8 +34,10 @@ def measure(num_classes: int, **config: object) -> dict[str, float]:
     def count(layer: nn.Conv2d | nn.Linear, _: object, output: Tensor) -> None:
         flop.append(2 * layer.weight[0].numel() * output.numel())
 
-    with torch.device("meta"), torch.inference_mode():
+    with torch.device("meta"):  # draws no weights
         model = new_model(config, num_classes).eval()
+    model.to_empty(device="cpu")  # running it on the meta device would import torch._dynamo, for two seconds
+    with torch.inference_mode():
         for layer in model.modules():
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 layer.register_forward_hook(count)

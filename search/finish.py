@@ -24,15 +24,15 @@ def finish(search: Search, load_images: Callable[[], Dataset], source: dict, mod
         models_kept: how many of the best trials keep their weights; None for all.
     """
     failures: list[Exception] = []
-    load_images, metrics = functools.cache(load_images), None
+    load_images, metrics, predicted = functools.cache(load_images), None, None
     with carry_on(failures):
         metrics = best_model.read_best_model(search)
         if not metrics and search.ranking():
-            metrics = best_model.evaluate_best_model(search, load_images(), source)
+            metrics, predicted = best_model.evaluate_best_model(search, load_images(), source)
     missing = not (metrics or failures)
     with carry_on(failures):
         if metrics and search.unseen:
-            best_model.show_best_model(search, load_images())
+            best_model.show_best_model(search, load_images(), predicted)
     with carry_on(failures):
         prune(search, [trial for trial in search.trials.values() if trial.end], models_kept)
     with carry_on(failures):

@@ -13,7 +13,7 @@ from data import Batches, read_picture
 from search.best_model import read_model
 from search.console import run_program
 from search.settings import Parser, add_device
-from train import EVALUATION_BATCH_SIZE, best_device, predict
+from train import EVALUATION_BATCH_SIZE, best_device, logits_of, probabilities
 
 PROGRAM = "python -m search.predict"
 CLASSES_SHOWN = 5
@@ -33,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         images = torch.stack([read_picture(path) for path in args.pictures]).to(device)
         no_labels = torch.zeros(len(images), device=device)
         batches = Batches(images, no_labels, EVALUATION_BATCH_SIZE, about["mean"], about["std"])
-        for path, row in zip(args.pictures, predict(model.to(device), batches), strict=True):
+        rows = probabilities(logits_of(model.to(device), batches))
+        for path, row in zip(args.pictures, rows, strict=True):
             print(path)
             for probability, i in zip(*row.topk(min(CLASSES_SHOWN, len(row))), strict=True):
                 print(f"  {probability:.4f}  {about['classes'][i]}")

@@ -27,9 +27,9 @@ CODE = Path(__file__).resolve().parents[1]
 LONGEST_TEMP_DIR = 30  # bytes; the paths of Ray's sockets below it are limited to 107
 # Below these limits (open files; threads, and more per CPU), Ray hung or crashed on two cores.
 FEWEST_FILES, FEWEST_THREADS, THREADS_PER_CPU = 80, 200, 25
-WARM = ("search.trial", "torch._dynamo")  # what a worker imports before it has a trial; optimizers import the second
-# Programs that a local Ray starts for its dashboard, for autoscaling and for showing what workers print. They would take
-# 1.6 s of a core, 0.25 GB, and a second each at the start and the end, for nothing.
+WARM = ("search.trial", "torch._dynamo")  # what a worker imports before it has a trial; optimizers need the second
+# Programs of a local Ray for its dashboard, for autoscaling and for showing what workers print. For nothing they would
+# take 1.6 s of a core, 0.25 GB, and a second at the start and at the end.
 UNUSED = ("start_api_server", "start_monitor", "start_log_monitor")
 MAX_WARM = 16  # maximum number of workers that do: each takes 4 s of a core, and 0.3 GB
 TRIALS_PER_GPU = 2  # by default, at most
@@ -37,13 +37,14 @@ DEVICES = ("nvidia*", "nvhost*", "kfd", "dxg")  # in /dev: what a GPU that torch
 CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # hold the quotas of containers and jobs
 # Ray's messages that the search replaces with its own, or that are about files that nothing here needs.
 HIDDEN = ("Trials did", "Token auth", "Failed to fetch", "Caught exception", "Saving experiment", "Experiment state")
-HIDDEN += ("SIGTERM handler is not set",)
+NO_HANDLER = "SIGTERM handler is not set"  # another one, as Ray starts in a thread
 
 
 class RayThread(threading.Thread):
     """Starts Ray, or joins the cluster at RAY_ADDRESS, and shuts it down once `over` is set.
 
-    If Ray has `died`, its files are kept, as its logs may say why. Linux ends Ray's processes when the thread that started them ends, so this one lives as long as they should.
+    If Ray has `died`, its files are kept, as its logs may say why. Linux ends Ray's processes when the thread that
+    started them ends, so this one lives as long as they should.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -107,10 +108,12 @@ def stop_ray() -> None:
 
 @contextlib.contextmanager
 def started_ray(settings: Settings) -> Iterator[contextlib.ExitStack]:
-    """Start Ray, or join the cluster at RAY_ADDRESS; shut it down after the block. Yields what then removes its files.
+    """Start Ray, or join the cluster at RAY_ADDRESS; shut it down after the block, and run what it yields.
+
+    Until then, that would remove Ray's files.
     """
     for handler in logging.getLogger("ray").handlers:
-        handler.addFilter(lambda record: not record.getMessage().startswith(HIDDEN))
+        handler.addFilter(lambda record: not record.getMessage().startswith((*HIDDEN, NO_HANDLER)))
     check_limits()
     address = cluster_address()
     with contextlib.ExitStack() as cleanup:

@@ -79,9 +79,10 @@ def make_folder(tmp_path: Path) -> Callable:
 def ray_started() -> Iterator[str]:
     """Start Ray with three CPUs, one of which is for `killed`, and return its address."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hparam_search.tuner, "usable_cpus", lambda: 3)
+        patch.setattr(hparam_search.ray_runtime, "usable_cpus", lambda: 3)
         patch.setenv("RAY_health_check_period_ms", "200")  # to notice the death of a node within seconds
-        with hparam_search.tuner.running_ray(Settings()):
+        with hparam_search.ray_runtime.running_ray(Settings()):
+            hparam_search.ray_runtime.wait_for_ray()
             yield ray.get_runtime_context().gcs_address
 
 

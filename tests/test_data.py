@@ -212,24 +212,6 @@ def test_ctrl_c_stops_reading(make_folder: Callable, monkeypatch: pytest.MonkeyP
     assert len(opened) < 900
 
 
-def test_cpus_are_those_that_may_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "CGROUPS", tmp_path)
-    monkeypatch.setattr(data, "OWN_CGROUPS", tmp_path / "own")
-    monkeypatch.setattr(data.os, "sched_getaffinity", lambda _: {0, 2, 5}, raising=False)
-    assert data.usable_cpus() == 3
-    v2, v1 = {".": "", "jobs/1": "0::/jobs/1/a"}, {"cpu": "", "cpu,cpuacct/jobs/2": "4:pids:/x\n3:cpu,cpuacct:/jobs/2"}
-    for folder, own in (v2 | v1).items():
-        (tmp_path / "own").write_text(own)
-        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
-        for quota, count in ((50_000, 1), (250_000, 2), (800_000, 3), (-1, 3)):
-            files = {"cpu.max": f"{quota} 100000\n".replace("-1", "max")}
-            if folder in v1:
-                files = {"cpu.cfs_quota_us": f"{quota}\n", "cpu.cfs_period_us": "100000\n"}
-            for name, text in files.items():
-                (tmp_path / folder / name).write_text(text)
-            assert data.usable_cpus() == count
-
-
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 

@@ -254,7 +254,7 @@ def listening(pids: list[int]) -> set[str]:
 
 def become_a_job(mark: str, ray_folder: str) -> None:
     """Put this process into a group of its own, as a shell does; what it starts has the mark in its environment."""
-    hparam_search.tuner.usable_cpus = lambda: 1
+    hparam_search.ray_runtime.usable_cpus = lambda: 1
     os.setsid()
     os.environ |= {"MARK": mark, "RAY_TMPDIR": ray_folder}
 

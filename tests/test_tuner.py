@@ -1,6 +1,3 @@
-import resource
-from pathlib import Path
-
 import pytest
 from ray.exceptions import OutOfMemoryError, RayActorError
 
@@ -37,27 +34,3 @@ def test_resources_are_shared_equally_or_refused(monkeypatch: pytest.MonkeyPatch
 def test_trial_that_ray_kills_for_its_memory_counts_as_one_that_died() -> None:
     error = OutOfMemoryError("1 worker(s) were killed")
     assert (isinstance(error, RayActorError), error.preempted, str(error)) == (True, False, "1 worker(s) were killed")
-
-
-def test_trials_get_the_code_whatever_lies_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = ["train.py", "data.py", "search/__init__.py", "search/files.py", "search/more/__init__.py", "search/x.json"]
-    others = [".gitignore", "*", "pictures [2026]/a.tif", "old pictures /b.tif", ".venv/x.py", "search/.hidden/y"]
-    for name in (*code, *others, "search/__pycache__/z.pyc", "notes/z.py"):
-        (tmp_path / "project" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "project" / name).write_text("data*\nmodel*\n*.py\n")
-    monkeypatch.setattr(tuner, "CODE", tmp_path / "project")
-    (tmp_path / "copy").mkdir()
-    tuner.copy_code(tmp_path / "copy")
-    assert {str(path.relative_to(tmp_path / "copy")) for path in (tmp_path / "copy").rglob("*.*")} == set(code)
-
-
-def test_limits_too_low_for_ray_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    limits = {resource.RLIMIT_NOFILE: (40, 4096), resource.RLIMIT_NPROC: (100_000, 100_000)}  # Ray raises the first
-    monkeypatch.setattr(resource, "getrlimit", limits.get)
-    monkeypatch.setattr(tuner.os, "geteuid", lambda: 4711)  # root has no limit of threads
-    tuner.check_limits()
-    for kind, letter in ((resource.RLIMIT_NOFILE, "n"), (resource.RLIMIT_NPROC, "u")):
-        with monkeypatch.context() as patch:
-            patch.setitem(limits, kind, (40, 40))
-            with pytest.raises(InputError, match=f"ulimit -{letter} 40 is too low for Ray"):
-                tuner.check_limits()
