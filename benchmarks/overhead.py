@@ -46,8 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = ["--num-samples", args.trials, "--max-epochs", args.epochs, "--scheduler", args.scheduler]
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         start = time.perf_counter()
-        with hparam_search.ray_runtime.running_ray(Settings()):
-            hparam_search.ray_runtime.wait_for_ray()
+        with hparam_search.ray_runtime.started_ray(Settings()):
             started = time.perf_counter()
             code = hparam_search.main([*map(str, flags), "--output-dir", folder, "--name", "it"])
             seconds = time.perf_counter() - started

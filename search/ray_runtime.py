@@ -121,18 +121,17 @@ def started_ray(settings: Settings) -> Iterator[contextlib.ExitStack]:
             where = urlsplit(f"//{address or ''}")
             if where.port:  # Ray would wait for minutes if nothing listens there
                 socket.create_connection((where.hostname, where.port), timeout=5).close()
-            folder = Path(tempfile.mkdtemp(prefix="ray", dir=parent_of_temp_dir()))
-            cleanup.callback(shutil.rmtree, folder, ignore_errors=True)
-            (folder / "code").mkdir()
-            copy_code(folder / "code")
-            options = {"address": address, "runtime_env": {"working_dir": str(folder / "code")}}
-            with contextlib.nullcontext() if address else python_path(folder / "code"):
-                ray.init(
-                    **(options if address else local_options(settings) | {"_temp_dir": str(folder)}),
-                    log_to_driver=False,
-                    logging_level=logging.WARNING,
-                    include_dashboard=False,
-                )
+            with contextlib.ExitStack() as starting:
+                folder = Path(tempfile.mkdtemp(prefix="ray", dir=parent_of_temp_dir()))
+                (starting if address else cleanup).callback(shutil.rmtree, folder, ignore_errors=True)
+                (code := folder / "code").mkdir()
+                copy_code(code)
+                if address:
+                    options = {"address": address, "runtime_env": {"working_dir": str(code)}}
+                else:  # workers whose environment differs from Ray's own would not be warm
+                    starting.enter_context(python_path(code))
+                    options = local_options(settings) | {"_temp_dir": str(folder)}
+                ray.init(**options, log_to_driver=False, logging_level=logging.WARNING, include_dashboard=False)
         except Exception as error:  # Ray raises exceptions of many types
             reason = str(error).splitlines()[0].rstrip(".")
             sentence = f"Ray cannot start ({reason}); see the Ray documentation"
@@ -208,7 +207,6 @@ def local_options(settings: Settings) -> dict:
     for name in UNUSED:
         setattr(Node, name, lambda self, **options: None)
     options = {"address": "local", "num_cpus": cpus, "num_gpus": gpus}
-    # Workers whose environment differs from Ray's own would be started anew, so the code comes by PYTHONPATH.
     return options | ({"_system_config": {"preload_python_modules": WARM}} if cpus <= MAX_WARM else {})
 
 

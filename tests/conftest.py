@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -78,12 +78,12 @@ def make_folder(tmp_path: Path) -> Callable:
 @pytest.fixture(scope="session")
 def ray_started() -> Iterator[str]:
     """Start Ray with three CPUs, one of which is for `killed`, and return its address."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hparam_search.ray_runtime, "usable_cpus", lambda: 3)
-        patch.setenv("RAY_health_check_period_ms", "200")  # to notice the death of a node within seconds
-        with hparam_search.ray_runtime.running_ray(Settings()):
-            hparam_search.ray_runtime.wait_for_ray()
-            yield ray.get_runtime_context().gcs_address
+    with ExitStack() as until_the_end:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(hparam_search.ray_runtime, "usable_cpus", lambda: 3)
+            patch.setenv("RAY_health_check_period_ms", "200")  # to notice the death of a node within seconds
+            until_the_end.enter_context(hparam_search.ray_runtime.started_ray(Settings()))
+        yield ray.get_runtime_context().gcs_address
 
 
 def make_small(setattr: Callable) -> None:

@@ -152,7 +152,7 @@ def test_finished_search_is_shown_again_or_refused_without_ray_and_images(
     finished: Finished, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     before = {path: path.read_bytes() for path in finished.folder.rglob("*") if path.is_file()}
-    monkeypatch.setattr(hparam_search.tuner, "running_ray", lambda _: pytest.fail("Ray was started"))
+    monkeypatch.setattr(hparam_search.ray_runtime, "running_ray", lambda _: pytest.fail("Ray was started"))
     monkeypatch.setattr(hparam_search, "read_images", lambda **_: pytest.fail("images were read"))
 
     def without_clock(text: str) -> str:
