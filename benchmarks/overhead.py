@@ -8,12 +8,12 @@ memory is the peak of the process that runs the search, taken from /proc, hence 
 """
 
 import argparse
-import contextlib
 import re
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 
 from ray import tune
@@ -44,9 +44,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     hparam_search.train_cifar = idle_trial
     hparam_search.param_space["h_1"] = hparam_search.param_space["h_2"] = 64
     flags = ["--num-samples", args.trials, "--max-epochs", args.epochs, "--scheduler", args.scheduler]
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr), ExitStack() as files:
         start = time.perf_counter()
-        with hparam_search.ray_runtime.started_ray(Settings()):
+        with hparam_search.ray_runtime.started_ray(Settings(), files):
             started = time.perf_counter()
             code = hparam_search.main([*map(str, flags), "--output-dir", folder, "--name", "it"])
             seconds = time.perf_counter() - started

@@ -123,8 +123,8 @@ def interruptible() -> Iterator[list[int]]:
             signal.alarm(0)
 
 
-def run_in_thread(function: Callable[[], object], interrupted: threading.Event) -> None:
-    """Run a function in a thread, so that this one can handle signals, and raise what it raises.
+def run_in_thread(function: Callable[[], Any], interrupted: threading.Event) -> Any:
+    """Run a function in a thread, so that this one can handle signals; return what it returns, raise what it raises.
 
     On KeyboardInterrupt, which is raised again, `interrupted` tells it to return within a few seconds; then it is
     abandoned.
@@ -143,7 +143,7 @@ def run_in_thread(function: Callable[[], object], interrupted: threading.Event) 
             pass
         if done.exception():
             time.sleep(1)  # if a whole job is signalled, Ray's processes may end before this one gets the signal
-        done.result()
+        return done.result()
     except KeyboardInterrupt:
         interrupted.set()
         wait([done], timeout=LAST_SECONDS / 3)

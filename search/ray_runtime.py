@@ -3,7 +3,6 @@
 Imports neither torch nor the modules that do, so that Ray can start before them.
 """
 
-import contextlib
 import logging
 import os
 import resource
@@ -14,7 +13,9 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import ray
@@ -41,24 +42,21 @@ NO_HANDLER = "SIGTERM handler is not set"  # another one, as Ray starts in a thr
 
 
 class RayThread(threading.Thread):
-    """Starts Ray, or joins the cluster at RAY_ADDRESS, and shuts it down once `over` is set.
+    """Starts Ray, or joins the cluster at RAY_ADDRESS, and shuts it down once `over` is set; `files` removes its files.
 
-    If Ray has `died`, its files are kept, as its logs may say why. Linux ends Ray's processes when the thread that
-    started them ends, so this one lives as long as they should.
+    Linux ends Ray's processes when the thread that started them ends, so this one lives as long as they should.
     """
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(daemon=True)
-        self.settings, self.started, self.over, self.died = settings, Future(), threading.Event(), False
+        self.settings, self.started, self.over, self.files = settings, Future(), threading.Event(), ExitStack()
         self.start()
 
     def run(self) -> None:
         try:
-            with started_ray(self.settings) as cleanup:
+            with started_ray(self.settings, self.files):
                 self.started.set_result(None)
                 self.over.wait()
-                if self.died:
-                    cleanup.pop_all()
         except BaseException as error:
             if not self.started.done():
                 self.started.set_exception(error)
@@ -67,7 +65,7 @@ class RayThread(threading.Thread):
 _current: RayThread | None = None
 
 
-@contextlib.contextmanager
+@contextmanager
 def running_ray(settings: Settings) -> Iterator[None]:
     """Have Ray started in the background (see wait_for_ray), and stopped at the end of the block.
 
@@ -83,13 +81,29 @@ def running_ray(settings: Settings) -> Iterator[None]:
     _current = RayThread(settings)
     try:
         yield
-    except ConnectionError:
-        _current.died = True
+    except ConnectionError:  # Ray died: keep its files, as its logs may say why
+        _current.files.pop_all()
         raise
     finally:
         stop_ray()
-        _current.join()
+        if _current.started.done():
+            _current.join()
+        else:  # Ray may wait for minutes, if a signal has ended its processes, too
+            _current.name = "abandoned"
+            kill_children()
+        _current.files.close()
         _current = None
+
+
+def kill_children() -> None:
+    """Kill the processes that this one has started, and all theirs."""
+    import psutil  # a part of Ray
+
+    while children := psutil.Process().children(recursive=True):
+        for child in children:
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
+        psutil.wait_procs(children, timeout=1)
 
 
 def wait_for_ray() -> None:
@@ -106,42 +120,42 @@ def stop_ray() -> None:
         _current.over.set()
 
 
-@contextlib.contextmanager
-def started_ray(settings: Settings) -> Iterator[contextlib.ExitStack]:
-    """Start Ray, or join the cluster at RAY_ADDRESS; shut it down after the block, and run what it yields.
+@contextmanager
+def started_ray(settings: Settings, files: ExitStack) -> Iterator[None]:
+    """Start Ray, or join the cluster at RAY_ADDRESS, and shut it down after the block; then `files` removes its files.
 
-    Until then, that would remove Ray's files.
+    Raises InputError if it cannot be started or joined.
     """
     for handler in logging.getLogger("ray").handlers:
         handler.addFilter(lambda record: not record.getMessage().startswith((*HIDDEN, NO_HANDLER)))
     check_limits()
     address = cluster_address()
-    with contextlib.ExitStack() as cleanup:
-        try:
-            where = urlsplit(f"//{address or ''}")
-            if where.port:  # Ray would wait for minutes if nothing listens there
-                socket.create_connection((where.hostname, where.port), timeout=5).close()
-            with contextlib.ExitStack() as starting:
-                folder = Path(tempfile.mkdtemp(prefix="ray", dir=parent_of_temp_dir()))
-                (starting if address else cleanup).callback(shutil.rmtree, folder, ignore_errors=True)
-                (code := folder / "code").mkdir()
-                copy_code(code)
-                if address:
-                    options = {"address": address, "runtime_env": {"working_dir": str(code)}}
-                else:  # workers whose environment differs from Ray's own would not be warm
-                    starting.enter_context(python_path(code))
-                    options = local_options(settings) | {"_temp_dir": str(folder)}
-                ray.init(**options, log_to_driver=False, logging_level=logging.WARNING, include_dashboard=False)
-        except Exception as error:  # Ray raises exceptions of many types
-            reason = str(error).splitlines()[0].rstrip(".")
-            sentence = f"Ray cannot start ({reason}); see the Ray documentation"
+    try:
+        where = urlsplit(f"//{address or ''}")
+        if where.port:  # Ray would wait for minutes if nothing listens there
+            socket.create_connection((where.hostname, where.port), timeout=5).close()
+        with ExitStack() as starting:
+            folder = Path(tempfile.mkdtemp(prefix="ray", dir=parent_of_temp_dir()))
+            (starting if address else files).callback(shutil.rmtree, folder, ignore_errors=True)
+            (code := folder / "code").mkdir()
+            copy_code(code)
+            options: dict[str, Any]
             if address:
-                sentence = f"no Ray cluster answers at RAY_ADDRESS {address!r}; start one there, or unset it"
-            raise input_error(sentence) from error
-        try:
-            yield cleanup
-        finally:
-            ray.shutdown()
+                options = {"address": address, "runtime_env": {"working_dir": str(code)}}
+            else:  # workers whose environment differs from Ray's own would not be warm
+                starting.enter_context(python_path(code))
+                options = local_options(settings) | {"_temp_dir": str(folder)}
+            ray.init(**options, log_to_driver=False, logging_level=logging.WARNING, include_dashboard=False)
+    except Exception as error:  # Ray raises exceptions of many types
+        reason = str(error).splitlines()[0].rstrip(".")
+        sentence = f"Ray cannot start ({reason}); see the Ray documentation"
+        if address:
+            sentence = f"no Ray cluster answers at RAY_ADDRESS {address!r}; start one there, or unset it"
+        raise input_error(sentence) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 def input_error(sentence: str) -> Exception:
@@ -163,7 +177,7 @@ def copy_code(target: Path) -> None:
         shutil.copytree(path.parent, target / path.parent.name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
 
 
-@contextlib.contextmanager
+@contextmanager
 def python_path(folder: Path) -> Iterator[None]:
     """Let processes that are started in the block, and their children, find modules in a folder first."""
     before = os.environ.get("PYTHONPATH")
@@ -181,7 +195,7 @@ def check_limits() -> None:
     threads = resource.getrlimit(resource.RLIMIT_NPROC)[0] if os.geteuid() else resource.RLIM_INFINITY  # none for root
     needed = FEWEST_THREADS + THREADS_PER_CPU * usable_cpus()
     for thread in Path("/proc").glob("[0-9]*/task/[0-9]*"):  # those of this user's other programs count, too
-        with contextlib.suppress(OSError):  # it has ended
+        with suppress(OSError):  # it has ended
             needed += thread.stat().st_uid == os.geteuid()
     for letter, limit, fewest in (("n", files, FEWEST_FILES), ("u", threads, needed)):
         if limit != resource.RLIM_INFINITY and limit < fewest:
@@ -197,7 +211,7 @@ def parent_of_temp_dir() -> Path:
     return parent
 
 
-def local_options(settings: Settings) -> dict:
+def local_options(settings: Settings) -> dict[str, Any]:
     """Return the arguments of ray.init that start a local Ray, whose workers are warm before they have a trial."""
     # Otherwise Ray writes a token into the home folder, which a container user may lack.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -206,7 +220,7 @@ def local_options(settings: Settings) -> dict:
         cpus = min(cpus, gpus * max(TRIALS_PER_GPU, int(1 / per_trial) if per_trial else 0))
     for name in UNUSED:
         setattr(Node, name, lambda self, **options: None)
-    options = {"address": "local", "num_cpus": cpus, "num_gpus": gpus}
+    options: dict[str, Any] = {"address": "local", "num_cpus": cpus, "num_gpus": gpus}
     return options | ({"_system_config": {"preload_python_modules": WARM}} if cpus <= MAX_WARM else {})
 
 
@@ -226,13 +240,13 @@ def usable_cpus() -> int:
     """Return how many CPUs this process may use, by its affinity (taskset, SLURM) and the quotas of its cgroups."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     paths = {Path()}  # a container sees its own cgroup as the root
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         for line in OWN_CGROUPS.read_text().splitlines():
             path = Path(line.split(":", 2)[2].lstrip("/"))
             paths |= {path, *path.parents}
     for folder in (root / path for root in (CGROUPS, CGROUPS / "cpu", CGROUPS / "cpu,cpuacct") for path in paths):
         for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):  # of cgroup v2, and of v1
-            with contextlib.suppress(OSError, ValueError):  # no such file; no quota ("max")
+            with suppress(OSError, ValueError):  # no such file; no quota ("max")
                 quota, period = map(int, " ".join((folder / name).read_text() for name in names).split())
                 if quota > 0:
                     count = min(count, max(1, quota // period))

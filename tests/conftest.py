@@ -82,7 +82,7 @@ def ray_started() -> Iterator[str]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(hparam_search.ray_runtime, "usable_cpus", lambda: 3)
             patch.setenv("RAY_health_check_period_ms", "200")  # to notice the death of a node within seconds
-            until_the_end.enter_context(hparam_search.ray_runtime.started_ray(Settings()))
+            until_the_end.enter_context(hparam_search.ray_runtime.started_ray(Settings(), until_the_end))
         yield ray.get_runtime_context().gcs_address
 
 
