@@ -28,8 +28,13 @@ def run_program(name: str, work: Callable[[], int]) -> int:
     after one sentence on stderr; 128 + n if signal n interrupted it, so 130 for Ctrl-C.
     """
     out, err, hook = forgiving(sys.stdout), forgiving(sys.stderr), threading.excepthook
-    # Ignore an OSError in TensorBoard's threads: the main thread raises it again.
-    threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else hook(args)
+
+    def report(args: threading.ExceptHookArgs) -> None:
+        # The main thread raises an OSError of TensorBoard's threads again, and notices when Ray has died.
+        if not (isinstance(args.exc_value, OSError) or str(args.thread.name).startswith("ray_")):
+            hook(args)
+
+    threading.excepthook = report
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), interruptible() as signals:
         try:
             return work()
@@ -123,12 +128,8 @@ def interruptible() -> Iterator[list[int]]:
             signal.alarm(0)
 
 
-def run_in_thread(function: Callable[[], Any], interrupted: threading.Event) -> Any:
-    """Run a function in a thread, so that this one can handle signals; return what it returns, raise what it raises.
-
-    On KeyboardInterrupt, which is raised again, `interrupted` tells it to return within a few seconds; then it is
-    abandoned.
-    """
+def start_thread(function: Callable[[], object]) -> Future:
+    """Run a function in a thread, which does not keep the program from ending; return its future result."""
     done = Future()
 
     def run() -> None:
@@ -138,12 +139,29 @@ def run_in_thread(function: Callable[[], Any], interrupted: threading.Event) -> 
             done.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
+    return done
+
+
+def result_of(done: Future) -> Any:
+    """Wait for a result, and return it; signals are handled meanwhile."""
+    while not wait([done], timeout=0.1).done:  # a signal does not wake a thread that waits without a timeout
+        pass
+    return done.result()
+
+
+def run_in_thread(function: Callable[[], object], interrupted: threading.Event) -> None:
+    """Run a function in a thread, so that this one can handle signals, and raise what it raises.
+
+    On KeyboardInterrupt, which is raised again, `interrupted` tells it to return within a few seconds; then it is
+    abandoned.
+    """
+    done = start_thread(function)
     try:
-        while not wait([done], timeout=0.5).done:  # a signal does not wake a thread that waits without a timeout
-            pass
+        with contextlib.suppress(Exception):
+            result_of(done)
         if done.exception():
             time.sleep(1)  # if a whole job is signalled, Ray's processes may end before this one gets the signal
-        return done.result()
+        done.result()
     except KeyboardInterrupt:
         interrupted.set()
         wait([done], timeout=LAST_SECONDS / 3)

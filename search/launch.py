@@ -5,31 +5,38 @@ import importlib
 import os
 import sys
 import threading
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 
-from search.console import run_in_thread, run_program
+from search.console import result_of, run_program, start_thread
 from search.settings import PROGRAM, parse_args
+
+
+def import_in_thread(module: str) -> Future:
+    """Import a module in a thread, as Python loses a signal that comes while the lock of an import is released."""
+    return start_thread(partial(importlib.import_module, module))
 
 
 def launch(script: str, description: str) -> int:
     """Import a script's module, run its run_command, and return the exit code (see run_program)."""
+    importing = None
 
     def work() -> int:
+        nonlocal importing
         settings, _ = parse_args(None, description)
-        from search.ray_runtime import running_ray  # not before, as it imports Ray
-
+        ray_runtime = result_of(import_in_thread("search.ray_runtime"))
         folder = Path(settings.resume or Path(settings.output_dir, settings.name or ""))
         needed = not settings.list and not (folder / "best_model").exists()  # otherwise, there may be nothing to train
-        with running_ray(settings) if needed else contextlib.nullcontext():
-            # Not here: Python loses an interrupt if it comes while a lock for imports is released.
-            module = run_in_thread(partial(importlib.import_module, Path(script).stem), threading.Event())
-            return module.run_command()
+        with ray_runtime.running_ray(settings) if needed else contextlib.nullcontext():
+            importing = import_in_thread(Path(script).stem)
+            ray_runtime.wait_for_ray()
+            return result_of(importing).run_command()
 
     code = run_program(PROGRAM, work)
-    if threading.active_count() > 1 and any(thread.name == "abandoned" for thread in threading.enumerate()):
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(Exception):
-                stream.flush()
-        os._exit(code)  # Ray's own cleanup would wait for the thread that still starts it
+    if any(thread.name in ("starts Ray",) for thread in threading.enumerate()) or (importing and not importing.done()):
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)  # Python's exit would wait for them
     return code

@@ -8,11 +8,12 @@ import os
 import resource
 import secrets
 import shutil
+import signal
 import socket
 import tempfile
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import ray
 from ray._private.node import Node
 
 from search import cluster_address
+from search.console import result_of
 from search.settings import Settings
 
 CODE = Path(__file__).resolve().parents[1]
@@ -48,7 +50,7 @@ class RayThread(threading.Thread):
     """
 
     def __init__(self, settings: Settings) -> None:
-        super().__init__(daemon=True)
+        super().__init__(name="starts Ray", daemon=True)
         self.settings, self.started, self.over, self.files = settings, Future(), threading.Event(), ExitStack()
         self.start()
 
@@ -69,13 +71,10 @@ _current: RayThread | None = None
 def running_ray(settings: Settings) -> Iterator[None]:
     """Have Ray started in the background (see wait_for_ray), and stopped at the end of the block.
 
-    In such a block, or if this process has started a Ray itself, which must have this program's code, there is nothing
-    to do, except to raise what is known to prevent Ray's start.
+    In such a block, or if this process has started a Ray itself, which must have this program's code, do nothing.
     """
     global _current
     if _current or ray.is_initialized():
-        if _current and _current.started.done():
-            wait_for_ray()
         yield
         return
     _current = RayThread(settings)
@@ -88,30 +87,18 @@ def running_ray(settings: Settings) -> Iterator[None]:
         stop_ray()
         if _current.started.done():
             _current.join()
-        else:  # Ray may wait for minutes, if a signal has ended its processes, too
-            _current.name = "abandoned"
-            kill_children()
+        while found := ray_processes():  # Ray is still starting, which may take minutes if a signal has ended some
+            kill(found)
         _current.files.close()
         _current = None
-
-
-def kill_children() -> None:
-    """Kill the processes that this one has started, and all theirs."""
-    import psutil  # a part of Ray
-
-    while children := psutil.Process().children(recursive=True):
-        for child in children:
-            with suppress(psutil.NoSuchProcess):
-                child.kill()
-        psutil.wait_procs(children, timeout=1)
 
 
 def wait_for_ray() -> None:
     """Wait until Ray has started; raise InputError if it cannot be started or joined."""
     if _current:
-        while not wait([_current.started], timeout=0.1).done:  # without a timeout, a signal would not wake this thread
-            pass
-        _current.started.result()
+        result_of(_current.started)
+        with suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))  # Ray has installed one that prints a stack
 
 
 def stop_ray() -> None:
@@ -155,7 +142,31 @@ def started_ray(settings: Settings, files: ExitStack) -> Iterator[None]:
     try:
         yield
     finally:
+        found = ray_processes()
         ray.shutdown()
+        kill(found)  # a worker that is importing would take seconds to notice
+
+
+def ray_processes() -> list:
+    """Return Ray's processes that this one has started, and theirs."""
+    import psutil  # a part of Ray
+
+    parents = [child for child in psutil.Process().children() if child.name() in ("gcs_server", "raylet")]
+    found = list(parents)
+    for parent in parents:
+        with suppress(psutil.NoSuchProcess):
+            found += parent.children(recursive=True)
+    return found
+
+
+def kill(processes: list) -> None:
+    """Kill processes, unless they have ended, and wait a second for their ends."""
+    import psutil
+
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=1)
 
 
 def input_error(sentence: str) -> Exception:
