@@ -227,7 +227,8 @@ def local_options(settings: Settings) -> dict[str, Any]:
     # Otherwise Ray writes a token into the home folder, which a container user may lack.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     cpus, gpus, per_trial = usable_cpus(), usable_gpus(settings), settings.gpus_per_trial
-    if gpus and not settings.cpus_per_trial:  # Ray starts a worker per CPU, of which trials on GPUs hardly need any
+    # Ray starts a worker per CPU, and trials on GPUs hardly need CPUs. What a resumed search needs is not known yet.
+    if gpus and not (settings.cpus_per_trial or settings.resume or settings.or_resume):
         cpus = min(cpus, gpus * max(TRIALS_PER_GPU, int(1 / per_trial) if per_trial else 0))
     for name in UNUSED:
         setattr(Node, name, lambda self, **options: None)

@@ -5,13 +5,11 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
-import ray
 from PIL import Image
 from ray import tune
 from ray.util import placement_group
@@ -56,13 +54,6 @@ def test_ray_that_cannot_be_joined_is_refused(ray_started: str, tmp_path: Path) 
         assert process.exitcode == 2, printed
         sentence = f"no Ray cluster answers at RAY_ADDRESS {address!r}; start one there, or unset it."
         assert printed.endswith(f"\nhparam_search.py: {sentence}\n")
-
-
-@pytest.mark.usefixtures("small_search")
-def test_sigterm_while_ray_starts_is_a_signal_like_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray, "init", lambda **options: sys.exit(15))  # as the handler that Ray has set by then
-    assert run_search(tmp_path / "it") == 143
 
 
 @pytest.mark.usefixtures("trials_here")
