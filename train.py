@@ -371,6 +371,8 @@ class TrainStep:
             # An aborted capture leaves its stream current, and the random generator in capture mode.
             torch.cuda.set_stream(here)
             generator.graphsafe_set_state(before)
+            if isinstance(error, torch.OutOfMemoryError) or isinstance(error.__context__, torch.OutOfMemoryError):
+                raise  # the next trial may be narrower, and its process is a new one
             TrainStep.failure = str(error).splitlines()[0]
             self.run_eagerly()
 

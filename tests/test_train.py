@@ -1,3 +1,7 @@
+import contextlib
+from collections.abc import Iterator
+from unittest.mock import MagicMock
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +11,7 @@ from benchmarks.recipes import BASELINE_RECIPE
 from data import Batches
 from model import SmallResNet
 from tests.helpers import CONFIG, CPU, IMAGES, VALIDATION
-from train import SCHEDULES, new_training, train_epochs
+from train import SCHEDULES, TrainStep, new_training, train_epochs
 
 PLAIN = CONFIG | BASELINE_RECIPE | {"p_drop": 0.0, "lr": 0.01}
 OTHER = PLAIN | {"nesterov": True, "weight_decay": 0.1, "label_smoothing": 0.3, "ema_decay": 0.6, "bias_lr": 0.04}
@@ -69,3 +73,36 @@ def test_schedules_peak_at_the_given_rate_and_anneal() -> None:
     config = CONFIG | {"schedule": "one_cycle"}
     rates = [report.lr for report in train_epochs(new_training(config, 5, CPU), config, IMAGES, CPU)]
     assert rates == pytest.approx([0.05 * SCHEDULES["one_cycle"](t) for t in (1 / 8, 3 / 8, 5 / 8, 7 / 8)])
+
+
+@pytest.mark.parametrize("failure", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("not permitted")])
+@pytest.mark.parametrize("at_the_end", [False, True])
+def test_capture_that_runs_out_of_memory_fails_its_trial_and_another_failure_makes_training_eager(
+    failure: RuntimeError, at_the_end: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a GPU: the calls of torch.cuda that capture a step are replaced."""
+
+    @contextlib.contextmanager
+    def graph(*args: object, **options: object) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            if at_the_end:  # ending a capture that has failed fails, too
+                raise RuntimeError("capture failed")
+
+    for name in ("CUDAGraph", "current_stream", "set_stream"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    monkeypatch.setattr(torch.cuda, "default_generators", {None: MagicMock()})
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(TrainStep, "failure", None)
+    step = TrainStep(training := new_training(CONFIG, 5, CPU), CONFIG, CPU)
+    monkeypatch.setattr(step, "descend", MagicMock(side_effect=failure))
+    if isinstance(failure, torch.OutOfMemoryError):
+        with pytest.raises(RuntimeError):
+            step.capture(torch.zeros(2, 3, 32, 32), torch.zeros(2))
+        assert TrainStep.failure is None
+    else:
+        step.capture(torch.zeros(2, 3, 32, 32), torch.zeros(2))
+        reason = "capture failed" if at_the_end else "not permitted"
+        assert TrainStep.failure == reason
+        assert training.notes == [f"CUDA graph capture failed ({reason}); training eagerly, which is slower"]
