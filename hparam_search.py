@@ -135,7 +135,7 @@ def new_search(settings: Settings, tracking: trackers.Trackers) -> int:
         earlier = [locks.enter_context(warm_start.earlier_search(Path(path))) for path in settings.warm_start or ()]
         dataset = read_images(**image_source(settings))
         ray_runtime.wait_for_ray()
-        tuner.share_resources(settings, len(configs))  # refuses flags that exceed this machine
+        tuner.share_resources(settings, configs)  # refuses flags that exceed this machine
         with records.creating_search(settings, summary, dataset, objective) as search:
             warm_start.take(search, earlier)
             search.draw(sampler.new_trials(search, entries))
@@ -155,7 +155,7 @@ def resume_search(folder: Path, changes: dict, tracking: trackers.Trackers) -> i
         with ray_runtime.running_ray(search.settings):
             dataset = load_images(search)
             ray_runtime.wait_for_ray()
-            tuner.share_resources(search.settings, 1)  # before they are written
+            tuner.share_resources(search.settings, [])  # before they are written
             search.draw(sampler.new_trials(search, entries))
             search.write()
             return run(search, entries, dataset, tracking)
@@ -180,7 +180,7 @@ def fit(
     """Run these trials of a search; entries are those of the search space."""
     if not trials:
         return
-    resources, at_once, all_resources = tuner.share_resources(search.settings, len(trials))
+    resources, at_once, all_resources = tuner.share_resources(search.settings, [trial.config for trial in trials])
     early_stop = partial(schedulers.early_stop, entries["epochs"], PATIENCE, MIN_DELTA, MAX_SECONDS_PER_TRIAL)
     scheduler = new_scheduler(search, entries["epochs"])
     queue = TrialQueue(search, trials, scheduler, max(1, at_once))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from data import IMAGE_SIZE
 from search.records import Search, Trial
-from train import MODEL, arguments, new_model
+from train import EVALUATION_BATCH_SIZE, MODEL, arguments, new_model
 
 COSTS = ("parameters", "gflop_per_image")
 
@@ -20,19 +20,38 @@ def model_cost(config: dict, num_classes: int) -> dict[str, float]:
     incomplete, or the model cannot be built on the meta device.
     """
     try:
-        # Dropout costs nothing, and would differ between most configs.
-        return measure(num_classes, **arguments(config, MODEL) | {"p_drop": 0.0})
+        parameters, flop, _ = measure(num_classes, **model_arguments(config))
     except Exception:  # an edited model may raise anything; its trials will show it
         return {}
+    return {"parameters": parameters, "gflop_per_image": flop / 1e9}
+
+
+def trial_memory(config: dict) -> float:
+    """Return about how many bytes of a GPU a trial needs; infinity if that is unknown.
+
+    These are CUDA itself and the images (1 GB); weights, gradients, momentum and averages in float32; and what training
+    and validation keep per output of a convolution. At 128/1024 the sum is 2.3 GB, as measured on an H200.
+    """
+    try:
+        parameters, _, outputs = measure(100, **model_arguments(config))
+    except Exception:  # see model_cost
+        return math.inf
+    return 1e9 + 20 * parameters + outputs * (8 * config["batch_size"] + 2 * EVALUATION_BATCH_SIZE)
+
+
+def model_arguments(config: dict) -> dict:
+    """Return the arguments of a config's model; without dropout, which costs nothing and would differ between most."""
+    return arguments(config, MODEL) | {"p_drop": 0.0}
 
 
 @functools.cache
-def measure(num_classes: int, **config: object) -> dict[str, float]:
-    """Do what model_cost does, once for equal configs."""
-    flop = []
+def measure(num_classes: int, **config: object) -> tuple[int, int, int]:
+    """Return the parameters of a model, and for one image its FLOP and the outputs of layers that take them."""
+    flop, outputs = [], []
 
     def count(layer: nn.Conv2d | nn.Linear, _: object, output: Tensor) -> None:
         flop.append(2 * layer.weight[0].numel() * output.numel())
+        outputs.append(output.numel())
 
     with torch.device("meta"):  # draws no weights
         model = new_model(config, num_classes).eval()
@@ -42,7 +61,7 @@ def measure(num_classes: int, **config: object) -> dict[str, float]:
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 layer.register_forward_hook(count)
         model(torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE))
-    return {"parameters": sum(each.numel() for each in model.parameters()), "gflop_per_image": sum(flop) / 1e9}
+    return sum(each.numel() for each in model.parameters()), sum(flop), sum(outputs)
 
 
 def cheaper(search: Search, best: Trial) -> str:

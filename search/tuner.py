@@ -1,6 +1,7 @@
 """What trials share: CPUs, GPUs and images."""
 
 import contextlib
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +12,13 @@ from ray.tune import TuneError
 from ray.tune.execution import class_cache
 
 from data import Dataset, InputError, save_dataset
+from search import cluster_address
+from search.cost import trial_memory
 from search.files import explain_failure
+from search.ray_runtime import TRIALS_PER_GPU
 from search.settings import Settings
 
+AMPLE = 4  # how many times the memory that the trials on a GPU need must be free, for it to have several by default
 # Tune restarts a trial whose process has died. Count one that Ray kills when memory runs low as such, too.
 OutOfMemoryError.__bases__, OutOfMemoryError._preempted = (RayActorError,), False  # type: ignore[attr-defined]
 
@@ -33,15 +38,38 @@ def machines() -> list[tuple[int, int]]:
     return [(int(each.get("CPU", 0)), int(each.get("GPU", 0))) for each in found]
 
 
-def share_resources(settings: Settings, num_trials: int) -> tuple[dict[str, float], int, str]:
-    """Share Ray's CPUs and GPUs among the trials that run at once; raise InputError if a trial asks for too much.
+def free_gpu_memory() -> float:
+    """Return the free bytes of the fullest GPU of this machine; 0 if unknown, or if only one process may use a GPU."""
+    command = ["nvidia-smi", "--query-gpu=compute_mode,memory.free", "--format=csv,noheader,nounits"]
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()
+        found = [line.split(", ") for line in lines]
+        return min(float(mebibytes) * 2**20 * (mode == "Default") for mode, mebibytes in found)
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return 0.0
 
-    Returns the resources of a trial (one GPU if there are any, and an equal share of the CPUs), how many trials run at
-    once, and a line of text on both.
+
+def gpus_per_trial(configs: list[dict], gpus: int) -> float:
+    """Return the share of a GPU that each of these configs' trials gets by default, on machines with so many GPUs.
+
+    A second trial on a GPU hides the starts and the saving of the first. It needs free memory for eight of the largest,
+    which is known of a local Ray.
+    """
+    if cluster_address() or not 0 < gpus < len(configs):
+        return min(1, gpus)
+    return 1 / TRIALS_PER_GPU if free_gpu_memory() >= AMPLE * TRIALS_PER_GPU * max(map(trial_memory, configs)) else 1
+
+
+def share_resources(settings: Settings, configs: list[dict]) -> tuple[dict[str, float], int, str]:
+    """Share Ray's CPUs and GPUs among the trials of these configs; raise InputError if a trial asks for too much.
+
+    Returns the resources of a trial (by default one GPU or half of one, if there are any, and an equal share of the
+    CPUs), how many trials run at once, and a line of text on both.
     """
     found = machines()
     gpus = max(g for _, g in found)
-    gpu = min(1, gpus) if settings.gpus_per_trial is None else settings.gpus_per_trial
+    gpu = settings.gpus_per_trial
+    gpu = gpus_per_trial(configs, sum(g for _, g in found)) if gpu is None else gpu
     cpus = max((c for c, g in found if g >= gpu), default=0)
     per_gpu = int(1 / gpu) if 0 < gpu < 1 else 1  # each fraction is of one GPU
 
@@ -49,7 +77,7 @@ def share_resources(settings: Settings, num_trials: int) -> tuple[dict[str, floa
         """Return how many trials with so many CPUs fit, each on one machine."""
         return sum(min(c // cpu, int(g * per_gpu // max(1, gpu)) if gpu else c) for c, g in found)
 
-    at_once = min(num_trials, places(1))
+    at_once = min(len(configs), places(1))
     cpu = settings.cpus_per_trial or next((n for n in range(cpus, 0, -1) if places(n) >= at_once), 1)
     for key, asked, available in (("gpus", gpu, gpus), ("cpus", cpu, cpus)):
         if asked > available:
