@@ -29,7 +29,7 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 
 from data import Dataset, read_images
-from search import console, ray_runtime, records, report, sampler, schedulers, space, trackers, tuner, warm_start
+from search import console, cost, ray_runtime, records, report, sampler, schedulers, space, trackers, tuner, warm_start
 from search.display import Display
 from search.finish import finish, write_interim
 from search.referee import Referee, TimeBudget, TrialQueue, Watcher
@@ -180,7 +180,10 @@ def fit(
     """Run these trials of a search; entries are those of the search space."""
     if not trials:
         return
-    resources, at_once, all_resources = tuner.share_resources(search.settings, [trial.config for trial in trials])
+    configs = [trial.config for trial in trials]
+    resources, at_once, all_resources = tuner.share_resources(search.settings, configs)
+    if not (resources["gpu"] or search.trained):
+        cost.warn_of_slow_epochs(configs, dataset, int(resources["cpu"]), MAX_SECONDS_PER_TRIAL)
     early_stop = partial(schedulers.early_stop, entries["epochs"], PATIENCE, MIN_DELTA, MAX_SECONDS_PER_TRIAL)
     scheduler = new_scheduler(search, entries["epochs"])
     queue = TrialQueue(search, trials, scheduler, max(1, at_once))

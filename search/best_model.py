@@ -7,6 +7,7 @@ metrics.json   its trial_id and epoch, val_loss, val_accuracy, test_loss, test_a
 
 import contextlib
 import copy
+import functools
 import sys
 from collections.abc import Sequence
 from dataclasses import astuple
@@ -17,15 +18,18 @@ from torch import Tensor, nn
 
 from data import Dataset, InputError
 from model import SmallResNet
+from search.console import start_thread
 from search.files import atomic_write, explain_failure, load_tensors, loads, write_json
 from search.ray_runtime import usable_cpus
 from search.records import Objective, Search, Trial, short_path
 from search.space import check_value
 from search.tensorboard import show_predictions
 from search.trial import loaded_model, save_weights, weights_path
+from search.tuner import free_gpu_memory
 from train import DEFAULTS, MODEL, best_device, evaluation_batches, logits_of, probabilities, score
 
 BEST_MODEL = "best_model"
+SPARE_MEMORY = 4e9  # bytes of a GPU; CUDA takes 0.5 GB of it
 WEIGHTS, CONFIG, METRICS = "weights.pt", "config.json", "metrics.json"
 
 
@@ -65,6 +69,20 @@ def show_best_model(search: Search, dataset: Dataset, predicted: Tensor | None) 
     with explain_failure(search.folder / "events.out.tfevents"):
         show_predictions(search.folder, predicted, dataset)
     search.record("shown")
+
+
+@functools.cache
+def prepare_gpu() -> None:
+    """Initialise CUDA in a thread, once, if other processes may share the GPU: the test will need it.
+
+    Called when the last trials run, which can spare the memory.
+    """
+
+    def prepare() -> None:
+        if torch.cuda.is_available() and free_gpu_memory() > SPARE_MEMORY:
+            torch.zeros(1, device="cuda")
+
+    start_thread(prepare)
 
 
 def on_test_images(search: Search, model: nn.Module, dataset: Dataset) -> list[tuple[Tensor, Tensor]]:

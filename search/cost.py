@@ -2,15 +2,19 @@
 
 import functools
 import math
+import sys
+import time
 
 import torch
 from torch import Tensor, nn
 
-from data import IMAGE_SIZE
+from data import IMAGE_SIZE, Dataset
 from search.records import Search, Trial
-from train import EVALUATION_BATCH_SIZE, MODEL, arguments, new_model
+from train import EVALUATION_BATCH_SIZE, MODEL, arguments, autocast_dtype, new_model
 
 COSTS = ("parameters", "gflop_per_image")
+SLOW_EPOCH = 120  # seconds of an epoch, without a GPU, from which it is worth a warning
+SLOWEST_RATE = 50  # GFLOP per second that any machine reaches
 
 
 def model_cost(config: dict, num_classes: int) -> dict[str, float]:
@@ -62,6 +66,40 @@ def measure(num_classes: int, **config: object) -> tuple[int, int, int]:
                 layer.register_forward_hook(count)
         model(torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE))
     return sum(each.numel() for each in model.parameters()), sum(flop), sum(outputs)
+
+
+def warn_of_slow_epochs(configs: list[dict], dataset: Dataset, cpus: int, max_seconds: float | None) -> None:
+    """Say on stderr how long an epoch of the widest of these configs takes without a GPU, if that is over two minutes.
+
+    The estimate is its FLOP over the rate, with so many CPUs, of narrower widths; a backward pass takes twice the FLOP
+    of a forward pass. A trial ends after max_seconds, unless None.
+    """
+    widest = max(configs, key=lambda config: model_cost(config, len(dataset.classes)).get("gflop_per_image", 0))
+    gflop = model_cost(widest, len(dataset.classes)).get("gflop_per_image", 0)
+    gflop *= 3 * len(dataset.train_labels) + len(dataset.val_labels)
+    if gflop < SLOWEST_RATE * SLOW_EPOCH:
+        return
+    example = widest | {key: min(widest[key], narrow) for key, narrow in {"h_1": 64, "h_2": 256}.items()}
+    images, dtype = torch.zeros(16, 3, IMAGE_SIZE, IMAGE_SIZE), autocast_dtype(torch.device("cpu"))
+    model = new_model(example, len(dataset.classes)).to(memory_format=torch.channels_last)
+    before = torch.get_num_threads()
+    torch.set_num_threads(cpus)
+    for _ in range(2):  # the first time is slower
+        start = time.perf_counter()
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            loss = model(images).float().logsumexp(1).sum()
+        loss.backward()
+        seconds = time.perf_counter() - start
+    torch.set_num_threads(before)
+    epoch = gflop * seconds / (3 * len(images) * model_cost(example, len(dataset.classes))["gflop_per_image"])
+    if epoch >= SLOW_EPOCH:
+        widths = " and ".join(f"{key} {widest[key]}" for key in ("h_1", "h_2"))
+        limit = f", and MAX_SECONDS_PER_TRIAL ends a trial after {max_seconds / 60:.0f}" if max_seconds else ""
+        print(
+            f"Without a GPU, an epoch with {widths} takes about {epoch / 60:.0f} minutes here{limit}; "
+            "search smaller widths, or use a GPU.",
+            file=sys.stderr,
+        )
 
 
 def cheaper(search: Search, best: Trial) -> str:

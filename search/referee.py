@@ -12,6 +12,7 @@ from ray import tune
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
+from search.best_model import prepare_gpu
 from search.display import Display
 from search.records import Search, Trial, new_report
 from search.schedulers import PAUSE, STOP, STOPPED, Scheduler
@@ -63,6 +64,8 @@ class TrialQueue(Searcher):
             return None
         trial = self.scheduler.choose([each for each in self.trials if each.waits])
         if not trial:
+            if self.search.settings.gpus_per_trial != 0:
+                prepare_gpu()
             return None if running else Searcher.FINISHED
         self.search.record("begun", trial=trial.name)
         return {"trial": trial.name} | trial.config

@@ -71,7 +71,7 @@ def test_search_that_ends_while_ray_starts_says_why_and_leaves_nothing(whom: str
                 command, cwd=tmp_path, env=os.environ | marks, stdout=file, stderr=file, start_new_session=True
             )
         if whom != "nobody":  # while it waits for Ray, it imports torch
-            wait_for(lambda: list(ray_folder.glob("*/session_latest/logs/gcs_server.out")))
+            wait_for(lambda: list(ray_folder.glob("*/session_latest/logs/raylet.out")))
             (os.kill if whom == "the search" else os.killpg)(process.pid, signal.SIGTERM)
         code, printed = process.wait(30), output.read_text()
         assert code == (2 if whom == "nobody" else 128 + signal.SIGTERM), printed

@@ -4,12 +4,13 @@ from pathlib import Path
 import pytest
 
 from model import SmallResNet
+from search import cost
 from search import report as reports
-from search.cost import cheaper, model_cost
+from search.cost import cheaper, model_cost, warn_of_slow_epochs
 from search.files import lock
 from search.progress import Progress, block
 from search.records import open_search
-from tests.helpers import CONFIG, END, add, report, search_in, tell
+from tests.helpers import CONFIG, END, IMAGES, add, report, search_in, tell
 
 
 def ranges(folder: Path, trials: list[tuple[dict, list[float]]], mode: str = "max") -> list[str]:
@@ -103,9 +104,22 @@ def test_cost_is_that_of_a_count_by_hand_and_of_the_docstring(h_1: int, h_2: int
     ]  # fmt: skip
     parameters = sum(9 * one * two + 2 * two for one, two, _ in convolutions) + (h_2 + 1) * 100
     gflop = 2e-9 * (sum(9 * one * two * side**2 for one, two, side in convolutions) + h_2 * 100)
-    cost = model_cost(CONFIG | {"h_1": h_1, "h_2": h_2}, 100)
-    assert cost == {"parameters": parameters, "gflop_per_image": pytest.approx(gflop)}
+    found = model_cost(CONFIG | {"h_1": h_1, "h_2": h_2}, 100)
+    assert found == {"parameters": parameters, "gflop_per_image": pytest.approx(gflop)}
     assert all(words in SmallResNet.__doc__ for words in (f" {parameters / 1e6:.1f} M ", f" {gflop:.2f} GFLOP"))
+
+
+def test_epochs_that_take_minutes_without_a_gpu_are_announced(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    configs = [CONFIG, CONFIG | {"h_1": 70, "h_2": 300}, CONFIG | {"h_1": 70}]
+    warn_of_slow_epochs(configs, IMAGES, 1, 3600)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(cost, "SLOW_EPOCH", 1e-9)
+    for limit, words in ((None, ";"), (3600, ", and MAX_SECONDS_PER_TRIAL ends a trial after 60;")):
+        warn_of_slow_epochs(configs, IMAGES, 1, limit)
+        about = r"Without a GPU, an epoch with h_1 70 and h_2 300 takes about \d+ minutes here"
+        assert re.fullmatch(f"{about}{words} search smaller widths, or use a GPU.\n", capsys.readouterr().err)
 
 
 def test_cheaper_trial_is_named_if_one_is_within_a_standard_error_of_the_best(tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+import contextlib
 import math
 import os
 import random
@@ -12,7 +13,7 @@ import pytest
 
 import data
 import hparam_search
-from search import tuner
+from search import ray_runtime
 from search.settings import Settings, flag, parse_args
 from search.space import CONSTANTS
 from tests.conftest import REPOSITORY
@@ -55,7 +56,8 @@ def test_any_command_and_constant_starts_a_search_or_is_refused_in_a_sentence_an
         (tmp_path / name).touch()
     (tmp_path / "loop").symlink_to("loop")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tuner, "running_ray", lambda _: sys.exit(0))  # everything was accepted
+    monkeypatch.setattr(ray_runtime, "running_ray", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(ray_runtime, "wait_for_ray", lambda: sys.exit(0))  # everything was accepted
     monkeypatch.setattr(data, "make_synthetic", lambda **_: IMAGES)
     generator, before = random.Random(0), sorted(tmp_path.rglob("*"))
     attempts = [(command.split(), {}, words, {2}) for command, words in BAD_COMMANDS.items()]

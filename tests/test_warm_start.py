@@ -147,7 +147,8 @@ def test_best_trial_whose_weights_were_not_kept_leaves_the_next_one_to_be_tested
     for name in (second, third):
         (tmp_path / name).mkdir()
         torch.save(new_model(CONFIG, 5).state_dict(), weights_path(tmp_path / name, 1))
-    metrics = evaluate_best_model(search, IMAGES, {})
+    metrics, predicted = evaluate_best_model(search, IMAGES, {})
+    assert (predicted.argmax(1) == IMAGES.test_labels).float().mean() == pytest.approx(metrics["test_accuracy"])
     assert metrics["trial_id"] == search.trials[second].trial_id
     assert capsys.readouterr().err == f"{best} was better, but its weights are damaged or missing.\n"
     assert read_best_model(search) == metrics
