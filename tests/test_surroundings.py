@@ -115,7 +115,8 @@ def test_node_may_die_or_see_another_disk(
     monkeypatch.setattr(hparam_search.tuner, "machines", lambda: [(1, 0), (1, 0)])
     other_disk = f'mount -t tmpfs none {folder.parent} && exec "$@"'
     with second_node(ray_started, mark, [*NAMESPACE, "sh", "-c", other_disk, "sh"]):
-        assert run_search(folder, "--num-samples", "1", "--max-epochs", "1") == 0
+        flags[3] = "100"  # so that the first trial is not over before the second node has a worker
+        assert run_search(folder, *flags) == 0
     (failed,) = [trial for trial in open_search(folder, {}).trials.values() if trial.error]
     sentence = f"this machine does not see {folder}; pass an --output-dir on a disk that all machines share"
     assert failed.error == f"OSError: {sentence}"
