@@ -190,6 +190,7 @@ def fit(
     display = Display(search, scheduler.rungs, PROGRESS_PERIOD, tracking)
     referee = Referee(search, scheduler, early_stop, display, MODELS_KEPT)
     watcher = Watcher(referee)
+    ray_runtime.wait_for_workers(at_once)
     with tuner.temporary_folder(search.folder, dataset) as (folder, images):
         trial = partial(train_cifar, images=images, search_folder=search.folder, objective=search.objective)
         run_trials = partial(

@@ -1,4 +1,4 @@
-"""Ray's start and end, in a thread: each waits for seconds, in which the search imports torch, reads images and tests.
+"""Ray's start and end, in a thread: each takes seconds, in which the search imports torch, reads images and tests.
 
 Imports neither torch nor the modules that do, so that Ray can start before them.
 """
@@ -12,6 +12,7 @@ import signal
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, suppress
@@ -30,81 +31,81 @@ CODE = Path(__file__).resolve().parents[1]
 LONGEST_TEMP_DIR = 30  # bytes; the paths of Ray's sockets below it are limited to 107
 # Below these limits (open files; threads, and more per CPU), Ray hung or crashed on two cores.
 FEWEST_FILES, FEWEST_THREADS, THREADS_PER_CPU = 80, 200, 25
-WARM = ("search.trial", "torch._dynamo")  # what a worker imports before it has a trial; optimizers need the second
 # Programs of a local Ray for its dashboard, for autoscaling and for showing what workers print. For nothing they would
 # take 1.6 s of a core, 0.25 GB, and a second at the start and at the end.
 UNUSED = ("start_api_server", "start_monitor", "start_log_monitor")
-MAX_WARM = 16  # maximum number of workers that do: each takes 4 s of a core, and 0.3 GB
+WARM = ("search.trial", "torch._dynamo", "search.warm")  # what workers import before they have a trial
+MAX_WARM = 16  # maximum number of workers that do: each takes 4 s of a core, and 0.4 GB
+LONGEST_WARM_UP = 30  # seconds
 TRIALS_PER_GPU = 2  # by default, at most
 DEVICES = ("nvidia*", "nvhost*", "kfd", "dxg")  # in /dev: what a GPU that torch can use has at least one of
 CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # hold the quotas of containers and jobs
-# Ray's messages that the search replaces with its own, or that are about files that nothing here needs.
+# Ray's messages that the search replaces with its own, or that are about files and handlers that nothing here needs.
 HIDDEN = ("Trials did", "Token auth", "Failed to fetch", "Caught exception", "Saving experiment", "Experiment state")
-NO_HANDLER = "SIGTERM handler is not set"  # another one, as Ray starts in a thread
+HIDDEN += ("SIGTERM handler",)  # type: ignore[assignment]
 
-
-class RayThread(threading.Thread):
-    """Starts Ray, or joins the cluster at RAY_ADDRESS, and shuts it down once `over` is set; `files` removes its files.
-
-    Linux ends Ray's processes when the thread that started them ends, so this one lives as long as they should.
-    """
-
-    def __init__(self, settings: Settings) -> None:
-        super().__init__(name="starts Ray", daemon=True)
-        self.settings, self.started, self.over, self.files = settings, Future(), threading.Event(), ExitStack()
-        self.start()
-
-    def run(self) -> None:
-        try:
-            with started_ray(self.settings, self.files):
-                self.started.set_result(None)
-                self.over.wait()
-        except BaseException as error:
-            if not self.started.done():
-                self.started.set_exception(error)
-
-
-_current: RayThread | None = None
+_started: Future | None = None  # that of the Ray of running_ray
+_over = threading.Event()  # whether that Ray is to end
+_warm_folder: Path | None = None  # has a file for each warm worker
 
 
 @contextmanager
 def running_ray(settings: Settings) -> Iterator[None]:
-    """Have Ray started in the background (see wait_for_ray), and stopped at the end of the block.
+    """Have Ray started by a thread (see wait_for_ray), and stopped at the end of the block.
 
     In such a block, or if this process has started a Ray itself, which must have this program's code, do nothing.
     """
-    global _current
-    if _current or ray.is_initialized():
+    global _started
+    if _started or ray.is_initialized():
         yield
         return
-    _current = RayThread(settings)
+    _started, files = Future(), ExitStack()
+    _over.clear()
+    thread = threading.Thread(target=start_and_stop, args=(settings, _started, files), name="Ray", daemon=True)
+    thread.start()
     try:
         yield
     except ConnectionError:  # Ray died: keep its files, as its logs may say why
-        _current.files.pop_all()
+        files.pop_all()
         raise
     finally:
-        stop_ray()
-        if _current.started.done():
-            _current.join()
-        while found := ray_processes():  # Ray is still starting, which may take minutes if a signal has ended some
-            kill(found)
-        _current.files.close()
-        _current = None
+        _over.set()
+        if _started.done():
+            thread.join()
+        kill_processes()  # if Ray is still starting: it may wait for minutes for those that a signal has ended
+        files.close()
+        _started = None
+
+
+def start_and_stop(settings: Settings, started: Future, files: ExitStack) -> None:
+    """Start Ray, and stop it in the same thread, with whose end Linux would end Ray's processes."""
+    try:
+        with started_ray(settings, files):
+            started.set_result(None)
+            _over.wait()
+    except BaseException as error:
+        if not started.done():
+            started.set_exception(error)
 
 
 def wait_for_ray() -> None:
     """Wait until Ray has started; raise InputError if it cannot be started or joined."""
-    if _current:
-        result_of(_current.started)
+    if _started:
+        result_of(_started)
         with suppress(ValueError):  # not in the main thread
             signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))  # Ray has installed one that prints a stack
 
 
+def wait_for_workers(count: int) -> None:
+    """Wait until so many workers of a local Ray are warm; before that, Ray would start others for the trials."""
+    end = time.monotonic() + LONGEST_WARM_UP
+    while _warm_folder and len(list(_warm_folder.glob("warm_*"))) < count and time.monotonic() < end:
+        time.sleep(0.02)
+
+
 def stop_ray() -> None:
-    """Let Ray shut down in the background, if it was started there."""
-    if _current:
-        _current.over.set()
+    """Let the Ray of running_ray end meanwhile."""
+    _over.set()
 
 
 @contextmanager
@@ -113,8 +114,9 @@ def started_ray(settings: Settings, files: ExitStack) -> Iterator[None]:
 
     Raises InputError if it cannot be started or joined.
     """
+    global _warm_folder
     for handler in logging.getLogger("ray").handlers:
-        handler.addFilter(lambda record: not record.getMessage().startswith((*HIDDEN, NO_HANDLER)))
+        handler.addFilter(lambda record: not record.getMessage().startswith(HIDDEN))
     check_limits()
     address = cluster_address()
     try:
@@ -122,82 +124,57 @@ def started_ray(settings: Settings, files: ExitStack) -> Iterator[None]:
         if where.port:  # Ray would wait for minutes if nothing listens there
             socket.create_connection((where.hostname, where.port), timeout=5).close()
         with ExitStack() as starting:
-            folder = Path(tempfile.mkdtemp(prefix="ray", dir=parent_of_temp_dir()))
+            parent = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()).absolute()
+            parent = parent if len(os.fsencode(parent)) <= LONGEST_TEMP_DIR else Path("/tmp")
+            parent.mkdir(parents=True, exist_ok=True)
+            folder = Path(tempfile.mkdtemp(prefix="ray", dir=parent))
             (starting if address else files).callback(shutil.rmtree, folder, ignore_errors=True)
-            (code := folder / "code").mkdir()
-            copy_code(code)
-            options: dict[str, Any]
+            copy_code(code := folder / "code")
             if address:
-                options = {"address": address, "runtime_env": {"working_dir": str(code)}}
+                options: dict[str, Any] = {"address": address, "runtime_env": {"working_dir": str(code)}}
             else:  # workers whose environment differs from Ray's own would not be warm
-                starting.enter_context(python_path(code))
+                before = os.environ.get("PYTHONPATH", "")
+                starting.callback(os.environ.update, PYTHONPATH=before)
+                os.environ["PYTHONPATH"] = os.pathsep.join([str(code), *[before] * bool(before)])
                 options = local_options(settings) | {"_temp_dir": str(folder)}
             ray.init(**options, log_to_driver=False, logging_level=logging.WARNING, include_dashboard=False)
+            _warm_folder = folder if "_system_config" in options else None
     except Exception as error:  # Ray raises exceptions of many types
+        from data import InputError  # imports torch
+
         reason = str(error).splitlines()[0].rstrip(".")
         sentence = f"Ray cannot start ({reason}); see the Ray documentation"
         if address:
             sentence = f"no Ray cluster answers at RAY_ADDRESS {address!r}; start one there, or unset it"
-        raise input_error(sentence) from error
+        raise InputError(sentence) from error
     try:
         yield
     finally:
-        found = ray_processes()
         ray.shutdown()
-        kill(found)  # a worker that is importing would take seconds to notice
 
 
-def ray_processes() -> list:
-    """Return Ray's processes that this one has started, and theirs."""
+def kill_processes() -> None:
+    """Kill the processes of a local Ray that this one has started, and theirs."""
     import psutil  # a part of Ray
 
-    parents = [child for child in psutil.Process().children() if child.name() in ("gcs_server", "raylet")]
-    found = list(parents)
-    for parent in parents:
+    while parents := [each for each in psutil.Process().children() if each.name() in ("gcs_server", "raylet")]:
         with suppress(psutil.NoSuchProcess):
-            found += parent.children(recursive=True)
-    return found
-
-
-def kill(processes: list) -> None:
-    """Kill processes, unless they have ended, and wait a second for their ends."""
-    import psutil
-
-    for process in processes:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(processes, timeout=1)
-
-
-def input_error(sentence: str) -> Exception:
-    """Return an InputError, whose module imports torch."""
-    from data import InputError
-
-    return InputError(sentence)
+            for process in [child for parent in parents for child in parent.children(recursive=True)] + parents:
+                process.kill()
+        psutil.wait_procs(parents, timeout=1)
 
 
 def copy_code(target: Path) -> None:
-    """Copy this project's modules and packages, for the trials, to a folder.
+    """Copy this project's modules and packages, for the trials, to a new folder.
 
     In the working directory, trials might find another train.py, or none. Unlike the project's folder, the copy has no
     data and no .gitignore, which Ray would obey.
     """
+    target.mkdir()
     for path in CODE.glob("*.py"):
         shutil.copy(path, target)
     for path in CODE.glob("*/__init__.py"):
         shutil.copytree(path.parent, target / path.parent.name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
-
-
-@contextmanager
-def python_path(folder: Path) -> Iterator[None]:
-    """Let processes that are started in the block, and their children, find modules in a folder first."""
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), before] if before else [str(folder)])
-    try:
-        yield
-    finally:
-        os.environ.pop("PYTHONPATH")
-        os.environ |= {"PYTHONPATH": before} if before else {}
 
 
 def check_limits() -> None:
@@ -210,36 +187,32 @@ def check_limits() -> None:
             needed += thread.stat().st_uid == os.geteuid()
     for letter, limit, fewest in (("n", files, FEWEST_FILES), ("u", threads, needed)):
         if limit != resource.RLIM_INFINITY and limit < fewest:
-            raise input_error(f"ulimit -{letter} {limit} is too low for Ray; raise it to at least {fewest}")
+            from data import InputError  # imports torch
 
-
-def parent_of_temp_dir() -> Path:
-    """Return the folder in which Ray's temporary folder is made."""
-    parent = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()).absolute()
-    if len(os.fsencode(parent)) > LONGEST_TEMP_DIR:
-        parent = Path("/tmp")
-    parent.mkdir(parents=True, exist_ok=True)
-    return parent
+            raise InputError(f"ulimit -{letter} {limit} is too low for Ray; raise it to at least {fewest}")
 
 
 def local_options(settings: Settings) -> dict[str, Any]:
     """Return the arguments of ray.init that start a local Ray, whose workers are warm before they have a trial."""
     # Otherwise Ray writes a token into the home folder, which a container user may lack.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    for name in UNUSED:
+        setattr(Node, name, lambda self, **options: None)
     cpus, gpus, per_trial = usable_cpus(), usable_gpus(settings), settings.gpus_per_trial
     # Ray starts a worker per CPU, and trials on GPUs hardly need CPUs. What a resumed search needs is not known yet.
     if gpus and not (settings.cpus_per_trial or settings.resume or settings.or_resume):
         cpus = min(cpus, gpus * max(TRIALS_PER_GPU, int(1 / per_trial) if per_trial else 0))
-    for name in UNUSED:
-        setattr(Node, name, lambda self, **options: None)
-    options: dict[str, Any] = {"address": "local", "num_cpus": cpus, "num_gpus": gpus}
-    return options | ({"_system_config": {"preload_python_modules": WARM}} if cpus <= MAX_WARM else {})
+    options = {"address": "local", "num_cpus": cpus, "num_gpus": gpus}
+    if cpus > MAX_WARM:
+        return options
+    # Ray would end idle workers once their CPUs are reserved, before a trial can take them.
+    return options | {"_system_config": {"preload_python_modules": WARM, "kill_idle_workers_interval_ms": 0}}
 
 
 def usable_gpus(settings: Settings) -> int:
-    """Return how many GPUs torch can use here; Ray may count others (a Mac's), or none without NVIDIA's library.
+    """Return how many GPUs torch, whose import takes seconds, can use here; ask it only if there may be any.
 
-    Asks torch, whose import takes seconds, only if there may be any.
+    Ray may count others (a Mac's), or none without NVIDIA's library.
     """
     if settings.gpus_per_trial == 0 or not any(any(Path("/dev").glob(name)) for name in DEVICES):
         return 0

@@ -79,7 +79,9 @@ class Settings:
     dataset: str = option("cifar100", "image source", choices=("cifar100", "folder", "synthetic"))
     data_dir: str = option("data", "folder of CIFAR-100, or with train/ and test/", type=absolute_path)
     cpus_per_trial: int | None = option(None, "CPU cores per trial (default: an equal share)", type=int)
-    gpus_per_trial: float | None = option(None, "GPUs per trial, e.g. 0.5 (default: 1 if any)", type=float)
+    gpus_per_trial: float | None = option(
+        None, "GPUs per trial (default: 1 if any, or 0.5 with ample memory)", type=float
+    )
     output_dir: str = option("outputs", "parent of all search folders", type=absolute_path)
     name: str | None = option(None, "name of the search folder (default: search_<date>_<time>)", type=folder_name)
     or_resume: bool = option(False, "resume the search that --name names, or start it", action="store_true")

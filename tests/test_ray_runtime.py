@@ -40,7 +40,6 @@ def test_trials_get_the_code_whatever_lies_beside_it(tmp_path: Path, monkeypatch
         (tmp_path / "project" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "project" / name).write_text("data*\nmodel*\n*.py\n")
     monkeypatch.setattr(ray_runtime, "CODE", tmp_path / "project")
-    (tmp_path / "copy").mkdir()
     ray_runtime.copy_code(tmp_path / "copy")
     assert {str(path.relative_to(tmp_path / "copy")) for path in (tmp_path / "copy").rglob("*.*")} == set(code)
 
