@@ -14,43 +14,41 @@ from train import EVALUATION_BATCH_SIZE, MODEL, arguments, autocast_dtype, new_m
 
 COSTS = ("parameters", "gflop_per_image")
 SLOW_EPOCH = 120  # seconds of an epoch, without a GPU, from which it is worth a warning
-SLOWEST_RATE = 50  # GFLOP per second that any machine reaches
+SLOW_RATE = 20  # GFLOP per second of a slow machine; if an epoch is short even there, it is not measured
 
 
 def model_cost(config: dict, num_classes: int) -> dict[str, float]:
-    """Return how many parameters a config's model has, and the GFLOP of its forward pass per image.
-
-    FLOP are the multiplications and additions of convolutions and linear layers. Returns {} if the config is
-    incomplete, or the model cannot be built on the meta device.
-    """
-    try:
-        parameters, flop, _ = measure(num_classes, **model_arguments(config))
-    except Exception:  # an edited model may raise anything; its trials will show it
-        return {}
-    return {"parameters": parameters, "gflop_per_image": flop / 1e9}
+    """Return how many parameters a config's model has, and the GFLOP of its forward pass per image (see measure)."""
+    found = measure(config, num_classes)
+    return {"parameters": found[0], "gflop_per_image": found[1] / 1e9} if found else {}
 
 
 def trial_memory(config: dict) -> float:
     """Return about how many bytes of a GPU a trial needs; infinity if that is unknown.
 
-    These are CUDA itself and the images (1 GB); weights, gradients, momentum and averages in float32; and what training
-    and validation keep per output of a convolution. At 128/1024 the sum is 2.3 GB, as measured on an H200.
+    1 GB for CUDA and the images; weights, gradients, momentum and averages; and outputs of layers, in training and in
+    validation. At 128/1024 the sum is 2.3 GB, as measured on an H200.
     """
-    try:
-        parameters, _, outputs = measure(100, **model_arguments(config))
-    except Exception:  # see model_cost
-        return math.inf
+    parameters, _, outputs = measure(config, 100) or (math.inf, 0, 0)
     return 1e9 + 20 * parameters + outputs * (8 * config["batch_size"] + 2 * EVALUATION_BATCH_SIZE)
 
 
-def model_arguments(config: dict) -> dict:
-    """Return the arguments of a config's model; without dropout, which costs nothing and would differ between most."""
-    return arguments(config, MODEL) | {"p_drop": 0.0}
+def measure(config: dict, num_classes: int) -> tuple[int, int, int] | None:
+    """Return a model's parameters, and for an image its FLOP and the outputs of the layers that take them.
+
+    FLOP are the multiplications and additions of convolutions and linear layers. Returns None if the config is
+    incomplete, or the model cannot be built on the meta device.
+    """
+    try:
+        # Dropout costs nothing, and would differ between most configs.
+        return measure_model(num_classes, **arguments(config, MODEL) | {"p_drop": 0.0})
+    except Exception:  # an edited model may raise anything; its trials will show it
+        return None
 
 
 @functools.cache
-def measure(num_classes: int, **config: object) -> tuple[int, int, int]:
-    """Return the parameters of a model, and for one image its FLOP and the outputs of layers that take them."""
+def measure_model(num_classes: int, **config: object) -> tuple[int, int, int]:
+    """Do what measure does, once for equal configs."""
     flop, outputs = [], []
 
     def count(layer: nn.Conv2d | nn.Linear, _: object, output: Tensor) -> None:
@@ -69,37 +67,29 @@ def measure(num_classes: int, **config: object) -> tuple[int, int, int]:
 
 
 def warn_of_slow_epochs(configs: list[dict], dataset: Dataset, cpus: int, max_seconds: float | None) -> None:
-    """Say on stderr how long an epoch of the widest of these configs takes without a GPU, if that is over two minutes.
+    """Say on stderr how long an epoch of the widest of these configs takes with so many CPUs, if that is minutes.
 
-    The estimate is its FLOP over the rate, with so many CPUs, of narrower widths; a backward pass takes twice the FLOP
-    of a forward pass. A trial ends after max_seconds, unless None.
+    Measured on a few images. A trial ends after max_seconds, unless None.
     """
-    widest = max(configs, key=lambda config: model_cost(config, len(dataset.classes)).get("gflop_per_image", 0))
-    gflop = model_cost(widest, len(dataset.classes)).get("gflop_per_image", 0)
-    gflop *= 3 * len(dataset.train_labels) + len(dataset.val_labels)
-    if gflop < SLOWEST_RATE * SLOW_EPOCH:
+    gflop = [model_cost(config, len(dataset.classes)).get("gflop_per_image", 0) for config in configs]
+    widest = configs[gflop.index(max(gflop))]
+    passes = 3 * len(dataset.train_labels) + len(dataset.val_labels)  # in training, forward and twice as much backward
+    if max(gflop) * passes < SLOW_EPOCH * SLOW_RATE:
         return
-    example = widest | {key: min(widest[key], narrow) for key, narrow in {"h_1": 64, "h_2": 256}.items()}
-    images, dtype = torch.zeros(16, 3, IMAGE_SIZE, IMAGE_SIZE), autocast_dtype(torch.device("cpu"))
-    model = new_model(example, len(dataset.classes)).to(memory_format=torch.channels_last)
-    before = torch.get_num_threads()
+    model, images = new_model(widest, len(dataset.classes)), torch.zeros(4, 3, IMAGE_SIZE, IMAGE_SIZE)
+    dtype, threads = autocast_dtype(torch.device("cpu")), torch.get_num_threads()
     torch.set_num_threads(cpus)
     for _ in range(2):  # the first time is slower
         start = time.perf_counter()
         with torch.autocast("cpu", dtype, enabled=dtype is not None):
-            loss = model(images).float().logsumexp(1).sum()
-        loss.backward()
-        seconds = time.perf_counter() - start
-    torch.set_num_threads(before)
-    epoch = gflop * seconds / (3 * len(images) * model_cost(example, len(dataset.classes))["gflop_per_image"])
-    if epoch >= SLOW_EPOCH:
-        widths = " and ".join(f"{key} {widest[key]}" for key in ("h_1", "h_2"))
-        limit = f", and MAX_SECONDS_PER_TRIAL ends a trial after {max_seconds / 60:.0f}" if max_seconds else ""
-        print(
-            f"Without a GPU, an epoch with {widths} takes about {epoch / 60:.0f} minutes here{limit}; "
-            "search smaller widths, or use a GPU.",
-            file=sys.stderr,
-        )
+            model(images).sum().backward()
+        seconds = (time.perf_counter() - start) / (3 * len(images)) * passes
+    torch.set_num_threads(threads)
+    widths = " and ".join(f"{key} {widest[key]}" for key in MODEL if type(widest[key]) is int)
+    limit = f", and MAX_SECONDS_PER_TRIAL ends a trial after {max_seconds / 60:.0f}" if max_seconds else ""
+    sentence = f"Without a GPU, an epoch with {widths} takes about {seconds / 60:.0f} minutes here{limit}"
+    if seconds >= SLOW_EPOCH:
+        print(f"{sentence}; search smaller widths, or use a GPU.", file=sys.stderr)
 
 
 def cheaper(search: Search, best: Trial) -> str:

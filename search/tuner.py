@@ -21,7 +21,6 @@ from search.settings import Settings
 AMPLE = 4  # how many times the memory that the trials on a GPU need must be free, for it to have several by default
 # Tune restarts a trial whose process has died. Count one that Ray kills when memory runs low as such, too.
 OutOfMemoryError.__bases__, OutOfMemoryError._preempted = (RayActorError,), False  # type: ignore[attr-defined]
-
 # Tune gives its workers an environment for PyTorch Lightning, with which Ray starts new ones instead of the warm ones.
 class_cache.DEFAULT_ENV_VARS.clear()
 
@@ -39,25 +38,25 @@ def machines() -> list[tuple[int, int]]:
 
 
 def free_gpu_memory() -> float:
-    """Return the free bytes of the fullest GPU of this machine; 0 if unknown, or if only one process may use a GPU."""
+    """Return the free bytes of this machine's fullest GPU; 0 if unknown, or if only one process may use a GPU."""
     command = ["nvidia-smi", "--query-gpu=compute_mode,memory.free", "--format=csv,noheader,nounits"]
     try:
-        lines = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()
-        found = [line.split(", ") for line in lines]
+        printed = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+        found = [line.split(", ") for line in printed.splitlines()]
         return min(float(mebibytes) * 2**20 * (mode == "Default") for mode, mebibytes in found)
     except (OSError, subprocess.SubprocessError, ValueError):
         return 0.0
 
 
-def gpus_per_trial(configs: list[dict], gpus: int) -> float:
-    """Return the share of a GPU that each of these configs' trials gets by default, on machines with so many GPUs.
+def default_share(configs: list[dict], gpus: int) -> float:
+    """Return how much of a GPU each trial gets by default: if memory is ample, trials share one to hide their starts.
 
-    A second trial on a GPU hides the starts and the saving of the first. It needs free memory for eight of the largest,
-    which is known of a local Ray.
+    This is known only of a local Ray.
     """
     if cluster_address() or not 0 < gpus < len(configs):
         return min(1, gpus)
-    return 1 / TRIALS_PER_GPU if free_gpu_memory() >= AMPLE * TRIALS_PER_GPU * max(map(trial_memory, configs)) else 1
+    free = free_gpu_memory()
+    return 1 / TRIALS_PER_GPU if free and free >= AMPLE * TRIALS_PER_GPU * max(map(trial_memory, configs)) else 1
 
 
 def share_resources(settings: Settings, configs: list[dict]) -> tuple[dict[str, float], int, str]:
@@ -68,8 +67,8 @@ def share_resources(settings: Settings, configs: list[dict]) -> tuple[dict[str, 
     """
     found = machines()
     gpus = max(g for _, g in found)
-    gpu = settings.gpus_per_trial
-    gpu = gpus_per_trial(configs, sum(g for _, g in found)) if gpu is None else gpu
+    if (gpu := settings.gpus_per_trial) is None:
+        gpu = default_share(configs, sum(g for _, g in found))
     cpus = max((c for c, g in found if g >= gpu), default=0)
     per_gpu = int(1 / gpu) if 0 < gpu < 1 else 1  # each fraction is of one GPU
 
