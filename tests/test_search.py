@@ -222,6 +222,19 @@ def test_failing_display_does_not_cost_the_model(
     assert figures(folder) == figures(finished.folder)
 
 
+def test_gpu_is_made_ready_for_the_test_if_it_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    monkeypatch.setattr(best_model, "start_thread", lambda function: function())
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: made.append(device))
+    for available, free, expected in ((False, 1e12, []), (True, 0, []), (True, 1e9, []), (True, 1e12, ["cuda"])):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
+        monkeypatch.setattr(best_model, "free_gpu_memory", lambda free=free: free)
+        best_model.prepare_gpu.cache_clear()
+        best_model.prepare_gpu()
+        best_model.prepare_gpu()
+        assert made == expected
+
+
 def test_weights_that_model_py_no_longer_fits_are_not_called_damaged(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
