@@ -133,8 +133,8 @@ def new_search(settings: Settings, tracking: trackers.Trackers) -> int:
     records.new_folder(settings)  # like the line above, rejects bad input before the images are read
     with contextlib.ExitStack() as locks, ray_runtime.running_ray(settings):
         earlier = [locks.enter_context(warm_start.earlier_search(Path(path))) for path in settings.warm_start or ()]
-        dataset = read_images(**image_source(settings))
         ray_runtime.wait_for_ray()
+        dataset = read_images(**image_source(settings))
         tuner.share_resources(settings, configs)  # refuses flags that exceed this machine
         with records.creating_search(settings, summary, dataset, objective) as search:
             warm_start.take(search, earlier)
@@ -153,8 +153,8 @@ def resume_search(folder: Path, changes: dict, tracking: trackers.Trackers) -> i
         entries, summary = search_space(search.settings)
         records.check_unchanged(search, summary, records.Objective(METRIC, MODE))
         with ray_runtime.running_ray(search.settings):
-            dataset = load_images(search)
             ray_runtime.wait_for_ray()
+            dataset = load_images(search)
             tuner.share_resources(search.settings, [])  # before they are written
             search.draw(sampler.new_trials(search, entries))
             search.write()
@@ -182,6 +182,7 @@ def fit(
         return
     configs = [trial.config for trial in trials]
     resources, at_once, all_resources = tuner.share_resources(search.settings, configs)
+    ray_runtime.wait_for_workers(at_once)
     if not (resources["gpu"] or search.trained):
         cost.warn_of_slow_epochs(configs, dataset, int(resources["cpu"]), MAX_SECONDS_PER_TRIAL)
     early_stop = partial(schedulers.early_stop, entries["epochs"], PATIENCE, MIN_DELTA, MAX_SECONDS_PER_TRIAL)
@@ -190,7 +191,6 @@ def fit(
     display = Display(search, scheduler.rungs, PROGRESS_PERIOD, tracking)
     referee = Referee(search, scheduler, early_stop, display, MODELS_KEPT)
     watcher = Watcher(referee)
-    ray_runtime.wait_for_workers(at_once)
     with tuner.temporary_folder(search.folder, dataset) as (folder, images):
         trial = partial(train_cifar, images=images, search_folder=search.folder, objective=search.objective)
         run_trials = partial(

@@ -132,12 +132,10 @@ def new_model(config: dict, num_classes: int) -> SmallResNet:
     return SmallResNet(**arguments(config, MODEL), num_classes=num_classes)
 
 
-def new_training(config: dict, num_classes: int, device: torch.device, model: SmallResNet | None = None) -> Training:
-    """Build the moving average and the optimizer of a model; without one, draw its weights from config["seed"]."""
-    if model is None:
-        torch.manual_seed(config["seed"])
-        model = new_model(config, num_classes)
-    model = model.to(device, memory_format=torch.channels_last)
+def new_training(config: dict, num_classes: int, device: torch.device) -> Training:
+    """Build a model with weights drawn from config["seed"], its moving average and its optimizer."""
+    torch.manual_seed(config["seed"])
+    model = new_model(config, num_classes).to(device, memory_format=torch.channels_last)
     averaged = AveragedModel(model) if config["ema_decay"] > 0 else None
     return Training(model, averaged, new_optimizer(model, config))
 

@@ -24,9 +24,9 @@ from search.ray_runtime import usable_cpus
 from search.records import Objective, Search, Trial, short_path
 from search.space import check_value
 from search.tensorboard import show_predictions
-from search.trial import loaded_model, save_weights, weights_path
+from search.trial import load_weights, save_weights, weights_path
 from search.tuner import free_gpu_memory
-from train import DEFAULTS, MODEL, best_device, evaluation_batches, logits_of, probabilities, score
+from train import DEFAULTS, MODEL, best_device, evaluation_batches, logits_of, new_model, probabilities, score
 
 BEST_MODEL = "best_model"
 SPARE_MEMORY = 4e9  # bytes of a GPU; CUDA takes 0.5 GB of it
@@ -95,7 +95,8 @@ def on_test_images(search: Search, model: nn.Module, dataset: Dataset) -> list[t
     while True:
         try:
             on_device = copy.deepcopy(model).to(device, memory_format=torch.channels_last)
-            return list(logits_of(on_device, evaluation_batches(dataset, "test", device)))
+            outputs = logits_of(on_device, evaluation_batches(dataset, "test", device))
+            return [(logits.cpu(), labels.cpu()) for logits, labels in outputs]  # fails here, if the GPU does
         except RuntimeError as error:
             if device.type == "cpu":
                 raise
@@ -172,5 +173,8 @@ def load_model(weights: Path, config: dict, classes: Sequence[str]) -> SmallResN
 
     Raises InputError if model.py no longer fits them.
     """
-    state = load_tensors(weights)
-    return None if state is None else loaded_model(config, len(classes), state, weights)
+    if (state := load_tensors(weights)) is None:
+        return None
+    model = new_model(config, len(classes))
+    load_weights(model, state, weights)
+    return model

@@ -41,7 +41,7 @@ def run_program(name: str, work: Callable[[], int]) -> int:
         except SystemExit as end:  # argparse has printed why
             return int(end.code or 0)
         except (ValueError, OSError) as error:
-            if not (is_input_error(error) or isinstance(error, OSError)):
+            if not (isinstance(error, OSError) or is_input_error(error)):
                 raise
             print_error(error, name)
             return 2 if is_input_error(error) else 1

@@ -1,5 +1,6 @@
 """What a model costs, and whether a cheaper one is about as good."""
 
+import contextlib
 import functools
 import math
 import sys
@@ -79,11 +80,13 @@ def warn_of_slow_epochs(configs: list[dict], dataset: Dataset, cpus: int, max_se
     model, images = new_model(widest, len(dataset.classes)), torch.zeros(4, 3, IMAGE_SIZE, IMAGE_SIZE)
     dtype, threads = autocast_dtype(torch.device("cpu")), torch.get_num_threads()
     torch.set_num_threads(cpus)
-    for _ in range(2):  # the first time is slower
-        start = time.perf_counter()
-        with torch.autocast("cpu", dtype, enabled=dtype is not None):
-            model(images).sum().backward()
-        seconds = (time.perf_counter() - start) / (3 * len(images)) * passes
+    seconds = 0.0
+    with contextlib.suppress(Exception):  # an edited model may raise anything; its trials will show it
+        for _ in range(2):  # the first time is slower
+            start = time.perf_counter()
+            with torch.autocast("cpu", dtype, enabled=dtype is not None):
+                model(images).sum().backward()
+            seconds = (time.perf_counter() - start) / (3 * len(images)) * passes
     torch.set_num_threads(threads)
     widths = " and ".join(f"{key} {widest[key]}" for key in MODEL if type(widest[key]) is int)
     limit = f", and MAX_SECONDS_PER_TRIAL ends a trial after {max_seconds / 60:.0f}" if max_seconds else ""

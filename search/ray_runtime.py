@@ -35,7 +35,7 @@ FEWEST_FILES, FEWEST_THREADS, THREADS_PER_CPU = 80, 200, 25
 # take 1.6 s of a core, 0.25 GB, and a second at the start and at the end.
 UNUSED = ("start_api_server", "start_monitor", "start_log_monitor")
 WARM = ("search.trial", "torch._dynamo", "search.warm")  # what workers import before they have a trial
-MAX_WARM = 16  # maximum number of workers that do: each takes 4 s of a core, and 0.4 GB
+MAX_WARM = 16  # with more CPUs, and thus workers, none are warm: each takes 4 s of a core, and 0.4 GB
 LONGEST_WARM_UP = 30  # seconds
 TRIALS_PER_GPU = 2  # by default, at most
 DEVICES = ("nvidia*", "nvhost*", "kfd", "dxg")  # in /dev: what a GPU that torch can use has at least one of
@@ -69,12 +69,15 @@ def running_ray(settings: Settings) -> Iterator[None]:
         files.pop_all()
         raise
     finally:
+        started, _started = _started, None
         _over.set()
-        if _started.done():
-            thread.join()
-        kill_processes()  # if Ray is still starting: it may wait for minutes for those that a signal has ended
-        files.close()
-        _started = None
+        try:
+            if started.done():
+                thread.join()
+        finally:
+            if not cluster_address():
+                kill_processes()  # if Ray is still starting: it may wait for minutes for those that a signal has ended
+            files.close()
 
 
 def start_and_stop(settings: Settings, started: Future, files: ExitStack) -> None:
@@ -130,13 +133,15 @@ def started_ray(settings: Settings, files: ExitStack) -> Iterator[None]:
             folder = Path(tempfile.mkdtemp(prefix="ray", dir=parent))
             (starting if address else files).callback(shutil.rmtree, folder, ignore_errors=True)
             copy_code(code := folder / "code")
-            if address:
-                options: dict[str, Any] = {"address": address, "runtime_env": {"working_dir": str(code)}}
+            options: dict[str, Any] = (
+                {"address": address} if address else local_options(settings) | {"_temp_dir": str(folder)}
+            )
+            if "_system_config" not in options:
+                options["runtime_env"] = {"working_dir": str(code)}
             else:  # workers whose environment differs from Ray's own would not be warm
                 before = os.environ.get("PYTHONPATH", "")
                 starting.callback(os.environ.update, PYTHONPATH=before)
                 os.environ["PYTHONPATH"] = os.pathsep.join([str(code), *[before] * bool(before)])
-                options = local_options(settings) | {"_temp_dir": str(folder)}
             ray.init(**options, log_to_driver=False, logging_level=logging.WARNING, include_dashboard=False)
             _warm_folder = folder if "_system_config" in options else None
     except Exception as error:  # Ray raises exceptions of many types
@@ -150,6 +155,7 @@ def started_ray(settings: Settings, files: ExitStack) -> Iterator[None]:
     try:
         yield
     finally:
+        _warm_folder = None
         ray.shutdown()
 
 
@@ -157,7 +163,12 @@ def kill_processes() -> None:
     """Kill the processes of a local Ray that this one has started, and theirs."""
     import psutil  # a part of Ray
 
-    while parents := [each for each in psutil.Process().children() if each.name() in ("gcs_server", "raylet")]:
+    def name(process: psutil.Process) -> str:
+        with suppress(psutil.Error):  # it has ended
+            return process.name()
+        return ""
+
+    while parents := [each for each in psutil.Process().children() if name(each) in ("gcs_server", "raylet")]:
         with suppress(psutil.NoSuchProcess):
             for process in [child for parent in parents for child in parent.children(recursive=True)] + parents:
                 process.kill()

@@ -17,10 +17,9 @@ from ray import tune
 from torch import nn
 
 from data import Dataset, InputError, map_dataset
-from model import SmallResNet
 from search.files import load_tensors, remove, save_tensors
 from search.records import SEARCH_FILE, Objective, Search, Trial, new_report
-from train import DEFAULTS, Report, Training, best_device, new_model, new_training, train_epochs
+from train import DEFAULTS, Report, Training, best_device, new_training, train_epochs
 
 TRAINING_FILE, OUTPUT_FILE, ERROR_FILE = "training.pt", "output.txt", "error.txt"
 
@@ -35,15 +34,8 @@ def save_weights(model: nn.Module, path: Path) -> None:
     save_tensors({name: tensor.cpu() for name, tensor in model.state_dict().items()}, path)
 
 
-def loaded_model(config: dict, num_classes: int, weights: dict, path: Path) -> SmallResNet:
-    """Return the model of a config with these weights, read from a file; raise InputError if they do not fit it."""
-    with contextlib.suppress(Exception):  # an edited model may need its numbers as it is built
-        with torch.device("meta"):  # draws no weights that would be replaced at once
-            model = new_model(config, num_classes)
-        model.load_state_dict(weights, assign=True)
-        if not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
-            return model
-    model = new_model(config, num_classes)
+def load_weights(model: nn.Module, weights: dict, path: Path) -> None:
+    """Put weights that were read from a file into a model; raise InputError if they belong to another model."""
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     found = {name: getattr(tensor, "shape", None) for name, tensor in weights.items()}
     different = next((name for name in expected | found if expected.get(name) != found.get(name)), None)
@@ -53,7 +45,6 @@ def loaded_model(config: dict, num_classes: int, weights: dict, path: Path) -> S
             "restore model.py, or start a new search"
         )
     model.load_state_dict(weights)
-    return model
 
 
 def prune_weights(folder: Path, epochs: set[int]) -> None:
@@ -101,12 +92,14 @@ def restore_training(config: dict, num_classes: int, device: torch.device, path:
 
     Raises InputError if model.py no longer fits it.
     """
-    state = load_tensors(path) if path.exists() else {}
-    if not state or DEFAULTS | state.get("config", {}) != config:
-        training = new_training(config, num_classes, device)
-        training.notes += [f"{path} is unreadable; restarting from scratch"] if path.exists() else []
+    training = new_training(config, num_classes, device)
+    if not path.exists():
         return training
-    training = new_training(config, num_classes, device, loaded_model(config, num_classes, state["model"], path))
+    state = load_tensors(path)
+    if not state or DEFAULTS | state.get("config", {}) != config:
+        training.notes.append(f"{path} is unreadable; restarting from scratch")
+        return training
+    load_weights(training.model, state["model"], path)
     if training.averaged:
         training.averaged.load_state_dict(state["averaged"])
     # The learning rates are set at every step; what else the groups hold comes from the config.

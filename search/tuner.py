@@ -23,6 +23,8 @@ AMPLE = 4  # how many times the memory that the trials on a GPU need must be fre
 OutOfMemoryError.__bases__, OutOfMemoryError._preempted = (RayActorError,), False  # type: ignore[attr-defined]
 # Tune gives its workers an environment for PyTorch Lightning, with which Ray starts new ones instead of the warm ones.
 class_cache.DEFAULT_ENV_VARS.clear()
+if not cluster_address():  # workers inherit the variables that Tune passes on, such as AWS's
+    class_cache.ENV_VARS_TO_PROPAGATE.clear()
 
 
 def own_node_lives() -> bool:

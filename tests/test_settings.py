@@ -57,7 +57,7 @@ def test_any_command_and_constant_starts_a_search_or_is_refused_in_a_sentence_an
     (tmp_path / "loop").symlink_to("loop")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ray_runtime, "running_ray", lambda _: contextlib.nullcontext())
-    monkeypatch.setattr(ray_runtime, "wait_for_ray", lambda: sys.exit(0))  # everything was accepted
+    monkeypatch.setattr(hparam_search.tuner, "share_resources", lambda *_: sys.exit(0))  # everything was accepted
     monkeypatch.setattr(data, "make_synthetic", lambda **_: IMAGES)
     generator, before = random.Random(0), sorted(tmp_path.rglob("*"))
     attempts = [(command.split(), {}, words, {2}) for command, words in BAD_COMMANDS.items()]
