@@ -41,8 +41,15 @@ TRIALS_PER_GPU = 2  # by default, at most
 DEVICES = ("nvidia*", "nvhost*", "kfd", "dxg")  # in /dev: what a GPU that torch can use has at least one of
 CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # hold the quotas of containers and jobs
 # Ray's messages that the search replaces with its own, or that are about files and handlers that nothing here needs.
-HIDDEN = ("Trials did", "Token auth", "Failed to fetch", "Caught exception", "Saving experiment", "Experiment state")
-HIDDEN += ("SIGTERM handler",)  # type: ignore[assignment]
+HIDDEN = (
+    "Trials did",
+    "Token auth",
+    "Failed to fetch",
+    "Caught exception",
+    "Saving experiment",
+    "Experiment state",
+    "SIGTERM handler",
+)
 
 _started: Future | None = None  # that of the Ray of running_ray
 _over = threading.Event()  # whether that Ray is to end
@@ -107,7 +114,7 @@ def wait_for_workers(count: int) -> None:
 
 
 def stop_ray() -> None:
-    """Let the Ray of running_ray end meanwhile."""
+    """Let the Ray of running_ray end in the background."""
     _over.set()
 
 
