@@ -197,9 +197,8 @@ def _read_pictures(paths: list[str], folder: Path, faults: list[InputError]) -> 
     Image.init()  # the others; several threads must not load them at once
     pictures: list = []
     parts = [paths[i : i + PICTURES_AT_ONCE] for i in range(0, len(paths), PICTURES_AT_ONCE)]
-    with ThreadPoolExecutor(
-        min(16, os.cpu_count() or 1)
-    ) as readers:  # Pillow releases Python's global lock while decoding
+    # Pillow releases Python's global lock while decoding.
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as readers:
         for part in readers.map(lambda part: [_read_picture(path) for path in part], parts):
             pictures += part
             if sys.stdout.isatty():

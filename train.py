@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.sgd import sgd
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from data import IMAGE_SIZE, Batches, Dataset, InputError, epoch_seed
@@ -61,7 +62,7 @@ PADDING = Values(lambda v: type(v) is int and 0 <= v < IMAGE_SIZE, f"a whole num
 SCHEDULE = Values(lambda v: isinstance(v, str) and v in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
 SEED = Values(lambda v: type(v) is int and 0 <= v < 2**63, "a whole number from 0 up to but not including 2**63")
 
-# The hyperparameters. Those of MODEL are passed to SmallResNet, those of OPTIMIZER to torch.optim.SGD, those of LOSS to
+# The hyperparameters. Those of MODEL are passed to SmallResNet, those of OPTIMIZER to torch's sgd, those of LOSS to
 # cross_entropy in training and those of BATCHES to Batches, as keyword arguments of the same names.
 MODEL = {"h_1": WHOLE, "h_2": WHOLE, "p_drop": FRACTION(0.0)}
 OPTIMIZER = {"lr": POSITIVE, "momentum": FRACTION(0.0), "weight_decay": NOT_NEGATIVE(0.0), "nesterov": SWITCH(False)}
@@ -102,12 +103,22 @@ class Report:
 
 
 @dataclass
+class ParameterGroup:
+    """Parameters that SGD changes at the same rate."""
+
+    momentum: dict[Tensor, Tensor]  # parameter → its momentum
+    peak_lr: float  # learning rate, before the schedule scales it
+    weight_decay: float
+    lr: Tensor  # of the current step; a tensor, so that a CUDA graph reads it at every step
+
+
+@dataclass
 class Training:
     """The state of a training run between epochs."""
 
     model: SmallResNet
     averaged: AveragedModel | None  # exponential moving average of the model's weights and batch norm statistics
-    optimizer: torch.optim.SGD
+    groups: list[ParameterGroup]
     history: list[Report] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # messages that the user has not been shown yet
 
@@ -133,15 +144,15 @@ def new_model(config: dict, num_classes: int) -> SmallResNet:
 
 
 def new_training(config: dict, num_classes: int, device: torch.device) -> Training:
-    """Build a model with weights drawn from config["seed"], its moving average and its optimizer."""
+    """Build a model with weights drawn from config["seed"], its moving average and what SGD needs."""
     torch.manual_seed(config["seed"])
     model = new_model(config, num_classes).to(device, memory_format=torch.channels_last)
     averaged = AveragedModel(model) if config["ema_decay"] > 0 else None
-    return Training(model, averaged, new_optimizer(model, config))
+    return Training(model, averaged, parameter_groups(model, config, device))
 
 
-def new_optimizer(model: SmallResNet, config: dict) -> torch.optim.SGD:
-    """Build SGD, with the learning rate max(lr, bias_lr) for the biases of batch norm.
+def parameter_groups(model: SmallResNet, config: dict, device: torch.device) -> list[ParameterGroup]:
+    """Group a model's parameters: the biases of batch norm have the learning rate max(lr, bias_lr), the others lr.
 
     Page 2019, "How to Train Your ResNet 8: Bag of Tricks", and Jordan 2024, arXiv 2404.00498, use 64 times lr. A rate
     that does not depend on lr helps at low rates, too, and does no harm at high ones.
@@ -149,20 +160,21 @@ def new_optimizer(model: SmallResNet, config: dict) -> torch.optim.SGD:
     biases = dict.fromkeys(module.bias for module in model.modules() if isinstance(module, nn.BatchNorm2d))
     others = [parameter for parameter in model.parameters() if parameter not in biases]
     lr, bias_lr = config["lr"], max(config["lr"], config["bias_lr"])
+    weight_decay = config["weight_decay"]
     # The decay per step, lr · weight_decay, is that of the other weights.
-    fast = {"params": list(biases), "lr": bias_lr, "weight_decay": config["weight_decay"] * lr / bias_lr}
-    optimizer = torch.optim.SGD([{"params": others}, fast], **arguments(config, OPTIMIZER), fused=True)
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
-        # A tensor, so that a CUDA graph can read it at every step.
-        group["lr"] = torch.tensor(float(group["lr"]), device=group["params"][0].device)
-    return optimizer
+    rates = (others, lr, weight_decay), (biases, bias_lr, weight_decay * lr / bias_lr)
+    return [
+        ParameterGroup(
+            {each: torch.zeros_like(each) for each in parameters}, rate, decay, torch.tensor(rate, device=device)
+        )
+        for parameters, rate, decay in rates
+    ]
 
 
 def best_device(name: str | None = None) -> torch.device:
     """Return the device of this name, cuda or cpu; by default the GPU, if there is one that torch can use.
 
-    With cpu, hide all GPUs from this process, as torch's optimizers would query even a broken one.
+    With cpu, hide all GPUs from this process, as torch might query even a broken one.
     Raises InputError for cuda without such a GPU.
     """
     if name == "cpu":
@@ -234,9 +246,16 @@ def sgd_step(training: Training, config: dict, images: Tensor, labels: Tensor, d
     with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
         logits = training.model(images)
         loss = F.cross_entropy(logits, labels, **arguments(config, LOSS))
-    training.optimizer.zero_grad()
+    training.model.zero_grad()
     loss.backward()
-    training.optimizer.step()
+    # Not torch.optim.SGD, which does the same after importing torch._dynamo, in up to two seconds.
+    with torch.no_grad():
+        for group in training.groups:
+            options = {"dampening": 0.0, "maximize": False} | arguments(config, OPTIMIZER)  # the first have no defaults
+            options |= {"lr": group.lr, "weight_decay": group.weight_decay}
+            parameters = [each for each in group.momentum if each.grad is not None]  # an edited model may not use all
+            gradients, momenta = [each.grad for each in parameters], [group.momentum[each] for each in parameters]
+            sgd(parameters, gradients, momenta, fused=True, **options)
     correct = (logits.detach().argmax(1) == labels).sum()
     return torch.stack([loss.detach() * len(labels), correct])
 
@@ -316,8 +335,8 @@ class TrainStep:
 
     def __call__(self, images: Tensor, labels: Tensor, scale: float) -> None:
         """Take the step, with the learning rates multiplied by scale."""
-        for group in self.training.optimizer.param_groups:
-            group["lr"].fill_(group["initial_lr"] * scale)
+        for group in self.training.groups:
+            group.lr.fill_(group.peak_lr * scale)
         if self.graphed:
             self.replay(images, labels)
         else:
@@ -359,7 +378,7 @@ class TrainStep:
         self.images = torch.empty_like(images, dtype=self.dtype)
         self.labels = torch.empty_like(labels)
         self.graph = torch.cuda.CUDAGraph()
-        self.training.optimizer.zero_grad()  # so that the graph allocates the gradients
+        self.training.model.zero_grad()  # so that the graph allocates the gradients
         here, generator = torch.cuda.current_stream(), torch.cuda.default_generators[images.device.index]
         before = generator.clone_state()
         try:

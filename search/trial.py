@@ -81,7 +81,7 @@ def save_training(training: Training, config: dict, path: Path) -> None:
         "config": config,
         "history": [asdict(report) for report in training.history],
         "model": training.model.state_dict(),
-        "momentum": training.optimizer.state_dict()["state"],
+        "momenta": [[*group.momentum.values()] for group in training.groups],
         "averaged": training.averaged.state_dict() if training.averaged else None,
     }
     save_tensors(state, path)
@@ -96,15 +96,16 @@ def restore_training(config: dict, num_classes: int, device: torch.device, path:
     if not path.exists():
         return training
     state = load_tensors(path)
-    if not state or DEFAULTS | state.get("config", {}) != config:
+    # Earlier versions saved the momentum in another form.
+    if not state or "momenta" not in state or DEFAULTS | state.get("config", {}) != config:
         training.notes.append(f"{path} is unreadable; restarting from scratch")
         return training
     load_weights(training.model, state["model"], path)
     if training.averaged:
         training.averaged.load_state_dict(state["averaged"])
-    # The learning rates are set at every step; what else the groups hold comes from the config.
-    groups = training.optimizer.state_dict()["param_groups"]
-    training.optimizer.load_state_dict({"state": state["momentum"], "param_groups": groups})
+    for group, saved in zip(training.groups, state["momenta"], strict=True):
+        for momentum, tensor in zip(group.momentum.values(), saved, strict=True):
+            momentum.copy_(tensor)
     training.history = [new_report(report) for report in state["history"]]
     return training
 
@@ -168,7 +169,7 @@ def train_cifar(
     resources = tune.get_context().get_trial_resources()
     folder = search_folder / tune.get_context().get_trial_name()
     torch.set_num_threads(max(1, int(resources.head_cpus)))
-    # A worker without a GPU still sees all of them. Hide them, as even an optimizer on the CPU queries them.
+    # A worker without a GPU still sees all of them. Hide them, as torch might query even a broken one.
     device = best_device(None if resources.required_resources.get("GPU", 0) else "cpu")
     print_into(folder / OUTPUT_FILE)
     run_trial(config, map_dataset(images), folder, objective, save_period, rungs, tune.report, device)

@@ -113,7 +113,7 @@ def test_captured_steps_are_exactly_the_eager_ones(monkeypatch: pytest.MonkeyPat
     step = TrainStep(training, CONFIG, GPU)
     for _ in range(EAGER_STEPS):
         step(*two_batches[0], SCALE)
-    momentum = [state["momentum_buffer"] for state in training.optimizer.state.values()]
+    momentum = [tensor for group in training.groups for tensor in group.momentum.values()]
     state = [*training.model.state_dict().values(), *training.averaged.state_dict().values(), *momentum]
     before = [tensor.clone() for tensor in state]
 

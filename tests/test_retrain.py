@@ -60,7 +60,7 @@ def test_pictures_are_classified(model: Path, monkeypatch: pytest.MonkeyPatch, c
     for picture, image in zip(pictures, IMAGES.test_images, strict=False):
         Image.fromarray(image.numpy()).save(picture)
     assert predict.main([str(model), *pictures, "--device", "cpu"]) == 0
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""  # an optimizer would query the GPU
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""  # torch might query the GPU
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[::6] == [[picture] for picture in pictures]
     normalised = (IMAGES.test_images / 255 - torch.tensor(about["mean"])) / torch.tensor(about["std"])

@@ -1,4 +1,6 @@
 import contextlib
+import subprocess
+import sys
 from collections.abc import Iterator
 from unittest.mock import MagicMock
 
@@ -106,3 +108,24 @@ def test_capture_that_runs_out_of_memory_fails_its_trial_and_another_failure_mak
         reason = "capture failed" if at_the_end else "not permitted"
         assert TrainStep.failure == reason
         assert training.notes == [f"CUDA graph capture failed ({reason}); training eagerly, which is slower"]
+
+
+def test_edited_model_without_batch_norm_and_with_an_unused_layer_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Edited(nn.Sequential):
+        def __init__(self, **options: object) -> None:
+            super().__init__(nn.Flatten(), nn.Linear(3 * 32 * 32, 5))
+            self.unused = nn.Linear(1, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self[1](self[0](x))
+
+    monkeypatch.setattr("train.SmallResNet", Edited)
+    first, *_, last = train_epochs(new_training(PLAIN, 5, CPU), PLAIN, IMAGES, CPU)
+    assert last.train_loss < first.train_loss
+
+
+def test_neither_searching_nor_training_imports_the_compiler() -> None:
+    """Importing torch._dynamo takes two seconds and 100 MB in each process."""
+    program = "import sys; from tests.helpers import *; from train import *; training = new_training(CONFIG, 5, CPU); "
+    program += "[*train_epochs(training, CONFIG, IMAGES, CPU)]; sys.exit('torch._dynamo' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
