@@ -35,13 +35,17 @@ def test_cpus_are_those_that_may_be_used(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_trials_get_the_code_whatever_lies_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = ["train.py", "data.py", "search/__init__.py", "search/files.py", "search/more/__init__.py", "search/x.json"]
+    code += ["__pycache__/y.pyc", "search/__pycache__/z.pyc"]
     others = [".gitignore", "*", "pictures [2026]/a.tif", "old pictures /b.tif", ".venv/x.py", "search/.hidden/y"]
-    for name in (*code, *others, "search/__pycache__/z.pyc", "notes/z.py"):
+    for name in (*code, *others, "search/__pycache__/z.pyc.123", "notes/z.py"):
         (tmp_path / "project" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "project" / name).write_text("data*\nmodel*\n*.py\n")
+        os.utime(tmp_path / "project" / name, (0, 1e9))
     monkeypatch.setattr(ray_runtime, "CODE", tmp_path / "project")
     ray_runtime.copy_code(tmp_path / "copy")
-    assert {str(path.relative_to(tmp_path / "copy")) for path in (tmp_path / "copy").rglob("*.*")} == set(code)
+    copied = {str(path.relative_to(tmp_path / "copy")): path for path in (tmp_path / "copy").rglob("*.*")}
+    assert copied.keys() == set(code)
+    assert all(path.stat().st_mtime == 1e9 for path in copied.values())
 
 
 def test_limits_too_low_for_ray_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
