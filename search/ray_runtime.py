@@ -186,8 +186,7 @@ def copy_code(target: Path) -> None:
     """Copy this project's modules and packages, for the trials, to a new folder.
 
     In the working directory, trials might find another train.py, or none. Unlike the project's folder, the copy has no
-    data and no .gitignore, which Ray would obey. It keeps what Python has compiled, for which each
-    worker would take half a second.
+    data and no .gitignore, which Ray would obey. It has what Python has compiled, which costs a worker half a second.
     """
     target.mkdir()
     for path in CODE.glob("[!.]*.py"):
