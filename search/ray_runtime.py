@@ -35,7 +35,7 @@ FEWEST_FILES, FEWEST_THREADS, THREADS_PER_CPU = 80, 200, 25
 # take 1.6 s of a core, 0.25 GB, and a second at the start and at the end.
 UNUSED = ("start_api_server", "start_monitor", "start_log_monitor")
 WARM = ("search.trial", "search.warm")  # what workers import before they have a trial
-MAX_WARM = 16  # with more CPUs, and thus workers, none are warm: each takes 4 s of a core, and 0.4 GB
+MAX_WARM = 16  # with more CPUs, and thus workers, none are warm: each takes 3 s of a core, and 0.4 GB
 LONGEST_WARM_UP = 30  # seconds
 TRIALS_PER_GPU = 2  # by default, at most
 DEVICES = ("nvidia*", "nvhost*", "kfd", "dxg")  # in /dev: what a GPU that torch can use has at least one of
