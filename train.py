@@ -163,12 +163,11 @@ def parameter_groups(model: SmallResNet, config: dict, device: torch.device) -> 
     weight_decay = config["weight_decay"]
     # The decay per step, lr · weight_decay, is that of the other weights.
     rates = (others, lr, weight_decay), (biases, bias_lr, weight_decay * lr / bias_lr)
-    return [
-        ParameterGroup(
-            {each: torch.zeros_like(each) for each in parameters}, rate, decay, torch.tensor(rate, device=device)
-        )
-        for parameters, rate, decay in rates
-    ]
+    groups = []
+    for parameters, rate, decay in rates:
+        momentum: dict[Tensor, Tensor] = {each: torch.zeros_like(each) for each in parameters}
+        groups.append(ParameterGroup(momentum, rate, decay, lr=torch.tensor(float(rate), device=device)))
+    return groups
 
 
 def best_device(name: str | None = None) -> torch.device:

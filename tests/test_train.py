@@ -110,6 +110,13 @@ def test_capture_that_runs_out_of_memory_fails_its_trial_and_another_failure_mak
         assert training.notes == [f"CUDA graph capture failed ({reason}); training eagerly, which is slower"]
 
 
+def test_rates_may_be_whole_numbers() -> None:
+    rates = {"schedule": "cosine", "lr": 1, "bias_lr": 2}
+    configs = PLAIN | rates, PLAIN | rates | {"lr": 1.0, "bias_lr": 2.0}
+    ints, floats = ([*train_epochs(new_training(config, 5, CPU), config, IMAGES, CPU)] for config in configs)
+    assert [each.train_loss for each in ints] == [each.train_loss for each in floats]
+
+
 def test_edited_model_without_batch_norm_and_with_an_unused_layer_trains(monkeypatch: pytest.MonkeyPatch) -> None:
     class Edited(nn.Sequential):
         def __init__(self, **options: object) -> None:
