@@ -62,7 +62,7 @@ PADDING = Values(lambda v: type(v) is int and 0 <= v < IMAGE_SIZE, f"a whole num
 SCHEDULE = Values(lambda v: isinstance(v, str) and v in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
 SEED = Values(lambda v: type(v) is int and 0 <= v < 2**63, "a whole number from 0 up to but not including 2**63")
 
-# The hyperparameters. Those of MODEL are passed to SmallResNet, those of OPTIMIZER to torch's sgd, those of LOSS to
+# The hyperparameters. Those of MODEL are passed to SmallResNet, those of OPTIMIZER to PyTorch's sgd, those of LOSS to
 # cross_entropy in training and those of BATCHES to Batches, as keyword arguments of the same names.
 MODEL = {"h_1": WHOLE, "h_2": WHOLE, "p_drop": FRACTION(0.0)}
 OPTIMIZER = {"lr": POSITIVE, "momentum": FRACTION(0.0), "weight_decay": NOT_NEGATIVE(0.0), "nesterov": SWITCH(False)}
@@ -156,8 +156,15 @@ def parameter_groups(model: SmallResNet, config: dict, device: torch.device) -> 
 
     Page 2019, "How to Train Your ResNet 8: Bag of Tricks", and Jordan 2024, arXiv 2404.00498, use 64 times lr. A rate
     that does not depend on lr helps at low rates, too, and does no harm at high ones.
+
+    Raises InputError for Nesterov's momentum without momentum, or with dampening.
     """
-    biases = dict.fromkeys(module.bias for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+    if config["nesterov"] and (config["momentum"] == 0 or config.get("dampening")):
+        raise InputError(
+            "nesterov True needs a momentum above 0 and no dampening; change these, or make nesterov False"
+        )
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    biases = dict.fromkeys(norm.bias for norm in norms if norm.bias is not None)
     others = [parameter for parameter in model.parameters() if parameter not in biases]
     lr, bias_lr = config["lr"], max(config["lr"], config["bias_lr"])
     weight_decay = config["weight_decay"]
@@ -247,10 +254,12 @@ def sgd_step(training: Training, config: dict, images: Tensor, labels: Tensor, d
         loss = F.cross_entropy(logits, labels, **arguments(config, LOSS))
     training.model.zero_grad()
     loss.backward()
-    # Not torch.optim.SGD, which does the same after importing torch._dynamo, in up to two seconds.
+    # The function behind torch.optim.SGD, as the class imports torch._dynamo, which takes up to two seconds.
     with torch.no_grad():
         for group in training.groups:
-            options = {"dampening": 0.0, "maximize": False} | arguments(config, OPTIMIZER)  # the first have no defaults
+            options = {"dampening": 0.0, "maximize": False} | arguments(
+                config, OPTIMIZER
+            )  # sgd has no defaults for them
             options |= {"lr": group.lr, "weight_decay": group.weight_decay}
             parameters = [each for each in group.momentum if each.grad is not None]  # an edited model may not use all
             gradients, momenta = [each.grad for each in parameters], [group.momentum[each] for each in parameters]

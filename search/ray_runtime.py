@@ -186,14 +186,18 @@ def copy_code(target: Path) -> None:
     """Copy this project's modules and packages, for the trials, to a new folder.
 
     In the working directory, trials might find another train.py, or none. Unlike the project's folder, the copy has no
-    data and no .gitignore, which Ray would obey. It has what Python has compiled, which costs a worker half a second.
+    data and no .gitignore, which Ray would obey. Python's compiled files save each worker half a second.
     """
     target.mkdir()
+    packages = [path.parent for path in CODE.glob("*/__init__.py")]
     for path in CODE.glob("[!.]*.py"):
-        shutil.copy2(path, target)  # with its time, without which Python would compile it again
-    for folder in {path.parent for path in CODE.glob("*/__init__.py")} | {*CODE.glob("__pycache__")}:
-        unwanted = shutil.ignore_patterns(".*", "*.pyc.*")  # the latter are just being written
-        shutil.copytree(folder, target / folder.name, ignore=unwanted)
+        shutil.copy2(path, target)  # keeps the time, by which Python knows what it has compiled
+    for package in packages:
+        shutil.copytree(package, target / package.name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    for folder in (CODE, *packages):
+        compiled = folder / "__pycache__"
+        with suppress(OSError):  # there is none, it is another user's, or it is just being removed
+            shutil.copytree(compiled, target / compiled.relative_to(CODE))
 
 
 def check_limits() -> None:

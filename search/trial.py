@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from ray import tune
-from torch import nn
+from torch import Tensor, nn
 
 from data import Dataset, InputError, map_dataset
 from search.files import load_tensors, remove, save_tensors
@@ -81,10 +81,16 @@ def save_training(training: Training, config: dict, path: Path) -> None:
         "config": config,
         "history": [asdict(report) for report in training.history],
         "model": training.model.state_dict(),
-        "momenta": [[*group.momentum.values()] for group in training.groups],
+        "momenta": momenta(training),
         "averaged": training.averaged.state_dict() if training.averaged else None,
     }
     save_tensors(state, path)
+
+
+def momenta(training: Training) -> dict[str, Tensor]:
+    """Return the momentum of each parameter, by the parameter's name."""
+    known = {parameter: momentum for group in training.groups for parameter, momentum in group.momentum.items()}
+    return {name: known[parameter] for name, parameter in training.model.named_parameters()}
 
 
 def restore_training(config: dict, num_classes: int, device: torch.device, path: Path) -> Training:
@@ -103,9 +109,8 @@ def restore_training(config: dict, num_classes: int, device: torch.device, path:
     load_weights(training.model, state["model"], path)
     if training.averaged:
         training.averaged.load_state_dict(state["averaged"])
-    for group, saved in zip(training.groups, state["momenta"], strict=True):
-        for momentum, tensor in zip(group.momentum.values(), saved, strict=True):
-            momentum.copy_(tensor)
+    for name, momentum in momenta(training).items():
+        momentum.copy_(state["momenta"][name])
     training.history = [new_report(report) for report in state["history"]]
     return training
 

@@ -37,7 +37,7 @@ def test_trials_get_the_code_whatever_lies_beside_it(tmp_path: Path, monkeypatch
     code = ["train.py", "data.py", "search/__init__.py", "search/files.py", "search/more/__init__.py", "search/x.json"]
     code += ["__pycache__/y.pyc", "search/__pycache__/z.pyc"]
     others = [".gitignore", "*", "pictures [2026]/a.tif", "old pictures /b.tif", ".venv/x.py", "search/.hidden/y"]
-    for name in (*code, *others, "search/__pycache__/z.pyc.123", "notes/z.py"):
+    for name in (*code, *others, ".#train.py", "notes/__pycache__/z.pyc"):
         (tmp_path / "project" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "project" / name).write_text("data*\nmodel*\n*.py\n")
         os.utime(tmp_path / "project" / name, (0, 1e9))

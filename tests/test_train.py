@@ -2,6 +2,7 @@ import contextlib
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from unittest.mock import MagicMock
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.recipes import BASELINE_RECIPE
-from data import Batches
+from data import Batches, InputError
 from model import SmallResNet
 from tests.helpers import CONFIG, CPU, IMAGES, VALIDATION
 from train import SCHEDULES, TrainStep, new_training, train_epochs
@@ -117,22 +118,30 @@ def test_rates_may_be_whole_numbers() -> None:
     assert [each.train_loss for each in ints] == [each.train_loss for each in floats]
 
 
-def test_edited_model_without_batch_norm_and_with_an_unused_layer_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("change", [{"momentum": 0}, {"dampening": 0.1}])
+def test_nesterov_needs_momentum_without_dampening(change: dict) -> None:
+    with pytest.raises(InputError, match="nesterov True needs a momentum above 0 and no dampening; "):
+        new_training(OTHER | change, 5, CPU)
+
+
+def test_edited_model_without_biases_of_batch_norm_and_with_an_unused_layer_trains(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     class Edited(nn.Sequential):
         def __init__(self, **options: object) -> None:
-            super().__init__(nn.Flatten(), nn.Linear(3 * 32 * 32, 5))
+            super().__init__(nn.BatchNorm2d(3, affine=False), nn.Flatten(), nn.Linear(3 * 32 * 32, 5))
             self.unused = nn.Linear(1, 1)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self[1](self[0](x))
+            return self[2](self[1](self[0](x)))
 
     monkeypatch.setattr("train.SmallResNet", Edited)
     first, *_, last = train_epochs(new_training(PLAIN, 5, CPU), PLAIN, IMAGES, CPU)
     assert last.train_loss < first.train_loss
 
 
-def test_neither_searching_nor_training_imports_the_compiler() -> None:
+def test_neither_importing_a_search_nor_training_imports_the_compiler() -> None:
     """Importing torch._dynamo takes two seconds and 100 MB in each process."""
     program = "import sys; from tests.helpers import *; from train import *; training = new_training(CONFIG, 5, CPU); "
     program += "[*train_epochs(training, CONFIG, IMAGES, CPU)]; sys.exit('torch._dynamo' in sys.modules)"
-    subprocess.run([sys.executable, "-c", program], check=True)
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[1])

@@ -62,6 +62,8 @@ def test_state_without_room_leaves_the_earlier_one_and_a_damaged_one_restarts_fr
     for config, told in ((CONFIG, restored), (without_new_one, restored), (CONFIG | {"lr": 1.0}, scratch)):
         torch.save(state | {"config": config}, path)
         assert run(CONFIG, tmp_path, until=told["restored"]) == [told]
+    torch.save({key: value for key, value in state.items() if key != "momenta"}, path)  # as earlier versions did
+    assert run(CONFIG, tmp_path, until=0) == [scratch]
     path.write_bytes(b"")
     assert run(CONFIG, tmp_path, until=0) == [scratch]
     torch.save(state | {"model": state["model"] | {"extra": torch.zeros(1)}}, path)
