@@ -160,9 +160,7 @@ def parameter_groups(model: SmallResNet, config: dict, device: torch.device) -> 
     Raises InputError for Nesterov's momentum without momentum, or with dampening.
     """
     if config["nesterov"] and (config["momentum"] == 0 or config.get("dampening")):
-        raise InputError(
-            "nesterov True needs a momentum above 0 and no dampening; change these, or make nesterov False"
-        )
+        raise InputError("nesterov True needs momentum above 0 and no dampening; change these, or make nesterov False")
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     biases = dict.fromkeys(norm.bias for norm in norms if norm.bias is not None)
     others = [parameter for parameter in model.parameters() if parameter not in biases]
@@ -255,15 +253,13 @@ def sgd_step(training: Training, config: dict, images: Tensor, labels: Tensor, d
     training.model.zero_grad()
     loss.backward()
     # The function behind torch.optim.SGD, as the class imports torch._dynamo, which takes up to two seconds.
+    options = {"dampening": 0.0, "maximize": False} | arguments(config, OPTIMIZER)  # sgd has no defaults for the first
     with torch.no_grad():
         for group in training.groups:
-            options = {"dampening": 0.0, "maximize": False} | arguments(
-                config, OPTIMIZER
-            )  # sgd has no defaults for them
-            options |= {"lr": group.lr, "weight_decay": group.weight_decay}
+            rates = {"lr": group.lr, "weight_decay": group.weight_decay}
             parameters = [each for each in group.momentum if each.grad is not None]  # an edited model may not use all
             gradients, momenta = [each.grad for each in parameters], [group.momentum[each] for each in parameters]
-            sgd(parameters, gradients, momenta, fused=True, **options)
+            sgd(parameters, gradients, momenta, fused=True, **options | rates)
     correct = (logits.detach().argmax(1) == labels).sum()
     return torch.stack([loss.detach() * len(labels), correct])
 

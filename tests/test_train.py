@@ -120,7 +120,7 @@ def test_rates_may_be_whole_numbers() -> None:
 
 @pytest.mark.parametrize("change", [{"momentum": 0}, {"dampening": 0.1}])
 def test_nesterov_needs_momentum_without_dampening(change: dict) -> None:
-    with pytest.raises(InputError, match="nesterov True needs a momentum above 0 and no dampening; "):
+    with pytest.raises(InputError, match="nesterov True needs momentum above 0 and no dampening; "):
         new_training(OTHER | change, 5, CPU)
 
 
