@@ -104,7 +104,7 @@ class Report:
 
 @dataclass
 class ParameterGroup:
-    """Parameters that SGD changes at the same rate."""
+    """Parameters that SGD changes at the same rate, with its state."""
 
     momentum: dict[Tensor, Tensor]  # parameter → its momentum
     peak_lr: float  # learning rate, before the schedule scales it
@@ -144,7 +144,7 @@ def new_model(config: dict, num_classes: int) -> SmallResNet:
 
 
 def new_training(config: dict, num_classes: int, device: torch.device) -> Training:
-    """Build a model with weights drawn from config["seed"], its moving average and what SGD needs."""
+    """Build a model with weights drawn from config["seed"], its moving average and its parameter groups."""
     torch.manual_seed(config["seed"])
     model = new_model(config, num_classes).to(device, memory_format=torch.channels_last)
     averaged = AveragedModel(model) if config["ema_decay"] > 0 else None
@@ -253,7 +253,7 @@ def sgd_step(training: Training, config: dict, images: Tensor, labels: Tensor, d
     training.model.zero_grad()
     loss.backward()
     # The function behind torch.optim.SGD, as the class imports torch._dynamo, which takes up to two seconds.
-    options = {"dampening": 0.0, "maximize": False} | arguments(config, OPTIMIZER)  # sgd has no defaults for the first
+    options = {"dampening": 0.0, "maximize": False} | arguments(config, OPTIMIZER)  # sgd requires all of them
     with torch.no_grad():
         for group in training.groups:
             rates = {"lr": group.lr, "weight_decay": group.weight_decay}

@@ -196,7 +196,7 @@ def copy_code(target: Path) -> None:
         shutil.copytree(package, target / package.name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
     for folder in (CODE, *packages):
         compiled = folder / "__pycache__"
-        with suppress(OSError):  # there is none, it is another user's, or it is just being removed
+        with suppress(OSError):  # it may be missing, unreadable or just being removed, which does no harm
             shutil.copytree(compiled, target / compiled.relative_to(CODE))
 
 
